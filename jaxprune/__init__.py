@@ -1,0 +1,59 @@
+"""Pruning for JAX: functional masks around any optax optimizer."""
+
+from jaxprune import criteria as criteria
+from jaxprune import patterns as patterns
+from jaxprune import schedules as schedules
+from jaxprune import scopes as scopes
+from jaxprune._tree import by_path as by_path
+from jaxprune._tree import is_matrix as is_matrix
+from jaxprune._tree import prunable as prunable
+from jaxprune.masks import Packed as Packed
+from jaxprune.masks import apply_masks as apply_masks
+from jaxprune.masks import dense_masks as dense_masks
+from jaxprune.masks import find_masks as find_masks
+from jaxprune.masks import make_masks as make_masks
+from jaxprune.masks import pack as pack
+from jaxprune.masks import sparsity as sparsity
+from jaxprune.masks import unpack as unpack
+from jaxprune.optim import PruneState as PruneState
+from jaxprune.optim import get_masks as get_masks
+from jaxprune.optim import hold as hold
+from jaxprune.optim import prune as prune
+from jaxprune.optim import with_masks as with_masks
+from jaxprune.report import Overlap as Overlap
+from jaxprune.report import Summary as Summary
+from jaxprune.report import overlap as overlap
+from jaxprune.report import summary as summary
+from jaxprune.rewind import Level as Level
+from jaxprune.rewind import imp as imp
+
+__version__ = "0.1.0"
+
+__all__ = (
+    "Level",
+    "Overlap",
+    "Packed",
+    "PruneState",
+    "Summary",
+    "apply_masks",
+    "by_path",
+    "criteria",
+    "dense_masks",
+    "find_masks",
+    "get_masks",
+    "hold",
+    "imp",
+    "is_matrix",
+    "make_masks",
+    "overlap",
+    "pack",
+    "patterns",
+    "prunable",
+    "prune",
+    "schedules",
+    "scopes",
+    "sparsity",
+    "summary",
+    "unpack",
+    "with_masks",
+)

@@ -1,0 +1,33 @@
+"""Checks at the door, shared by everything that takes a sparsity."""
+
+import math
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune._tree import leaves_with_path
+
+
+def check_sparsity(sparsity: Any, user: str = "sparsity") -> None:
+    """Refuse numbers outside [0, 1], NaN, and what is no number. Traced values pass unseen."""
+    bad = []
+    for path, value in leaves_with_path(sparsity):
+        if isinstance(value, jax.core.Tracer):
+            continue
+        where = f" at {path!r}" if path else ""
+        if np.ndim(value) or not isinstance(
+            value, int | float | np.generic | np.ndarray | jax.Array
+        ):
+            raise TypeError(
+                f"`{user}` got {value!r}{where}. Pass the fraction to remove: one number in "
+                "[0, 1], or a tree with one number for each prunable leaf."
+            )
+        number = float(value)
+        if math.isnan(number) or not 0.0 <= number <= 1.0:
+            bad.append(f"{number:g}{where}")
+    if bad:
+        raise ValueError(
+            f"`{user}` got {', '.join(bad)}, outside [0, 1]. It is the fraction to remove: 0.9 "
+            "keeps a tenth."
+        )

@@ -1,0 +1,32 @@
+"""Scores drawn at random: the control that every criterion has to beat."""
+
+from typing import Any
+
+import jax
+
+from jaxprune._types import Params, Scores
+
+
+def random(params: Params, *, key: jax.Array, **_: Any) -> Scores:
+    """Score every weight with an independent draw from [0, 1).
+
+    Args:
+          params: prunable parameters; any shapes.
+          key: a random key. Leaf ``i`` draws with ``fold_in(key, i)``, in the order of the tree.
+
+    Returns:
+          Scores like ``params``.
+
+    Example:
+          >>> from typing import Any
+
+    import jax
+          >>> import jax.numpy as jnp
+          >>> scores = random({"w": jnp.zeros((2, 3))}, key=jax.random.key(0))
+          >>> scores["w"].shape
+          (2, 3)
+    """
+    leaves, treedef = jax.tree.flatten(params)
+    # Float32 whatever the weights are: eight bits of bfloat16 would make ties the rule.
+    draws = [jax.random.uniform(jax.random.fold_in(key, i), w.shape) for i, w in enumerate(leaves)]
+    return jax.tree.unflatten(treedef, draws)

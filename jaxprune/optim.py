@@ -1,0 +1,424 @@
+"""Pruning around any optax optimizer: masks live in its state and act through its updates."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxprune._tree import (
+    is_hole,
+    is_matrix,
+    map_leaves,
+    narrow,
+    path_str,
+    prunable,
+)
+from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
+from jaxprune.criteria import magnitude
+from jaxprune.masks import (
+    Packed,
+    check_evidence,
+    check_masks,
+    criterion_name,
+    dense_masks,
+    find,
+    pack,
+    rank,
+    required_evidence,
+    unpack,
+)
+from jaxprune.patterns import Weights
+from jaxprune.scopes import per_leaf
+from jaxprune.scopes._count import settle
+
+
+class PruneState(NamedTuple):
+    """State of ``prune`` and ``hold``.
+
+    Attributes:
+      count: updates so far, int32 ``[]``.
+      masks: the masks in force, or ``Packed`` bits; None where a leaf is not prunable.
+      inner_state: state of the wrapped optimizer.
+      criterion_state: what a criterion with memory remembers, else ``()``.
+      key: random key for criteria that ask for one, else None.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, which nobody calls here
+    masks: Masks
+    inner_state: optax.OptState
+    criterion_state: Any
+    key: jax.Array | None
+
+
+def prune(
+    inner: optax.GradientTransformation,
+    *,
+    schedule: Schedule,
+    criterion: Criterion = magnitude,
+    pattern: Pattern = Weights(),
+    scope: Scope = per_leaf,
+    where: Where = is_matrix,
+    key: jax.Array | None = None,
+    packed: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap an optimizer so that it prunes while it trains.
+
+    At update t (from 0), if the schedule is due, masks are re-found from the params and gradients
+    handed to that update. Removed weights get the update ``-param``, so that they are exactly
+    zero after ``optax.apply_updates``, whatever momentum or weight decay did. The inner optimizer
+    sees zero gradients for them: clipping by a global norm, orthogonalization or a line search
+    work on the network that is left. Weights never come back, unless the schedule falls.
+
+    Three cautions. It goes outermost: a transformation chained after it rescales the ``-param``
+    update and pruned weights come back (gradient accumulation around it is fine). The state of
+    other optimizers is reached through ``optax.tree.map_params``, never by type. Copies made of
+    params elsewhere (an average, the evaluation params of a schedule-free optimizer) are masked
+    by nobody: call ``apply_masks`` on them.
+
+    Args:
+      inner: any optax optimizer. Extra arguments of ``update`` reach it and the criterion.
+      schedule: how much to remove, and when.
+      criterion: scores the weights. It is offered ``grads``, ``key`` and ``state``, and whatever
+        else is passed to ``tx.update(..., name=value)``. One with memory also has
+        ``init(params)`` and ``update(state, params, grads)``; it is updated at every step.
+      pattern: what is removed together.
+      scope: who competes with whom.
+      where: predicate of path and array: which leaves are prunable.
+      key: random key for criteria that ask for one; folded with the step at every event.
+      packed: keep the masks as bits, an eighth of the memory.
+
+    Returns:
+      An optax transformation. Its state is a ``PruneState``; read it with ``get_masks``.
+
+    Raises:
+      TypeError: ``inner`` or ``schedule`` is of the wrong kind, or the criterion lacks evidence.
+      ValueError: at ``init``, nothing is prunable or the parts do not fit the params; at
+        ``update``, params are missing.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> tx = jp.prune(optax.sgd(0.5), schedule=jp.schedules.constant(0.5))
+      >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]])}
+      >>> state = tx.init(params)
+      >>> updates, state = tx.update(params, state, params)  # the params as their own gradient
+      >>> optax.apply_updates(params, updates)["kernel"]
+      Array([[ 0. , -2. ],
+             [ 1.5,  0. ]], dtype=float32)
+    """
+    _check_inner(inner, "prune")
+    if not callable(schedule) or not hasattr(schedule, "due"):
+        raise TypeError(
+            f"`prune` got schedule={schedule!r}, which cannot say when it is due. Use one of "
+            "`jp.schedules`; `jp.schedules.custom(fn, begin, end, every)` takes any function."
+        )
+    if key is None and "key" in required_evidence(criterion):
+        raise TypeError(
+            f"The criterion `{criterion_name(criterion)}` needs a random key and there is no "
+            "default. Pass `key=jax.random.key(...)` to `prune`."
+        )
+    memory: Any = criterion if hasattr(criterion, "init") else None
+
+    def init_masks(params: Params) -> Masks:
+        part = prunable(params, where=where)
+        # The shapes say all that can go wrong: which masks come out, and whether any do.
+        found = jax.eval_shape(
+            lambda p: rank(p, _sparsity(schedule, 0), pattern=pattern, scope=scope, within=None),
+            part,
+        )
+        return map_leaves(_ones, part, found)
+
+    def init_criterion(params: Params) -> Any:
+        return memory.init(prunable(params, where=where)) if memory else ()
+
+    def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
+        remembered = state.criterion_state
+        evidence = {"grads": grads, **extra}
+        if memory:
+            part = prunable(params, where=where)
+            remembered = memory.update(remembered, part, narrow(grads, part))
+            evidence["state"] = remembered
+        if state.key is not None:
+            evidence["key"] = jax.random.fold_in(state.key, state.count)
+        check_evidence(criterion, evidence)
+        now = state.count
+        falls = _falls(schedule(now), schedule(jnp.maximum(now - 1, 0)))
+
+        def again(loop: tuple[jax.Array, Masks]) -> tuple[jax.Array, Masks]:
+            due, masks = loop
+            masks = find(
+                params,
+                _sparsity(schedule, now),
+                criterion=criterion,
+                pattern=pattern,
+                scope=scope,
+                where=where,
+                within=jax.tree.map(lambda m: m | falls, masks),
+                **evidence,
+            )
+            return jnp.zeros_like(due), masks
+
+        # A loop of at most one round instead of a conditional: XLA passes masks that do not
+        # change through a loop without copying them, and under vmap it still skips the search.
+        due = jnp.asarray(schedule.due(now), bool)
+        _, masks = lax.while_loop(lambda loop: loop[0], again, (due, unpack(state.masks)))
+        return masks, remembered
+
+    return _wrap(
+        inner,
+        init_masks=init_masks,
+        init_criterion=init_criterion,
+        refresh=refresh,
+        key=key,
+        packed=packed,
+    )
+
+
+def hold(
+    inner: optax.GradientTransformation, *, where: Where = is_matrix, packed: bool = False
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap an optimizer so that given masks hold: train a ticket.
+
+    Dense until ``with_masks`` puts masks into the state; they never change by themselves.
+    Removed weights are exactly zero after every ``optax.apply_updates``. It goes outermost, like
+    ``prune``.
+
+    Args:
+      inner: any optax optimizer.
+      where: which leaves the dense masks of ``init`` cover.
+      packed: keep the masks as bits.
+
+    Returns:
+      An optax transformation with a ``PruneState``.
+
+    Raises:
+      TypeError: ``inner`` is no optax transformation.
+      ValueError: at ``init``, nothing is prunable; at ``update``, the masks do not mirror the
+        params, or params are missing.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> params = {"kernel": jnp.ones((2, 2))}
+      >>> masks = {"kernel": jnp.array([[True, False], [True, True]])}
+      >>> tx = jp.hold(optax.sgd(0.5))
+      >>> state = jp.with_masks(tx.init(params), masks)
+      >>> updates, state = tx.update(params, state, params)
+      >>> optax.apply_updates(params, updates)["kernel"]
+      Array([[0.5, 0. ],
+             [0.5, 0.5]], dtype=float32)
+    """
+    _check_inner(inner, "hold")
+
+    def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
+        del grads, params, extra
+        return unpack(state.masks), state.criterion_state
+
+    return _wrap(
+        inner,
+        init_masks=lambda params: dense_masks(params, where=where),
+        init_criterion=lambda _: (),
+        refresh=refresh,
+        key=None,
+        packed=packed,
+    )
+
+
+def _wrap(
+    inner: optax.GradientTransformation,
+    *,
+    init_masks: Callable[[Params], Masks],
+    init_criterion: Callable[[Params], Any],
+    refresh: Callable[..., Any],
+    key: jax.Array | None,
+    packed: bool,
+) -> optax.GradientTransformationExtraArgs:
+    """Put masks around an optimizer; ``refresh`` says which are in force at an update."""
+    inner = optax.with_extra_args_support(inner)
+    store = pack if packed else lambda masks: masks
+
+    def init(params: Params) -> PruneState:
+        return PruneState(
+            count=jnp.zeros([], jnp.int32),
+            masks=store(init_masks(params)),
+            inner_state=inner.init(params),
+            criterion_state=init_criterion(params),
+            key=None if key is None else jnp.copy(key),
+        )
+
+    def update(
+        updates: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, PruneState]:
+        if params is None:
+            raise ValueError(
+                "`tx.update(grads, state)` was called without params, but removed weights are set "
+                "to zero from what they are. Call `tx.update(grads, state, params)`."
+            )
+        masks, criterion_state = refresh(updates, state, params, extra)
+        check_masks(masks, params, "masks")
+        live = map_leaves(
+            lambda g, m: g if m is None else jnp.where(m, g, jnp.zeros((), g.dtype)), updates, masks
+        )
+        live, inner_state = inner.update(live, state.inner_state, params, **extra)
+        new_state = PruneState(
+            count=optax.safe_increment(state.count),
+            masks=store(masks),
+            inner_state=inner_state,
+            criterion_state=criterion_state,
+            key=state.key,
+        )
+        return map_leaves(_enforce, live, params, masks), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _enforce(update: jax.Array, param: jax.Array, mask: jax.Array | None) -> jax.Array:
+    if mask is None:
+        return update
+    # A narrow update cannot hold `-param` exactly, and then the sum would not be zero.
+    dtype = jnp.promote_types(update.dtype, param.dtype)
+    return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
+
+
+def _ones(param: jax.Array, found: jax.ShapeDtypeStruct) -> jax.Array:
+    """A mask that keeps all, of the shape that events find, where the parameter is."""
+    full = jnp.ones_like(param, dtype=bool)
+    return full[tuple(slice(n) for n in found.shape)] if found.shape else full
+
+
+def _sparsity(schedule: Schedule, step: Any) -> Any:
+    """Sparsity at a step, exact where it has arrived at the number that was asked for."""
+    now, final = schedule(step), getattr(schedule, "final", None)
+    if final is None:
+        return now
+    return jax.tree.map(settle, now, final)
+
+
+def _falls(now: Any, before: Any) -> jax.Array:
+    """True where a schedule goes down, by more than the rounding of a float32."""
+    drops = jax.tree.map(lambda a, b: jnp.any(a < b - 1e-6), now, before)
+    return jnp.any(jnp.stack(jax.tree.leaves(drops)))
+
+
+def _check_inner(inner: Any, user: str) -> None:
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"`{user}` wraps an optax optimizer, but got {inner!r}. Pass one, such as "
+            "`optax.adam(1e-3)`."
+        )
+
+
+def get_masks(opt_state: optax.OptState) -> Masks:
+    """Find the masks in an optimizer state, however deep they are nested.
+
+    Args:
+      opt_state: state of an optimizer that ``prune`` or ``hold`` is part of.
+
+    Returns:
+      The masks, unpacked and without nnx variables around them. They are copies: donating the
+      state does not take them away.
+
+    Raises:
+      ValueError: there is no pruner in the state, or there are several.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> tx = optax.chain(optax.clip(1.0), jp.hold(optax.adam(0.1)))
+      >>> jp.get_masks(tx.init({"kernel": jnp.zeros((1, 2))}))
+      {'kernel': Array([[ True,  True]], dtype=bool)}
+    """
+    masks = jax.tree.map(
+        lambda v: v.get_value() if _is_variable(v) else v,
+        _the_pruner(opt_state).masks,
+        is_leaf=_is_variable,
+    )
+    return jax.tree.map(jnp.copy, unpack(masks))
+
+
+def with_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
+    """Put masks into an optimizer state, however deep it is nested.
+
+    Args:
+      opt_state: state of an optimizer that ``prune`` or ``hold`` is part of.
+      masks: masks like the params; copied, so that donating the state does not take them away.
+
+    Returns:
+      The same state with these masks in force from the next update on.
+
+    Raises:
+      ValueError: the masks do not mirror those of the state, or it has no or several pruners.
+      TypeError: a mask is not bool.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> state = jp.hold(optax.sgd(0.1)).init({"kernel": jnp.zeros((1, 2))})
+      >>> jp.get_masks(jp.with_masks(state, {"kernel": jnp.array([[True, False]])}))
+      {'kernel': Array([[ True, False]], dtype=bool)}
+    """
+    old = _the_pruner(opt_state).masks
+    packed = any(isinstance(m, Packed) for m in jax.tree.leaves(old, is_leaf=_is_packed))
+    place = jax.tree.structure(old, is_leaf=lambda x: is_hole(x) or _is_packed(x))
+    slots = _slots(old)
+    given = _slots(masks)
+    if [path for path, _ in given] != [path for path, _ in slots]:
+        check_masks(masks, jax.tree.unflatten(place, [m for _, m in slots]), "masks")
+    known = {path: _widest(m, dict(given)[path]) for path, m in slots if not is_hole(m)}
+    check_masks({path: dict(given)[path] for path in known}, known, "masks")
+    wrong = {path: m for path, m in given if not is_hole(m) and path not in known}
+    check_masks(wrong, wrong, "masks")
+    new = [m if is_hole(m) else jnp.copy(m) for _, m in given]
+    new_masks = jax.tree.unflatten(place, [pack(m) if packed else m for m in new])
+    return jax.tree.map(
+        lambda node: node._replace(masks=new_masks) if _is_pruner(node) else node,
+        opt_state,
+        is_leaf=_is_pruner,
+    )
+
+
+def _slots(masks: Masks) -> list[tuple[str, Any]]:
+    """Paths and masks, holes included: what has to match between two trees of masks."""
+    leaves = jax.tree_util.tree_leaves_with_path(
+        masks, is_leaf=lambda x: is_hole(x) or _is_packed(x)
+    )
+    return [(path_str(path), leaf) for path, leaf in leaves]
+
+
+def _widest(old: Any, new: Any) -> jax.ShapeDtypeStruct:
+    """The smallest shape that both masks broadcast to, as far as the ranks agree."""
+    shape = old.shape
+    if len(shape) == len(jnp.shape(new)):
+        shape = tuple(b if a == 1 else a for a, b in zip(shape, jnp.shape(new), strict=True))
+    return jax.ShapeDtypeStruct(shape, bool)
+
+
+def _the_pruner(opt_state: optax.OptState) -> PruneState:
+    nodes = jax.tree.leaves(opt_state, is_leaf=_is_pruner)
+    found = [node for node in nodes if _is_pruner(node)]
+    if len(found) != 1:
+        raise ValueError(
+            f"The optimizer state holds {len(found)} pruners, want one. "
+            + (
+                "Pass the state of an optimizer wrapped by `jp.prune` or `jp.hold`."
+                if not found
+                else "Pass the part of the state that belongs to one of them."
+            )
+        )
+    return found[0]
+
+
+def _is_pruner(node: Any) -> bool:
+    return isinstance(node, PruneState)
+
+
+def _is_packed(node: Any) -> bool:
+    return isinstance(node, Packed)
+
+
+def _is_variable(node: Any) -> bool:
+    """True for an nnx variable, known by what it can do: the core does not import flax."""
+    return hasattr(node, "get_value") and hasattr(node, "set_value")

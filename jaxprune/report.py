@@ -1,0 +1,197 @@
+"""What masks look like: tables for people, and how much two masks share."""
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune._tree import leaves_with_path, map_with_path
+from jaxprune._types import Masks, Params
+from jaxprune.masks import check_masks, kept_counts
+
+
+class Row(NamedTuple):
+    """One prunable leaf, or the total.
+
+    Attributes:
+      path: path of the leaf.
+      shape: shape of the leaf.
+      kept: weights that stay.
+      total: weights that there are.
+      dense_bytes: size of the leaf as it is.
+      packed_bytes: size of what stays, plus one bit a weight that says where it is.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    kept: int
+    total: int
+    dense_bytes: int
+    packed_bytes: int
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction removed."""
+        return (self.total - self.kept) / self.total if self.total else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """A per-layer table; print it.
+
+    Attributes:
+      rows: one a prunable leaf.
+      total: all of them together.
+      others: number of parameters that are not prunable.
+      collapsed: paths of the leaves that keep nothing at all.
+    """
+
+    rows: tuple[Row, ...]
+    total: Row
+    others: int
+    collapsed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        head = ("path", "shape", "kept / total", "sparsity", "dense", "packed")
+        cells = [
+            (
+                row.path or "(root)",
+                "x".join(map(str, row.shape)),
+                f"{row.kept:,} / {row.total:,}",
+                f"{row.sparsity:.2%}",
+                _bytes(row.dense_bytes),
+                _bytes(row.packed_bytes),
+            )
+            for row in (*self.rows, self.total)
+        ]
+        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+
+        def line(row: tuple[str, ...]) -> str:
+            left = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
+            right = [cell.rjust(w) for cell, w in zip(row[2:], widths[2:], strict=True)]
+            return "  ".join(left + right).rstrip()
+
+        rule = "-" * len(line(head))
+        lines = [line(head), rule, *map(line, cells[:-1]), rule, line(cells[-1])]
+        if self.others:
+            lines.append(f"not prunable: {self.others:,} parameters")
+        lines += [
+            f"warning: {path!r} keeps nothing: the layer collapsed" for path in self.collapsed
+        ]
+        return "\n".join(lines)
+
+
+def summary(params: Params, masks: Masks) -> Summary:
+    """Summarize masks layer by layer.
+
+    Args:
+      params: parameters.
+      masks: masks of the same tree.
+
+    Returns:
+      A ``Summary``: printed, a table with path, shape, kept and total weights, sparsity and bytes
+      (dense, and packed as kept values plus one bit a weight), totals, and a warning for each
+      layer that keeps nothing.
+
+    Raises:
+      ValueError: ``masks`` does not mirror ``params``.
+      TypeError: a mask is not bool.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.ones((2, 4)), "bias": jnp.zeros(4)}
+      >>> print(summary(params, {"kernel": jnp.array([[True, False, False, False]]), "bias": None}))
+      path    shape  kept / total  sparsity  dense  packed
+      ----------------------------------------------------
+      kernel  2x4           2 / 8    75.00%   32 B     9 B
+      ----------------------------------------------------
+      total                 2 / 8    75.00%   32 B     9 B
+      not prunable: 4 parameters
+    """
+    check_masks(masks, params, "masks")
+    counts = kept_counts(masks, params)
+    leaves = dict(leaves_with_path(params))
+    rows = []
+    for path, (kept, n) in counts.items():
+        size = jnp.dtype(leaves[path].dtype).itemsize
+        rows.append(Row(path, leaves[path].shape, int(kept), n, n * size, kept * size + -(-n // 8)))
+    total = Row(
+        "total",
+        (),
+        sum(r.kept for r in rows),
+        sum(r.total for r in rows),
+        sum(r.dense_bytes for r in rows),
+        sum(r.packed_bytes for r in rows),
+    )
+    others = sum(jnp.size(leaf) for path, leaf in leaves.items() if path not in counts)
+    collapsed = tuple(r.path for r in rows if r.total and not r.kept)
+    return Summary(tuple(rows), total, others, collapsed)
+
+
+class Overlap(NamedTuple):
+    """How much two masks share.
+
+    Attributes:
+      leaves: Jaccard index of each leaf, None where not prunable.
+      total: Jaccard index over all leaves together.
+    """
+
+    leaves: Any
+    total: float
+
+
+def overlap(masks_a: Masks, masks_b: Masks) -> Overlap:
+    """Compare which weights two masks keep: the Jaccard index, intersection over union.
+
+    Two random masks that keep a fraction d each share d / (2 - d) on average.
+
+    Args:
+      masks_a: masks.
+      masks_b: masks of the same tree; leaves broadcast against one another. Entries of the masks
+        are counted: for channel masks channels, not weights.
+
+    Returns:
+      An ``Overlap``: floats in [0, 1], 1 for equal masks (also if both keep nothing).
+
+    Raises:
+      ValueError: the two trees differ.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> overlap({"w": jnp.array([True, True, False])}, {"w": jnp.array([False, True, True])})
+      Overlap(leaves={'w': 0.3333333333333333}, total=0.3333333333333333)
+    """
+    paths_a = [path for path, _ in leaves_with_path(masks_a)]
+    paths_b = [path for path, _ in leaves_with_path(masks_b)]
+    if paths_a != paths_b:
+        different = sorted(set(paths_a) ^ set(paths_b))
+        raise ValueError(
+            f"`overlap` got masks of two different trees; they differ in {different}. Compare "
+            "masks of the same network, found with the same `where`."
+        )
+    both = either = 0
+
+    def jaccard(path: str, a: jax.Array, b: jax.Array) -> float:
+        nonlocal both, either
+        if a.ndim != b.ndim:
+            raise ValueError(
+                f"`overlap` got masks of shapes {a.shape} and {b.shape} at {path!r}. Compare "
+                "masks of the same network."
+            )
+        shared = int(jnp.sum(a & b, dtype=jnp.int32))
+        union = int(jnp.sum(a | b, dtype=jnp.int32))
+        both, either = both + shared, either + union
+        return shared / union if union else 1.0
+
+    leaves = map_with_path(jaccard, masks_a, masks_b)
+    return Overlap(leaves, both / either if either else 1.0)
+
+
+def _bytes(n: int) -> str:
+    size = float(n)
+    for unit in ("B", "kB", "MB", "GB"):
+        if size < 1000 or unit == "GB":
+            return f"{n} B" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError("unreachable")

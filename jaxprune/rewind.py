@@ -1,0 +1,184 @@
+"""Iterative pruning with rewinding: the search for lottery tickets, as a generator."""
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune._errors import check_sparsity
+from jaxprune._tree import (
+    check_regexes_match,
+    compile_regex,
+    is_matrix,
+    map_with_path,
+    prunable,
+    same_structure,
+)
+from jaxprune._types import Criterion, Masks, Params, Pattern, Scope, Where
+from jaxprune.criteria import magnitude
+from jaxprune.masks import apply_masks, check_masks, find_masks, rank
+from jaxprune.patterns import Weights
+from jaxprune.scopes import per_leaf
+
+
+class Level(NamedTuple):
+    """One level of iterative pruning.
+
+    Attributes:
+      index: number of rounds so far; 0 is the dense network.
+      masks: masks of this level.
+      ticket: masked params that this level started from.
+      trained: what ``fit`` made of the ticket.
+    """
+
+    index: int  # type: ignore[assignment]  # tuple.index, which nobody calls here
+    masks: Masks
+    ticket: Params
+    trained: Params
+
+
+def rewind_to_init(init: Params, trained: Params) -> Params:
+    """Start every level from the initial params."""
+    del trained
+    return init
+
+
+def imp(
+    params_init: Params,
+    fit: Callable[[Params, Masks], Params],
+    *,
+    rounds: int = 16,
+    rate: float = 0.2,
+    rates: Mapping[str, float] | None = None,
+    criterion: Criterion = magnitude,
+    pattern: Pattern = Weights(),
+    scope: Scope = per_leaf,
+    where: Where = is_matrix,
+    evidence: Callable[[Level], dict[str, Any]] | None = None,
+    restart: Callable[[Params, Params], Params] = rewind_to_init,
+    start: tuple[int, Masks, Params] | None = None,
+) -> Iterator[Level]:
+    """Train, prune, rewind, and again: iterative magnitude pruning.
+
+    After n rounds a leaf of N weights has lost exactly ``round((1 - (1 - rate)**n) * N)`` of
+    them, and what is gone stays gone. Three ways to go on after a round:
+
+    - weight rewinding (default): every level starts from ``params_init``. Rewinding to step k is
+      the same with the params of step k as ``params_init``, in a ``fit`` that goes on from k.
+    - fine-tuning: ``restart=lambda init, trained: trained`` with a short ``fit``.
+    - learning-rate rewinding: the same ``restart`` with a ``fit`` that runs the full schedule.
+
+    Args:
+      params_init: where every level starts. Copied: donating it does no harm.
+      fit: from a ticket and its masks to trained params. It owns the ticket and may donate it.
+      rounds: last level; levels 0 (dense) to ``rounds`` are yielded.
+      rate: fraction of the remaining weights that a round removes.
+      rates: exceptions to ``rate``, from regex (matching the whole path) to rate; first match.
+      criterion: ranks the trained weights.
+      pattern: what is removed together.
+      scope: ``per_leaf`` ranks layer by layer, ``across`` globally (with one rate for all).
+      where: which leaves are prunable.
+      evidence: from the level just trained to what the criterion asks for, such as ``grads``.
+      restart: from initial and trained params to what the next level starts from.
+      start: ``(index, masks, trained)`` of a finished level: goes on with the next one.
+
+    Returns:
+      An iterator of ``Level``. Keep ``trained`` intact until the next level has been asked for:
+      its masks are found from it.
+
+    Raises:
+      ValueError: a rate is outside [0, 1], ``rounds`` is negative, a regex matches no parameter,
+        the parts do not fit the params, or the masks of ``start`` do not mirror them.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> init = {"kernel": jnp.arange(1.0, 11.0).reshape(2, 5)}
+      >>> levels = jp.imp(init, lambda ticket, masks: ticket, rounds=2, rate=0.5)
+      >>> [jp.sparsity(level.masks, init) for level in levels]
+      [0.0, 0.5, 0.8]
+
+    References:
+      Frankle and Carbin, `The Lottery Ticket Hypothesis <https://arxiv.org/abs/1803.03635>`_,
+      2019. Renda et al., `Comparing Rewinding and Fine-tuning
+      <https://arxiv.org/abs/2003.02389>`_, 2020.
+    """
+    check_sparsity(rate, "imp(rate)")
+    check_sparsity(dict(rates or {}), "imp(rates)")
+    if not isinstance(rounds, int) or rounds < 0:
+        raise ValueError(f"`imp` got rounds={rounds!r}. Use an integer from 0 on, such as 16.")
+    part = prunable(params_init, where=where)
+    rules = [(compile_regex(regex, "imp(rates)"), r) for regex, r in (rates or {}).items()]
+    check_regexes_match(tuple(rates or {}), part, "imp(rates)")
+
+    def sparsity(index: int) -> Any:
+        """The ladder: what is gone after ``index`` rounds, as a number or one a leaf."""
+
+        def of_leaf(path: str, _: Any) -> float:
+            chosen = next((r for regex, r in rules if re.fullmatch(regex, path)), rate)
+            return 1.0 - (1.0 - chosen) ** index
+
+        return map_with_path(of_leaf, part) if rules else 1.0 - (1.0 - rate) ** index
+
+    def first_masks(p: Params) -> Masks:
+        return rank(p, sparsity(0), pattern=pattern, scope=scope, within=None)
+
+    jax.eval_shape(first_masks, part)  # what does not fit is told before anything trains
+    if start is not None:
+        _check_start(start, params_init)
+    init = jax.tree.map(jnp.copy, params_init)
+
+    def levels() -> Iterator[Level]:
+        if start is None:
+            level = train(0, find(init, 0, None, {}), init)
+            yield level
+        else:
+            index, masks, trained = start
+            level = Level(index, masks, trained, trained)
+        while level.index < rounds:
+            found = evidence(level) if evidence else {}
+            masks = find(level.trained, level.index + 1, level.masks, found)
+            begin = restart(jax.tree.map(jnp.copy, init), level.trained)
+            level = train(level.index + 1, masks, begin)
+            yield level
+
+    def find(params: Params, index: int, within: Masks | None, found: dict[str, Any]) -> Masks:
+        return find_masks(
+            params,
+            sparsity(index),
+            # Nothing is removed at level 0, whatever the scores: no evidence needed.
+            criterion=criterion if index else magnitude,
+            pattern=pattern,
+            scope=scope,
+            where=where,
+            within=within,
+            **found,
+        )
+
+    def train(index: int, masks: Masks, begin: Params) -> Level:
+        ticket = apply_masks(begin, masks)
+        # `fit` gets a copy of its own: it may donate it.
+        return Level(index, masks, ticket, fit(jax.tree.map(jnp.copy, ticket), masks))
+
+    return levels()
+
+
+def _check_start(start: tuple[int, Masks, Params], params: Params) -> None:
+    if len(start) != 3:
+        raise ValueError(
+            f"`imp(start=...)` got {len(start)} values. Pass the `(index, masks, trained)` of the "
+            "last finished level."
+        )
+    index, masks, trained = start
+    if not isinstance(index, int) or index < 0:
+        raise ValueError(
+            f"`imp(start=...)` got level {index!r}. Pass the index of the last finished level."
+        )
+    check_masks(masks, params, "start masks")
+    if not same_structure(trained, params):
+        raise ValueError(
+            f"`imp(start=...)` got trained params {jax.tree.structure(trained)}, but the initial "
+            f"ones are {jax.tree.structure(params)}. Pass those of the same network."
+        )

@@ -1,0 +1,32 @@
+"""A straight line."""
+
+from jaxprune._types import Sparsity
+from jaxprune.schedules._schedule import Schedule, ramp
+
+
+def linear(final: Sparsity, begin: int, end: int, every: int, initial: float = 0.0) -> Schedule:
+    r"""Raise the sparsity by the same amount at every event.
+
+    With :math:`t` from 0 at ``begin`` to 1 at ``end``, the sparsity is
+    :math:`s_f + (s_i - s_f)(1 - t)`.
+
+    Args:
+      final: sparsity from ``end`` on: a number in [0, 1] or a tree of numbers, one a prunable leaf.
+      begin: step of the first event.
+      end: step of the last event, which brings ``final``.
+      every: steps between events.
+      initial: sparsity at ``begin``; before ``begin`` nothing is pruned.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      ValueError: a sparsity is outside [0, 1], ``end`` is before ``begin``, or a step is no
+        integer from 0 on.
+
+    Example:
+      >>> schedule = linear(0.8, begin=0, end=4, every=1)
+      >>> [round(float(schedule(step)), 2) for step in range(6)]
+      [0.0, 0.2, 0.4, 0.6, 0.8, 0.8]
+    """
+    return ramp(lambda t: 1.0 - t, final=final, initial=initial, begin=begin, end=end, every=every)

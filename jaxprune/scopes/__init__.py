@@ -1,0 +1,10 @@
+"""Scopes: who competes with whom, and how much each leaf loses."""
+
+from jaxprune.scopes._across import across as across
+from jaxprune.scopes._allocation import custom as custom
+from jaxprune.scopes._allocation import erk as erk
+from jaxprune.scopes._allocation import uniform as uniform
+from jaxprune.scopes._leaf import per_leaf as per_leaf
+from jaxprune.scopes._windows import windows as windows
+
+__all__ = ("across", "custom", "erk", "per_leaf", "uniform", "windows")

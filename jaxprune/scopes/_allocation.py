@@ -1,0 +1,134 @@
+"""How a total sparsity is shared out among the leaves: trees of sparsities."""
+
+import math
+import re
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from jaxprune._errors import check_sparsity
+from jaxprune._tree import (
+    check_regexes_match,
+    compile_regex,
+    is_matrix,
+    leaves_with_path,
+    map_leaves,
+    map_with_path,
+    prunable,
+)
+from jaxprune._types import Params, Sparsity, Where
+
+
+def uniform(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsity:
+    """Give every prunable leaf the same sparsity.
+
+    Args:
+      params: parameters; only shapes and paths are read.
+      sparsity: fraction to remove, in [0, 1].
+      where: which leaves are prunable; the same as for ``find_masks`` or ``prune``.
+
+    Returns:
+      A tree of numbers, None where a leaf is not prunable.
+
+    Raises:
+      ValueError: ``sparsity`` is outside [0, 1], or no leaf is prunable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> uniform({"a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}}, 0.9)
+      {'a': {'bias': None, 'kernel': 0.9}}
+    """
+    check_sparsity(sparsity, "uniform")
+    return map_leaves(lambda _: sparsity, prunable(params, where=where))
+
+
+def erk(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsity:
+    r"""Keep relatively more of small layers: Erdos-Renyi-Kernel allocation.
+
+    The density of a leaf is proportional to :math:`\sum_i d_i / \prod_i d_i` over its axes
+    :math:`d_i`. Leaves whose density would pass 1 stay dense and the others make up for it. The
+    total is exact: the counts ``round(s_l * n_l)`` of the leaves sum to ``round(sparsity * n)``.
+
+    Args:
+      params: parameters; only shapes and paths are read.
+      sparsity: fraction to remove of all prunable weights, in [0, 1].
+      where: which leaves are prunable; the same as for ``find_masks`` or ``prune``.
+
+    Returns:
+      A tree of numbers, None where a leaf is not prunable.
+
+    Raises:
+      ValueError: ``sparsity`` is outside [0, 1], or no leaf is prunable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> erk({"wide": jnp.ones((100, 100)), "thin": jnp.ones((100, 10))}, 0.9)
+      {'thin': 0.61, 'wide': 0.929}
+
+    References:
+      Evci et al., `Rigging the Lottery <https://arxiv.org/abs/1911.11134>`_, 2020. There the
+      total is approximate.
+    """
+    check_sparsity(sparsity, "erk")
+    part = prunable(params, where=where)
+    shapes = [tuple(leaf.shape) for _, leaf in leaves_with_path(part)]
+    sizes = np.array([math.prod(shape) for shape in shapes], float)
+    total = sizes.sum()
+    goal = total - round(float(sparsity) * int(total))  # weights that stay
+    raw = np.array([sum(s) / math.prod(s) if math.prod(s) else 0.0 for s in shapes])
+
+    dense = np.zeros(len(sizes), bool)
+    while True:
+        open_ = ~dense & (sizes > 0)
+        mass = (raw * sizes)[open_].sum()
+        scale = (goal - sizes[dense].sum()) / mass if mass else 0.0
+        too_dense = open_ & (raw * scale > 1.0)
+        if not too_dense.any():
+            break
+        dense |= too_dense
+    wanted = np.where(dense, sizes, np.clip(raw * scale * sizes, 0.0, sizes))
+    kept = np.floor(wanted)
+    # Largest remainders first, until the total is what was asked for.
+    order = np.argsort(-(wanted - kept) + (kept >= sizes), kind="stable")
+    kept[order[: round(goal - kept.sum())]] += 1
+    leaves = [float((n - k) / n) if n else 0.0 for n, k in zip(sizes, kept, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(part), leaves)
+
+
+def custom(
+    params: Params,
+    rules: Mapping[str, float],
+    *,
+    default: float = 0.0,
+    where: Where = is_matrix,
+) -> Sparsity:
+    """Give leaves their sparsity by rules over their paths.
+
+    Args:
+      params: parameters; only shapes and paths are read.
+      rules: from regex (matching the whole path) to sparsity; the first that matches counts.
+      default: sparsity of the prunable leaves that no rule matches.
+      where: which leaves are prunable; the same as for ``find_masks`` or ``prune``.
+
+    Returns:
+      A tree of numbers, None where a leaf is not prunable.
+
+    Raises:
+      ValueError: a sparsity is outside [0, 1], or a regex matches no prunable leaf.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> custom({"in": jnp.ones((2, 2)), "out": jnp.ones((2, 2))}, {"out": 0.5}, default=0.9)
+      {'in': 0.9, 'out': 0.5}
+    """
+    check_sparsity(dict(rules), "custom")
+    check_sparsity(default, "custom(default)")
+    compiled = [(compile_regex(regex, "custom"), value) for regex, value in rules.items()]
+    part = prunable(params, where=where)
+    check_regexes_match(tuple(rules), part, "custom")
+
+    def choose(path: str, _: jax.Array) -> float:
+        return next((value for regex, value in compiled if re.fullmatch(regex, path)), default)
+
+    return map_with_path(choose, part)

@@ -1,0 +1,48 @@
+"""One sparsity for every leaf: from a number, or from a tree that mirrors the leaves."""
+
+from typing import Any
+
+import jax
+
+from jaxprune._tree import is_hole, leaves_with_path, list_paths, path_str
+from jaxprune._types import Sparsity
+from jaxprune.scopes._count import MOST_UNITS, is_fixed
+
+
+def is_tree(sparsity: Sparsity) -> bool:
+    """True for one sparsity a leaf rather than one number."""
+    return not jax.tree_util.treedef_is_leaf(jax.tree.structure(sparsity, is_leaf=is_fixed))
+
+
+def spread(units: Any, sparsity: Sparsity, user: str) -> list[Any]:
+    """List the sparsity of each leaf of ``units``, in order."""
+    paths = [path for path, _ in leaves_with_path(units)]
+    if not is_tree(sparsity):
+        return [sparsity] * len(paths)
+    given = dict(_leaves(sparsity))
+    missing = [path for path in paths if path not in given]
+    extra = [path for path in given if path not in paths]
+    if missing or extra:
+        raise ValueError(
+            f"`{user}` got a tree of sparsities that does not mirror the prunable leaves: none "
+            f"for {list_paths(missing)}; not prunable {list_paths(extra)}. Make it with "
+            "`jp.scopes.uniform`, `erk` or `custom` and the same `where`."
+        )
+    return [given[path] for path in paths]
+
+
+def _leaves(sparsity: Sparsity) -> list[tuple[str, Any]]:
+    leaves = jax.tree_util.tree_leaves_with_path(
+        sparsity, is_leaf=lambda x: is_hole(x) or is_fixed(x)
+    )
+    return [(path_str(path), leaf) for path, leaf in leaves if not is_hole(leaf)]
+
+
+def check_units(units: list[jax.Array], user: str) -> None:
+    """Refuse rankings that an int32 cannot count."""
+    n = sum(u.size for u in units)
+    if n > MOST_UNITS:
+        raise NotImplementedError(
+            f"`{user}` would rank {n} units together, more than the {MOST_UNITS} that a 32-bit "
+            "count holds. Rank smaller parts, for example with `scope=jp.scopes.per_leaf`."
+        )

@@ -1,0 +1,111 @@
+"""Units compete with their neighbours only: N:M sparsity."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune._tree import map_with_path
+from jaxprune._types import Sparsity, Units
+from jaxprune.scopes._count import removed
+from jaxprune.scopes._rank import image
+from jaxprune.scopes._spread import spread
+
+
+@dataclasses.dataclass(frozen=True)
+class Windows:
+    """The scope that ``windows`` makes."""
+
+    m: int
+    axis: int
+
+    def __call__(self, units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
+        self._check(units)
+        leaves, treedef = jax.tree.flatten(units)
+        alive = [None] * len(leaves) if within is None else jax.tree.leaves(within)
+        sparsities = spread(units, sparsity, f"windows(m={self.m})")
+        keep = [
+            _keep(u, self.m - removed(s, self.m), a, self.m, self.axis % u.ndim)
+            for u, s, a in zip(leaves, sparsities, alive, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, keep)
+
+    def _check(self, units: Units) -> None:
+        bad: list[str] = []
+
+        def visit(path: str, u: jax.Array) -> None:
+            if not -u.ndim <= self.axis < u.ndim:
+                bad.append(
+                    f"`windows(m={self.m}, axis={self.axis})` is out of range for {path!r} of "
+                    f"shape {u.shape}."
+                )
+            elif u.shape[self.axis] % self.m:
+                bad.append(
+                    f"`windows(m={self.m})` needs axis {self.axis} of {path!r} to be a multiple "
+                    f"of {self.m}, but its shape is {u.shape}."
+                )
+
+        map_with_path(visit, units)
+        if bad:
+            raise ValueError(" ".join(bad) + " Exclude it with `where`, or choose another `axis`.")
+
+
+@functools.partial(jax.jit, static_argnames=("m", "axis"))
+def _keep(
+    units: jax.Array, n: int | jax.Array, alive: jax.Array | None, m: int, axis: int
+) -> jax.Array:
+    """Keep the n best of every m neighbours: those that fewer than n others outrank."""
+    if not units.size:
+        return jnp.ones(units.shape, bool)
+    split = (*units.shape[:axis], -1, m, *units.shape[axis + 1 :])
+    codes = image(units, alive).reshape(split)
+    place = lax.broadcasted_iota(jnp.int32, codes.shape, axis + 1)
+
+    def outranked(j: jax.Array, rank: jax.Array) -> jax.Array:
+        other = lax.dynamic_index_in_dim(codes, j, axis + 1)
+        return rank + ((other > codes) | ((other == codes) & (j < place)))
+
+    start = jnp.zeros_like(codes, jnp.int32)
+    rank = lax.fori_loop(0, m, outranked, start, unroll=min(m, 16))
+    keep = (rank < n).reshape(units.shape)
+    return keep if alive is None else keep & alive
+
+
+def windows(m: int, axis: int = -2) -> Windows:
+    """Let each unit compete with its ``m`` neighbours along an axis only (N:M sparsity).
+
+    Of every ``m`` consecutive units ``m - round(sparsity * m)`` stay, so that sparsity remains
+    the one knob: 2:4 is ``windows(4)`` at 0.5, and a schedule walks it from 4:4 over 3:4 to 2:4.
+    Goes with ``Weights`` and, for N:M over vectors, ``Blocks``.
+
+    Args:
+      m: length of a window, at least 2.
+      axis: axis of the windows; -2 is the input (contraction) axis of a flax kernel, along which
+        sparse hardware multiplies.
+
+    Returns:
+      A scope: a function of units, ``sparsity`` (a number or a tree of numbers) and ``within``.
+
+    Raises:
+      TypeError: ``m`` or ``axis`` is not an integer.
+      ValueError: ``m`` is below 2; when used, an axis is missing or is not a multiple of ``m``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> windows(4, axis=-1)({"w": jnp.array([1.0, 4.0, 3.0, 2.0])}, 0.5)
+      {'w': Array([False,  True,  True, False], dtype=bool)}
+
+    References:
+      Zhou et al., `Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch
+      <https://arxiv.org/abs/2102.04010>`_, 2021.
+    """
+    for name, value in (("m", m), ("axis", axis)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(
+                f"`windows({name}={value!r})` needs an integer, as in `windows(4, axis=-2)`."
+            )
+    if m < 2:
+        raise ValueError(f"`windows(m={m})` leaves nobody to compete with. Use m >= 2, such as 4.")
+    return Windows(m, axis)

@@ -46,8 +46,7 @@ def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:
     """The leaves that are not holes, each with its path."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole)
-    return [(path_str(path), leaf) for path, leaf in leaves if not is_hole(leaf)]
+    return [(path, leaf) for path, leaf in _slots(tree) if not is_hole(leaf)]
 
 
 def is_floating(leaf: Any) -> bool:
@@ -198,11 +197,34 @@ def same_structure(a: Any, b: Any) -> bool:
     return bool(structures[0] == structures[1])
 
 
+def align(tree: Any, like: Any) -> Any | None:
+    """Give ``tree`` the structure of ``like`` if both have the same paths, else None.
+
+    Trees that were made apart mirror one another although their containers differ: a dict and a
+    FrozenDict, an nnx state with its variables and without.
+    """
+    if same_structure(tree, like):
+        return tree
+    given, wanted = dict(_slots(tree)), [path for path, _ in _slots(like)]
+    if given.keys() != set(wanted):
+        return None
+    return jax.tree.unflatten(
+        jax.tree.structure(like, is_leaf=is_hole), [given[path] for path in wanted]
+    )
+
+
 def narrow(tree: Any, part: Params) -> Any:
     """Put None in ``tree`` wherever ``part`` has a hole, if the two mirror one another."""
-    if not same_structure(tree, part):
+    mirror = align(tree, part)
+    if mirror is None:
         return tree
-    return map_leaves(lambda leaf, chosen: None if chosen is None else leaf, tree, part)
+    return map_leaves(lambda leaf, chosen: None if chosen is None else leaf, mirror, part)
+
+
+def _slots(tree: Any) -> list[tuple[str, Any]]:
+    """All leaves with their paths, holes included."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole)
+    return [(path_str(path), leaf) for path, leaf in leaves]
 
 
 def _name(f: Any) -> str:

@@ -12,6 +12,7 @@ from jax import lax
 
 from jaxprune._errors import check_sparsity
 from jaxprune._tree import (
+    align,
     fill,
     is_floating,
     is_matrix,
@@ -21,7 +22,6 @@ from jaxprune._tree import (
     map_with_path,
     narrow,
     prunable,
-    same_structure,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Scope, Scores, Sparsity, Where
 from jaxprune.criteria import magnitude
@@ -195,7 +195,7 @@ def rank(
     units = lax.stop_gradient(pattern.pool(scores))
     if within is None:
         return pattern.expand(scope(units, sparsity), like=scores)
-    check_masks(within, scores, "within")
+    within = check_masks(within, scores, "within")
     # A unit is alive as long as one of its weights is.
     alive = jax.tree.map(
         lambda part: part > 0,
@@ -228,7 +228,7 @@ def apply_masks(params: Params, masks: Masks) -> Params:
       >>> apply_masks({"w": jnp.array([1.0, jnp.inf])}, {"w": jnp.array([True, False])})
       {'w': Array([1., 0.], dtype=float32)}
     """
-    check_masks(masks, params, "masks")
+    masks = check_masks(masks, params, "masks")
     return map_leaves(
         lambda p, m: p if m is None else jnp.where(m, p, jnp.zeros((), p.dtype)), params, masks
     )
@@ -273,7 +273,7 @@ def sparsity(masks: Masks, params: Params) -> float | jax.Array:
       >>> sparsity({"w": jnp.array([[True, False, False]])}, {"w": jnp.ones((8, 3))})
       0.6666666666666666
     """
-    check_masks(masks, params, "masks")
+    masks = check_masks(masks, params, "masks")
     counts = kept_counts(masks, params)
     total = sum(n for _, n in counts.values())
     if any(isinstance(kept, jax.core.Tracer) for kept, _ in counts.values()):
@@ -368,9 +368,10 @@ def _unpack_bits(packed: Packed) -> jax.Array:
     return bits.reshape(*bits.shape[:extra], *packed.shape)
 
 
-def check_masks(masks: Masks, params: Params, name: str) -> None:
-    """Refuse masks that do not mirror ``params``: structure, dtype, rank, shape; all at once."""
-    if not same_structure(masks, params):
+def check_masks(masks: Masks, params: Params, name: str) -> Masks:
+    """Give masks the structure of ``params``, or say how they differ: all that is wrong at once."""
+    mirror = align(masks, params)
+    if mirror is None:
         mine = [path for path, _ in leaves_with_path(params)]
         theirs = [path for path, _ in leaves_with_path(masks)]
         unknown = [path for path in theirs if path not in mine]
@@ -396,7 +397,7 @@ def check_masks(masks: Masks, params: Params, name: str) -> None:
         ):
             shapes.append(f"{path!r} has shape {m.shape} for a parameter of shape {p.shape}")
 
-    map_with_path(visit, params, masks)
+    map_with_path(visit, params, mirror)
     if kinds:
         raise TypeError(
             f"`{name}` holds masks that are not bool: {', '.join(kinds)}. Convert with "
@@ -407,6 +408,7 @@ def check_masks(masks: Masks, params: Params, name: str) -> None:
             f"`{name}` does not fit: {', '.join(shapes)}. A mask has the rank of its parameter, "
             "each axis full or 1."
         )
+    return mirror
 
 
 def check_evidence(criterion: Criterion, evidence: Any) -> None:

@@ -9,11 +9,11 @@ import optax
 from jax import lax
 
 from jaxprune._tree import (
+    align,
     is_hole,
     is_matrix,
     map_leaves,
     narrow,
-    path_str,
     prunable,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
@@ -258,7 +258,7 @@ def _wrap(
                 "to zero from what they are. Call `tx.update(grads, state, params)`."
             )
         masks, criterion_state = refresh(updates, state, params, extra)
-        check_masks(masks, params, "masks")
+        masks = check_masks(masks, params, "masks")
         live = map_leaves(
             lambda g, m: g if m is None else jnp.where(m, g, jnp.zeros((), g.dtype)), updates, masks
         )
@@ -361,18 +361,12 @@ def with_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
       {'kernel': Array([[ True, False]], dtype=bool)}
     """
     old = _the_pruner(opt_state).masks
-    packed = any(isinstance(m, Packed) for m in jax.tree.leaves(old, is_leaf=_is_packed))
-    place = jax.tree.structure(old, is_leaf=lambda x: is_hole(x) or _is_packed(x))
-    slots = _slots(old)
-    given = _slots(masks)
-    if [path for path, _ in given] != [path for path, _ in slots]:
-        check_masks(masks, jax.tree.unflatten(place, [m for _, m in slots]), "masks")
-    known = {path: _widest(m, dict(given)[path]) for path, m in slots if not is_hole(m)}
-    check_masks({path: dict(given)[path] for path in known}, known, "masks")
-    wrong = {path: m for path, m in given if not is_hole(m) and path not in known}
-    check_masks(wrong, wrong, "masks")
-    new = [m if is_hole(m) else jnp.copy(m) for _, m in given]
-    new_masks = jax.tree.unflatten(place, [pack(m) if packed else m for m in new])
+    packed = any(map(_is_packed, jax.tree.leaves(old, is_leaf=_is_packed)))
+    shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, bool), old, is_leaf=_is_packed)
+    mirror = align(masks, shapes)
+    like = shapes if mirror is None else jax.tree.map(_fit, shapes, mirror, is_leaf=is_hole)
+    mirror = check_masks(masks, like, "masks")
+    new_masks = jax.tree.map(lambda m: pack(jnp.copy(m)) if packed else jnp.copy(m), mirror)
     return jax.tree.map(
         lambda node: node._replace(masks=new_masks) if _is_pruner(node) else node,
         opt_state,
@@ -380,19 +374,13 @@ def with_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
     )
 
 
-def _slots(masks: Masks) -> list[tuple[str, Any]]:
-    """Paths and masks, holes included: what has to match between two trees of masks."""
-    leaves = jax.tree_util.tree_leaves_with_path(
-        masks, is_leaf=lambda x: is_hole(x) or _is_packed(x)
-    )
-    return [(path_str(path), leaf) for path, leaf in leaves]
-
-
-def _widest(old: Any, new: Any) -> jax.ShapeDtypeStruct:
-    """The smallest shape that both masks broadcast to, as far as the ranks agree."""
-    shape = old.shape
-    if len(shape) == len(jnp.shape(new)):
-        shape = tuple(b if a == 1 else a for a, b in zip(shape, jnp.shape(new), strict=True))
+def _fit(old: Any, new: Any) -> Any:
+    """What a new mask has to fit: the old one, widened where either stands for a whole axis."""
+    if is_hole(old) or is_hole(new):
+        return new
+    if len(old.shape) != jnp.ndim(new):
+        return old
+    shape = tuple(b if a == 1 else a for a, b in zip(old.shape, new.shape, strict=True))
     return jax.ShapeDtypeStruct(shape, bool)
 
 

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree import leaves_with_path, map_with_path
+from jaxprune._tree import align, leaves_with_path, map_with_path
 from jaxprune._types import Masks, Params
 from jaxprune.masks import check_masks, kept_counts
 
@@ -109,7 +109,7 @@ def summary(params: Params, masks: Masks) -> Summary:
       total                 2 / 8    75.00%   32 B     9 B
       not prunable: 4 parameters
     """
-    check_masks(masks, params, "masks")
+    masks = check_masks(masks, params, "masks")
     counts = kept_counts(masks, params)
     leaves = dict(leaves_with_path(params))
     rows = []
@@ -164,7 +164,8 @@ def overlap(masks_a: Masks, masks_b: Masks) -> Overlap:
     """
     paths_a = [path for path, _ in leaves_with_path(masks_a)]
     paths_b = [path for path, _ in leaves_with_path(masks_b)]
-    if paths_a != paths_b:
+    mirror = align(masks_b, masks_a)
+    if mirror is None or paths_a != paths_b:
         different = sorted(set(paths_a) ^ set(paths_b))
         raise ValueError(
             f"`overlap` got masks of two different trees; they differ in {different}. Compare "
@@ -184,7 +185,7 @@ def overlap(masks_a: Masks, masks_b: Masks) -> Overlap:
         both, either = both + shared, either + union
         return shared / union if union else 1.0
 
-    leaves = map_with_path(jaccard, masks_a, masks_b)
+    leaves = map_with_path(jaccard, masks_a, mirror)
     return Overlap(leaves, both / either if either else 1.0)
 
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from jaxprune._errors import check_sparsity
 from jaxprune._tree import (
+    align,
     check_regexes_match,
     compile_regex,
     is_matrix,
     map_with_path,
     prunable,
-    same_structure,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Scope, Where
 from jaxprune.criteria import magnitude
@@ -177,7 +177,7 @@ def _check_start(start: tuple[int, Masks, Params], params: Params) -> None:
             f"`imp(start=...)` got level {index!r}. Pass the index of the last finished level."
         )
     check_masks(masks, params, "start masks")
-    if not same_structure(trained, params):
+    if align(trained, params) is not None:
         raise ValueError(
             f"`imp(start=...)` got trained params {jax.tree.structure(trained)}, but the initial "
             f"ones are {jax.tree.structure(params)}. Pass those of the same network."

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,41 +37,40 @@ def keep_largest(
       For each leaf a bool array of its shape.
     """
     living = list(alive) if alive else [None] * len(leaves)
-    sizes = [sum(leaves[i].size for i in ranking) for ranking in rankings]
-    ranking_of = {i: r for r, ranking in enumerate(rankings) for i in ranking}
     # Widening is exact, so that leaves of several dtypes compare as the numbers they are.
     widest = jnp.result_type(*(x.dtype for x in leaves))
     dtype = widest if jnp.finfo(widest).bits > 8 else jnp.dtype(jnp.float32)
-    keep = jnp.stack([jnp.asarray(count, jnp.int32) for count in counts])
 
-    def images(data: _Data) -> list[jax.Array]:
-        return [image(x.astype(dtype), a) for x, a in zip(data.leaves, living, strict=True)]
+    def units(data: _Data) -> list[_Unit]:
+        images = [image(x.astype(dtype), a) for x, a in zip(data.leaves, living, strict=True)]
+        return [_Unit(x, p) for x, p in zip(images, _precedence(data, rankings), strict=True)]
 
-    data = _Data(list(leaves), jnp.uint32(1))
-    threshold, reached = _kth_largest(images, data, keep, sizes, rankings)
-    at = [threshold[ranking_of[i]] for i in range(len(leaves))]
-
-    # Scores equal to the threshold may be too many; the last of them by position go.
-    def positions(data: _Data) -> list[jax.Array]:
-        order = _positions(data, rankings)
-        return [jnp.where(x == t, o, 0) for x, t, o in zip(images(data), at, order, strict=True)]
-
-    last, _ = _kth_largest(positions, data, reached - keep, sizes, rankings)
+    data = _Data(list(leaves), jnp.uint32(0))
+    wanted = jnp.stack([jnp.asarray(count, jnp.int32) for count in counts])
+    last = _last_kept(units, data, wanted, rankings)
     # The dead, of image 0, can at most fill up the count: out with them.
     return [
-        (x > 0) & ((x > at[i]) | ((x == at[i]) & (order < last[ranking_of[i]])))
-        for i, (x, order) in enumerate(zip(images(data), _positions(data, rankings), strict=True))
+        (unit.image > 0)
+        & (
+            (unit.image > last.image[r])
+            | ((unit.image == last.image[r]) & (unit.precedence >= last.precedence[r]))
+        )
+        for unit, r in zip(units(data), _ranking_of(rankings), strict=True)
     ]
 
 
-_State = tuple[jax.Array, jax.Array, jax.Array]  # t so far, how many reach it, bits below it
-
-
 class _Data(NamedTuple):
-    """What images are made from. All of it passes the barrier of the search loop."""
+    """What units are made from. All of it passes the barrier of the search loop."""
 
     leaves: list[jax.Array]
-    first: jax.Array  # uint32, position of the first unit
+    zero: jax.Array  # uint32, where positions are counted from
+
+
+class _Unit(NamedTuple):
+    """What a unit is ranked by: first its image, among equals its precedence. No two are equal."""
+
+    image: jax.Array
+    precedence: jax.Array  # uint32, from 1, higher for earlier leaves and positions
 
 
 def image(x: jax.Array, alive: jax.Array | None = None) -> jax.Array:
@@ -86,76 +85,102 @@ def image(x: jax.Array, alive: jax.Array | None = None) -> jax.Array:
     return code if alive is None else jnp.where(alive, code, np.asarray(0, unsigned))
 
 
-def _kth_largest(
-    images: Callable[[_Data], list[jax.Array]],
+def _last_kept(
+    units: Callable[[_Data], list[_Unit]],
     data: _Data,
-    k: jax.Array,
-    sizes: Sequence[int],
+    wanted: jax.Array,
     rankings: Sequence[Ranking],
-) -> tuple[jax.Array, jax.Array]:
-    """Find the largest integer t that at least k images reach, and how many reach it.
+) -> _Unit:
+    """Find for each ranking the unit that exactly ``wanted`` units reach (or what separates them).
 
-    Eight bits of t at a time: an image is cut to the byte in question, saturated on both sides,
-    so that the eight counting passes of a stage read one byte a unit instead of its score. Stops
-    as soon as exactly k images reach t; t is then some integer that separates them. For k = 0 it
-    is above every image.
+    One byte of it at a time, from the highest of the image to the lowest of the precedence: each
+    unit is cut to the byte in question, saturated on both sides, so that the eight counting
+    passes over a byte read one byte a unit instead of its score. Stops as soon as the count is
+    right; only where scores are equal does it come to the precedence.
     """
-    dtype = jax.eval_shape(lambda: images(data)[0]).dtype
-    bits = jnp.iinfo(dtype).bits
-    all_ones = np.asarray(2**bits - 1, dtype)
+    sizes = [sum(data.leaves[i].size for i in ranking) for ranking in rankings]
+    dtype = jax.eval_shape(lambda: units(data)[0].image).dtype
+    image_bytes, all_bytes = dtype.itemsize, dtype.itemsize + 4
+    ranking_of = _ranking_of(rankings)
 
-    def byte(state: _State) -> _State:
-        low, reached, shift = state
-        # Tied to the loop, or XLA computes the images once and keeps them: a score-sized buffer.
-        inside, _ = lax.optimization_barrier((data, low))
-        scores = images(inside)
-        digits: dict[int, jax.Array] = {}
-        for r, ranking in enumerate(rankings):
-            for i in ranking:
-                offset = (jnp.maximum(scores[i], low[r]) - low[r]) >> shift
-                digits[i] = jnp.minimum(offset, np.asarray(255, dtype)).astype(jnp.uint8)
+    def next_byte(state: _State) -> _State:
+        last, reached, byte = state
+        in_image = byte < image_bytes
+        shift = 8 * (jnp.where(in_image, image_bytes, all_bytes) - 1 - byte)
+        # Tied to the loop, or XLA computes the units once and keeps them: a score-sized buffer.
+        inside, _ = lax.optimization_barrier((data, byte))
 
-        def bit(j: jax.Array, found: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        def cut(unit: _Unit, image: jax.Array, precedence: jax.Array) -> jax.Array:
+            by_image = _byte_above(unit.image, image, shift)
+            by_precedence = _byte_above(unit.precedence, precedence, shift)
+            decided = jnp.where(unit.image > image, np.uint8(255), np.uint8(0))
+            tied = jnp.where(unit.image == image, by_precedence, decided)
+            return jnp.where(in_image, by_image, tied)
+
+        digits = [
+            cut(unit, last.image[r], last.precedence[r])
+            for unit, r in zip(units(inside), ranking_of, strict=True)
+        ]
+
+        def next_bit(j: jax.Array, found: tuple[jax.Array, jax.Array]) -> Any:
             digit, reached = found
             trial = digit | (np.uint8(128) >> j.astype(jnp.uint8))
-            count = jnp.stack(
-                [
-                    sum((_count(digits[i] >= trial[r]) for i in ranking), jnp.int32(0))
-                    for r, ranking in enumerate(rankings)
-                ]
-            )
-            enough = count >= k
+            counts = [
+                sum((_count(digits[i] >= trial[r]) for i in ranking), jnp.int32(0))
+                for r, ranking in enumerate(rankings)
+            ]
+            count = jnp.stack(counts)
+            enough = count >= wanted
             return jnp.where(enough, trial, digit), jnp.where(enough, count, reached)
 
-        start = (jnp.zeros_like(low, jnp.uint8), reached)
-        digit, reached = lax.fori_loop(0, 8, bit, start)
-        return low + (digit.astype(dtype) << shift), reached, shift - np.asarray(8, dtype)
+        none = jnp.zeros_like(reached, jnp.uint8)
+        digit, reached = lax.fori_loop(0, 8, next_bit, (none, reached))
+        image = last.image + (jnp.where(in_image, digit, 0).astype(dtype) << shift.astype(dtype))
+        precedence = last.precedence + (
+            jnp.where(in_image, 0, digit).astype(jnp.uint32) << shift.astype(jnp.uint32)
+        )
+        return _Unit(image, precedence), reached, byte + 1
 
     def searching(state: _State) -> jax.Array:
-        _, reached, shift = state
-        return jnp.any(reached != k) & (shift < bits)  # below zero the shift wraps around
+        _, reached, byte = state
+        return jnp.any(reached != wanted) & (byte < all_bytes)
 
-    # With k = 0 there is nothing to search: told so at once, it costs no pass.
-    reached = jnp.where(k == 0, 0, jnp.asarray(sizes, jnp.int32))
-    start = (jnp.zeros(k.shape, dtype), reached, jnp.asarray(bits - 8, dtype))
-    low, reached, _ = lax.while_loop(searching, byte, start)
-    return jnp.where(k == 0, all_ones, low), reached
+    zero = _Unit(jnp.zeros(wanted.shape, dtype), jnp.zeros(wanted.shape, jnp.uint32))
+    last, _, _ = lax.while_loop(
+        searching, next_byte, (zero, jnp.asarray(sizes, jnp.int32), jnp.int32(0))
+    )
+    return last
 
 
-def _positions(data: _Data, rankings: Sequence[Ranking]) -> list[jax.Array]:
-    """Number the units of each ranking, leaf after leaf, without reshaping any."""
-    positions: dict[int, jax.Array] = {}
+_State = tuple[_Unit, jax.Array, jax.Array]  # unit so far, how many reach it, bytes found
+
+
+def _byte_above(x: jax.Array, low: jax.Array, shift: jax.Array) -> jax.Array:
+    """The byte at ``shift`` of ``x - low``, 0 for what is below and 255 for what is beyond."""
+    offset = (jnp.maximum(x, low) - low) >> shift.astype(x.dtype)
+    return jnp.minimum(offset, np.asarray(255, x.dtype)).astype(jnp.uint8)
+
+
+def _precedence(data: _Data, rankings: Sequence[Ranking]) -> list[jax.Array]:
+    """Number the units of each ranking downwards to 1, without reshaping any leaf."""
+    numbers: dict[int, jax.Array] = {}
     for ranking in rankings:
-        before = 0
+        left = sum(data.leaves[i].size for i in ranking)
         for i in ranking:
             shape = data.leaves[i].shape
-            position = jnp.broadcast_to(data.first + np.uint32(before), shape)
+            number = jnp.broadcast_to(data.zero + np.uint32(left), shape)
             for axis in range(len(shape)):
                 stride = np.uint32(math.prod(shape[axis + 1 :]))
-                position += lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-            positions[i] = position
-            before += data.leaves[i].size
-    return [positions[i] for i in range(len(positions))]
+                number -= lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+            numbers[i] = number
+            left -= data.leaves[i].size
+    return [numbers[i] for i in range(len(numbers))]
+
+
+def _ranking_of(rankings: Sequence[Ranking]) -> list[int]:
+    """For each leaf the ranking that it takes part in."""
+    of = {i: r for r, ranking in enumerate(rankings) for i in ranking}
+    return [of[i] for i in range(len(of))]
 
 
 def _count(mask: jax.Array) -> jax.Array:

@@ -1,0 +1,56 @@
+# `make ticket` and `make test` set everything up by themselves; `make help` lists the rest.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+JOBS ?= 2
+
+.PHONY: help ticket test test-slow lint types notebooks benchmarks clean
+
+help:
+	@echo "make ticket      find a lottery ticket on the digits (a minute or two)"
+	@echo "make test        lint, types, doctests and the fast tests"
+	@echo "make test-slow   all tests, the slow ones too"
+	@echo "make notebooks   execute the notebooks on the results at hand"
+	@echo "make benchmarks  ratios against what you would use instead (some minutes)"
+	@echo "make clean       remove the environment, caches and results"
+
+ticket: $(VENV)/ready
+	$(BIN)/python -m experiments.lottery_ticket
+
+test: lint types
+	$(BIN)/python -m pytest -n $(JOBS) -q
+
+test-slow: lint types
+	$(BIN)/python -m pytest -n $(JOBS) -q -m "slow or not slow"
+
+lint: $(VENV)/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/ready
+	$(BIN)/mypy
+
+notebooks: $(VENV)/ready
+	cd notebooks && for n in *.py; do \
+		../$(BIN)/jupytext --to ipynb --execute --output ../results/$${n%.py}.ipynb $$n || exit 1; \
+	done
+
+benchmarks: $(VENV)/ready
+	$(BIN)/python -m benchmarks.selection
+	$(BIN)/python -m benchmarks.step_overhead
+	$(BIN)/python -m benchmarks.training_speed
+
+# The lock names the public package index; where that is not reachable, take what there is.
+$(VENV)/ready: pyproject.toml uv.lock
+	@test -n "$(PYTHON)" || { echo "jaxprune needs Python >= 3.11: make PYTHON=/path/to/python"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv sync --quiet --frozen --inexact --extra dev \
+		|| $(BIN)/python -m pip install --quiet -e '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(VENV)-latest .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis results

@@ -1,0 +1,1 @@
+"""Experiments: one script reproduces one figure or table."""

@@ -1,0 +1,1 @@
+"""What the experiments share: data, models, one training loop, run folders, figures."""

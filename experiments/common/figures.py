@@ -1,0 +1,106 @@
+"""Figures of the lottery ticket experiment; each function draws on axes or makes one figure."""
+
+import io
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
+
+from experiments.common import results
+from experiments.common.runs import Record
+
+# Okabe and Ito's colours, which all eyes can tell apart.
+COLOURS = {"ticket": "#0072B2", "reinit": "#D55E00", "shuffle": "#009E73", "random": "#CC79A7"}
+
+
+def accuracy_figure(rows: list[Record], *, steps: int, early_step: int) -> Figure:
+    """Draw test accuracy against weights left, at the end of training and early on."""
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    end, early = figure.subplots(1, 2)
+    draw_metric(end, rows, "accuracy", percent=True)
+    draw_metric(early, rows, "accuracy_early", percent=True)
+    end.set_title(f"at the end of training (step {steps:,})")
+    early.set_title(f"early (step {early_step:,})")
+    end.set_ylabel("test accuracy [%]")
+    end.set_ylim(_limits(rows))
+    end.legend(loc="lower left", frameon=False)
+    return figure
+
+
+def learning_figure(records: list[Record]) -> Figure:
+    """Draw validation accuracy against step, a panel a condition and a line a level."""
+    rows = results.summarise(records)
+    names = results.conditions(rows) or ["dense"]
+    figure = Figure(figsize=(max(5.0, 3.2 * len(names)), 3.6), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, name in zip(panels, names, strict=True):
+        draw_curves(axes, records, name)
+        axes.set_title(name)
+        axes.set_xlabel("step")
+    panels[0].set_ylabel("validation accuracy [%]")
+    panels[0].legend(title="weights left", loc="lower right", frameon=False)
+    return figure
+
+
+def draw_metric(axes: Axes, rows: list[Record], metric: str, *, percent: bool = False) -> None:
+    """Draw a metric against the weights left: a line a condition, its spread, and dense."""
+    scale = 100 if percent else 1
+    dense = scale * results.row_at(rows, 0, "dense")[metric]["mean"]
+    axes.axhline(dense, color="0.35", linestyle="--", linewidth=1, label="dense")
+    levels = sorted({row["level"] for row in rows})
+    left = [100 * results.row_at(rows, level, "ticket")["remaining"] for level in levels]
+    for name in results.conditions(rows):
+        line = [results.row_at(rows, level, name)[metric] for level in levels]
+        mean = scale * np.array([spread["mean"] for spread in line])
+        std = scale * np.array([spread["std"] for spread in line])
+        axes.fill_between(left, mean - std, mean + std, color=COLOURS[name], alpha=0.15, lw=0)
+        axes.plot(left, mean, "o-", color=COLOURS[name], markersize=3.5, linewidth=1.5, label=name)
+    weights_left_axis(axes, left)
+    _plain(axes)
+
+
+def draw_curves(axes: Axes, records: list[Record], condition: str, *, pruned: int = 3) -> None:
+    """Draw validation accuracy over training: dense, and some pruned levels of a condition."""
+    deepest = max(record["level"] for record in records)
+    levels = sorted({round(n) for n in np.linspace(1, deepest, pruned)}) if deepest else []
+    colours = colormaps["viridis"](np.linspace(0, 0.85, len(levels)))
+    for level, colour in zip([0, *levels], ["0.35", *colours], strict=True):
+        steps, seeds = results.curves(records, level, condition)
+        mean, std = 100 * seeds.mean(0), 100 * seeds.std(0)
+        left = next(100 * record["remaining"] for record in records if record["level"] == level)
+        axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.15, lw=0)
+        axes.plot(steps, mean, "-" if level else "--", color=colour, label=f"{left:.3g} %")
+    _plain(axes)
+
+
+def weights_left_axis(axes: Axes, left: list[float]) -> None:
+    """Make a logarithmic axis from dense to sparse, with about ten levels labelled."""
+    left = [share for share in left if share > 0]  # a logarithm has no place for nothing left
+    ticks = left[:: 1 + len(left) // 10]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(1.1 * max(left), min(left) / 1.1)
+    axes.set_xlabel("weights left [%]")
+
+
+def png(figure: Figure) -> bytes:
+    """Render a figure to the content of a file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
+
+
+def _limits(rows: list[Record]) -> tuple[float | None, float | None]:
+    """Room for the ticket and its closest control; one that collapses may leave the picture."""
+    shown = [row for row in rows if row["condition"] in ("dense", "ticket", "reinit")]
+    means = [100 * row["accuracy"]["mean"] for row in shown]
+    margin = 0.1 * (max(means) - min(means))
+    return (min(means) - margin, max(means) + margin) if margin else (None, None)
+
+
+def _plain(axes: Axes) -> None:
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)

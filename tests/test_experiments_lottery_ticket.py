@@ -1,0 +1,308 @@
+"""Tests of experiments/lottery_ticket.py and of the notebook that reads its results."""
+
+import dataclasses
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from experiments import lottery_ticket
+from experiments.common import results, runs
+from experiments.common.models import MLP
+from experiments.lottery_ticket import CONTROLS, Config, main, resolve
+
+ROOT = Path(lottery_ticket.__file__).parents[1]
+TOY = Config(levels=2, steps=20, seeds=2, eval_every=5)
+SIZES = {"hidden_0/kernel": 6400, "hidden_1/kernel": 5000, "out/kernel": 500}
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """The folder of an undisturbed toy run, to be read only."""
+    folder = tmp_path_factory.mktemp("toy")
+    main(dataclasses.replace(TOY, out=folder))
+    return folder
+
+
+def assert_same_run(folder, other):
+    """Metrics and summary agree byte for byte, saved arrays bit for bit."""
+    for name in ("config.json", "metrics.jsonl", "summary.json"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+    saved = sorted(path.relative_to(folder) for path in folder.glob("seed_*/*.npz"))
+    assert saved == sorted(path.relative_to(other) for path in other.glob("seed_*/*.npz"))
+    for path in saved:
+        with np.load(folder / path) as a, np.load(other / path) as b:
+            assert a.files == b.files
+            for name in a.files:
+                np.testing.assert_array_equal(a[name], b[name], err_msg=f"{path} {name}")
+
+
+def test_a_run_leaves_its_files(toy):
+    names = {str(path.relative_to(toy)) for path in toy.rglob("*") if path.is_file()}
+    levels = {f"seed_{s}/level_0{n}.npz" for s in range(2) for n in range(3)}
+    starts = {"seed_0/start.npz", "seed_1/start.npz"}
+    files = {"config.json", "metrics.jsonl", "summary.json", "accuracy.png", "learning_curves.png"}
+    assert names == files | levels | starts
+
+
+def test_the_config_is_written_with_what_the_dataset_decides(toy):
+    config = runs.read_config(toy)
+    assert (config["levels"], config["rate"], config["output_rate"]) == (2, 0.36, 0.18)
+    assert config["data_path"] is None and "out" not in config
+
+
+def test_metrics_have_a_line_for_each_training_run(toy):
+    records = runs.read_records(toy)
+    assert len({lottery_ticket.run_of(record) for record in records}) == len(records) == 18
+    for record in records:
+        assert record["steps"] == [5, 10, 15, 20]
+        assert len(record["validation_loss"]) == len(record["validation_accuracy"]) == 4
+        assert record["early_stop_step"] == 5 * (1 + np.argmin(record["validation_loss"]))
+
+
+def test_the_summary_has_a_row_for_each_level_and_condition(toy):
+    rows = runs.read_summary(toy)["rows"]
+    pruned = [(level, name) for level in (1, 2) for name in ("ticket", *CONTROLS)]
+    assert [(row["level"], row["condition"]) for row in rows] == [(0, "dense"), *pruned]
+    for row in rows:
+        for metric in ("accuracy", "accuracy_early", "accuracy_best", "early_stop_step"):
+            seeds = row[metric]["seeds"]
+            assert len(seeds) == 2
+            assert row[metric]["mean"] == np.mean(seeds) and row[metric]["std"] == np.std(seeds)
+        assert all(0 <= accuracy <= 1 for accuracy in row["accuracy"]["seeds"])
+
+
+def test_each_round_removes_exactly_its_share_of_each_layer(toy):
+    for level in range(3):
+        masks, _ = runs.load_level(toy, 1, level)
+        left = {path: int(mask.sum()) for path, mask in paths(masks).items()}
+        rates = {path: 0.18 if path.startswith("out") else 0.36 for path in SIZES}
+        removed = {path: round((1 - (1 - rates[path]) ** level) * n) for path, n in SIZES.items()}
+        assert left == {path: n - removed[path] for path, n in SIZES.items()}
+        for row in runs.read_summary(toy)["rows"]:
+            if row["level"] == level:
+                assert row["remaining"] == sum(left.values()) / sum(SIZES.values())
+
+
+def test_masks_are_nested_and_take_the_smallest_trained_weights(toy):
+    for level in (1, 2):
+        before, trained = map(paths, runs.load_level(toy, 0, level - 1))
+        after = paths(runs.load_level(toy, 0, level)[0])
+        for path in SIZES:
+            assert not np.any(after[path] & ~before[path])
+            lost = np.abs(trained[path][before[path] & ~after[path]])
+            assert lost.max() <= np.abs(trained[path][after[path]]).min()
+
+
+def paths(tree):
+    """Arrays of two-level parameters or masks by path, without the holes."""
+    flat = {f"{layer}/{name}": leaf for layer, part in tree.items() for name, leaf in part.items()}
+    return {path: leaf for path, leaf in flat.items() if leaf is not None}
+
+
+@pytest.fixture
+def ticket(key):
+    model, images = MLP((100, 50), 10), np.zeros((1, 64), np.float32)
+    start = model.init(key, images)["params"]
+    return start, jp.find_masks(start, 0.6), lambda key: model.init(key, images)["params"]
+
+
+def control(name, ticket, key):
+    start, masks, draw = ticket
+    return lottery_ticket.control(name, start, masks, draw=draw, key=jax.random.fold_in(key, 1))
+
+
+def test_reinit_keeps_the_mask_and_draws_the_weights_again(ticket, key):
+    params, masks = control("reinit", ticket, key)
+    assert masks is ticket[1]
+    for path, mask in paths(masks).items():
+        fresh, old = paths(params)[path], paths(ticket[0])[path]
+        assert not np.any(fresh[~mask])
+        assert np.mean(fresh[mask] == old[mask]) < 0.01
+
+
+def test_shuffle_keeps_the_weights_and_the_count_of_each_layer(ticket, key):
+    params, masks = control("shuffle", ticket, key)
+    for path, mask in paths(masks).items():
+        original = paths(ticket[1])[path]
+        assert mask.sum() == original.sum() and np.any(mask != original)
+        np.testing.assert_array_equal(
+            paths(params)[path], np.where(mask, paths(ticket[0])[path], 0)
+        )
+
+
+def test_random_keeps_the_weights_and_the_count_of_the_network(ticket, key):
+    params, masks = control("random", ticket, key)
+    assert results.remaining(masks) == results.remaining(ticket[1])
+    for path, mask in paths(masks).items():
+        assert abs(mask.mean() - 0.4) < 0.1
+        np.testing.assert_array_equal(
+            paths(params)[path], np.where(mask, paths(ticket[0])[path], 0)
+        )
+
+
+class Killed(BaseException):
+    """What a test raises where a process would die."""
+
+
+@pytest.mark.parametrize(
+    ("before", "torn"), [(0, False), (1, True), (2, False), (5, True), (9, False), (17, True)]
+)
+def test_a_killed_run_goes_on_to_the_same_numbers(toy, tmp_path, monkeypatch, before, torn):
+    append, config = runs.append_record, dataclasses.replace(TOY, out=tmp_path)
+    appended = []
+
+    def append_until_killed(folder, record):
+        if len(appended) == before:
+            if torn:
+                with open(folder / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps(record)[:40])
+            raise Killed
+        appended.append(record)
+        append(folder, record)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(runs, "append_record", append_until_killed)
+        main(config)
+    assert len(runs.read_records(tmp_path)) == before
+    main(config)
+    assert_same_run(tmp_path, toy)
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_for_real_goes_on_to_the_same_numbers(toy, tmp_path):
+    options = ["--levels", "2", "--steps", "20", "--seeds", "2", "--eval-every", "5"]
+    command = [sys.executable, "-m", "experiments.lottery_ticket", *options, "--out", str(tmp_path)]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 60
+    while len(runs.read_records(tmp_path)) < 3 and time.monotonic() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert 3 <= len(runs.read_records(tmp_path)) < 18
+    main(dataclasses.replace(TOY, out=tmp_path))
+    assert_same_run(tmp_path, toy)
+
+
+def test_a_finished_run_only_prints_and_draws_again(toy, capsys, monkeypatch):
+    monkeypatch.setattr(lottery_ticket, "load", None)  # neither data nor training are needed
+    (toy / "accuracy.png").unlink()
+    summary = main(dataclasses.replace(TOY, out=toy))
+    assert summary == runs.read_summary(toy)
+    assert (toy / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+    assert "ticket - reinit" in capsys.readouterr().out
+
+
+def test_another_config_is_refused(toy):
+    with pytest.raises(ValueError, match=r"another config: rate \(0\.36 there, 0\.2 now\)\. Go on"):
+        main(dataclasses.replace(TOY, rate=0.2, out=toy))
+
+
+def test_tickets_can_be_rewound_to_a_later_step(toy, tmp_path):
+    summary = main(dataclasses.replace(TOY, seeds=1, rewind_step=10, out=tmp_path))
+    ticket = next(r for r in runs.read_records(tmp_path) if r["condition"] == "ticket")
+    assert ticket["steps"] == [15, 20] and summary["early_step"] == 15
+    short = main(dataclasses.replace(TOY, seeds=1, steps=10, levels=0, out=tmp_path / "short"))
+    assert short["rows"][0]["condition"] == "dense"
+    after_ten_steps = runs.load_level(tmp_path / "short", 0, 0)[1]
+    for path, rewound in paths(runs.load_start(tmp_path, 0)).items():
+        np.testing.assert_array_equal(rewound, paths(after_ten_steps)[path])
+
+
+def test_weights_may_compete_across_the_layers(tmp_path):
+    main(dataclasses.replace(TOY, seeds=1, scope="across", controls=(), out=tmp_path))
+    masks, _ = runs.load_level(tmp_path, 0, 2)
+    removed = round((1 - 0.64**2) * 11_900)
+    assert sum(int(mask.sum()) for mask in paths(masks).values()) == 11_900 - removed
+    assert len(set(results.layer_sparsity(masks).values())) == 3
+
+
+def test_mnist_comes_from_the_data_path(tmp_path):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (140, 28, 28), dtype=np.uint8)
+    labels = rng.integers(0, 10, 140)
+    np.savez(
+        tmp_path / "mnist.npz",
+        x_train=images[:120],
+        y_train=labels[:120],
+        x_test=images[120:],
+        y_test=labels[120:],
+    )
+    path = tmp_path / "mnist.npz"
+    config = Config(
+        dataset="mnist", data_path=path, levels=1, steps=4, seeds=1, controls=(), out=tmp_path
+    )
+    rows = main(config)["rows"]
+    assert rows[1]["remaining"] == pytest.approx(0.800_38, abs=1e-5)
+    assert runs.load_start(tmp_path, 0)["hidden_0"]["kernel"].shape == (784, 300)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dataset": "cifar"}, "`dataset='cifar'` is not known. Choose one of digits, mnist"),
+        ({"levels": -1}, "`levels=-1` must be 0 or more"),
+        ({"rate": 1.0}, "`rate=1.0` must lie between 0 and 1"),
+        ({"rate": float("nan")}, "`rate=nan` must lie between 0 and 1"),
+        ({"output_rate": 0.0}, "`output_rate=0.0` must lie between 0 and 1"),
+        ({"steps": 0}, "`steps=0` must be positive"),
+        ({"seeds": 0}, "`seeds=0` must be positive"),
+        ({"batch_size": -5}, "`batch_size=-5` must be positive"),
+        ({"learning_rate": 0.0}, "`learning_rate=0.0` must be positive"),
+        (
+            {"controls": ("reinit", "lucky")},
+            r"may name reinit, shuffle, random, but not \['lucky'\]",
+        ),
+        ({"controls": ("reinit", "reinit")}, "names a control twice"),
+        ({"scope": "globally"}, "`scope='globally'` must be per-leaf or across"),
+        ({"rewind_step": 400}, "`rewind_step=400` must lie in 0 to 399"),
+        ({"eval_every": 0}, "`eval_every=0` must be positive"),
+        ({"eval_every": 30}, "`eval_every=30` must divide both steps=400 and rewind_step=0"),
+        ({"data_path": Path("mnist.npz")}, "goes with dataset='mnist'"),
+        ({"levels": -1, "seeds": 0}, "`levels=-1` must be 0 or more; `seeds=0` must be positive"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(changes, words):
+    with pytest.raises(ValueError, match=words):
+        resolve(Config(**changes))
+
+
+def test_settings_fit_together_by_default():
+    assert resolve(Config(steps=25)).eval_every == 5
+    assert resolve(Config(dataset="mnist", rewind_step=50)).eval_every == 50
+    assert resolve(Config()).out == Path("results/lottery_ticket_digits")
+
+
+@pytest.mark.slow
+def test_tickets_beat_fresh_weights_on_the_digits(tmp_path):
+    rows = main(Config(seeds=3, levels=6, controls=("reinit",), out=tmp_path))["rows"]
+    assert results.difference(rows, 4, "reinit")[0] >= 0.008  # 18 % of the weights left
+    assert results.difference(rows, 6, "reinit")[0] >= 0.02  # 8 %
+
+
+def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():
+    jupytext = pytest.importorskip("jupytext")
+    notebook = jupytext.read(ROOT / "notebooks" / "lottery_ticket.ipynb")
+    script = jupytext.read(ROOT / "notebooks" / "lottery_ticket.py")
+    assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and not cell.get("execution_count")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["notebooks", "."])
+def test_the_notebook_runs_on_toy_results(toy, monkeypatch, folder):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("JAXPRUNE_RESULTS", str(toy))
+    notebook = nbformat.read(ROOT / "notebooks" / "lottery_ticket.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(ROOT / folder)}}
+    nbclient.NotebookClient(notebook, resources=resources).execute()
+    drawn = [out for cell in notebook.cells for out in cell.get("outputs", []) if "data" in out]
+    assert sum("image/png" in out["data"] for out in drawn) == 5

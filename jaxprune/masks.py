@@ -184,7 +184,12 @@ def rank(
 ) -> Masks:
     """Make masks; the sparsity has been checked, or is traced."""
     _check_pair(pattern, scope)
-    wrong = [(path, s) for path, s in leaves_with_path(scores) if not is_floating(s)]
+    leaves = leaves_with_path(scores)
+    if not leaves:
+        raise ValueError(
+            "There are no scores to rank: the tree has no leaf but None. Score at least one leaf."
+        )
+    wrong = [(path, s) for path, s in leaves if not is_floating(s)]
     if wrong:
         path, leaf = wrong[0]
         raise TypeError(
@@ -277,9 +282,9 @@ def sparsity(masks: Masks, params: Params) -> float | jax.Array:
     counts = kept_counts(masks, params)
     total = sum(n for _, n in counts.values())
     if any(isinstance(kept, jax.core.Tracer) for kept, _ in counts.values()):
-        kept = sum(jnp.asarray(kept, float) for kept, _ in counts.values())
-        return 1.0 - kept / max(total, 1)
-    return (total - sum(int(kept) for kept, _ in counts.values())) / max(total, 1)
+        gone = sum(jnp.asarray(n - kept, float) for kept, n in counts.values())
+        return jnp.asarray(gone / max(total, 1))
+    return (total - sum(kept for kept, _ in counts.values())) / max(total, 1)
 
 
 def kept_counts(masks: Masks, params: Params) -> dict[str, tuple[Any, int]]:

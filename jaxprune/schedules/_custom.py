@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 from jax.typing import ArrayLike
 
+from jaxprune._errors import check_sparsity
 from jaxprune._types import Sparsity
 from jaxprune.schedules._schedule import Schedule
 
@@ -25,7 +26,8 @@ def custom(fn: Callable[[ArrayLike], Sparsity], begin: int, end: int, every: int
 
     Raises:
       TypeError: ``fn`` cannot be called.
-      ValueError: ``end`` is before ``begin``, or a step is no integer from 0 on.
+      ValueError: ``end`` is before ``begin``, a step is no integer from 0 on, or ``fn`` leaves
+        [0, 1] at ``begin`` or ``end``.
 
     Example:
       >>> import optax
@@ -38,4 +40,7 @@ def custom(fn: Callable[[ArrayLike], Sparsity], begin: int, end: int, every: int
             f"`custom(fn={fn!r})` needs a function from step to sparsity, such as "
             "`optax.linear_schedule(0.0, 0.9, 1000)`."
         )
-    return Schedule(fn, begin, end, every)
+    schedule = Schedule(fn, begin, end, every)
+    for step in (begin, end):  # a look at both ends: percents are caught here
+        check_sparsity(schedule(step), "custom")
+    return schedule

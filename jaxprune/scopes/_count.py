@@ -43,8 +43,10 @@ def is_fixed(leaf: Any) -> bool:
 
 
 def is_number(sparsity: Any) -> bool:
-    """True for a sparsity whose value is known now."""
-    return not isinstance(sparsity, Fixed | jax.core.Tracer)
+    """True for a sparsity known now in double precision; a float32 array counts as traced does."""
+    if isinstance(sparsity, np.ndarray):
+        return sparsity.dtype == np.float64
+    return isinstance(sparsity, int | float | np.integer)  # np.float64 is a float
 
 
 def fix(sparsity: Any) -> Fixed:

@@ -206,12 +206,14 @@ def rank(
         lambda part: part > 0,
         pattern.pool(
             map_leaves(
-                lambda s, m: jnp.broadcast_to(m, s.shape).astype(jnp.float32), scores, within
+                lambda s, m: jnp.broadcast_to(m is None or m, s.shape).astype(jnp.float32),
+                scores,
+                within,
             )
         ),
     )
     found = pattern.expand(scope(units, sparsity, within=alive), like=scores)
-    return map_leaves(lambda new, old: new & old, found, within)
+    return map_leaves(lambda new, old: new if old is None else new & old, found, within)
 
 
 def apply_masks(params: Params, masks: Masks) -> Params:
@@ -367,10 +369,12 @@ def _pack_bits(mask: jax.Array) -> jax.Array:
 
 def _unpack_bits(packed: Packed) -> jax.Array:
     last = packed.shape[-1] if packed.shape else 1
-    bits = jnp.unpackbits(packed.bits, axis=-1, count=last).astype(bool)
     # Leading axes are those of the bits: a stack of packed masks unpacks to a stack of masks.
-    extra = bits.ndim - max(len(packed.shape), 1)
-    return bits.reshape(*bits.shape[:extra], *packed.shape)
+    stack = packed.bits.shape[: packed.bits.ndim - max(len(packed.shape), 1)]
+    if not packed.bits.size:  # jnp.unpackbits divides by the number of rows
+        return jnp.zeros((*stack, *packed.shape), bool)
+    bits = jnp.unpackbits(packed.bits, axis=-1, count=last).astype(bool)
+    return bits.reshape(*stack, *packed.shape)
 
 
 def check_masks(masks: Masks, params: Params, name: str) -> Masks:

@@ -62,9 +62,10 @@ class Blocks:
         axes, tiled = self._tiling(scores.shape)
         pooled = reduce_scores(self.reduce, self._split(scores, tiled), axes)
         if self.reduce == "mean":  # the padding took part as zeros; divide by what is really there
-            present = self._split(jnp.ones(scores.shape[-len(self.shape) :], jnp.float32), tiled)
-            part = tuple(axis - (len(tiled) - present.ndim) for axis in axes)
-            pooled = pooled / reduce_scores("mean", present, part)
+            lead = (1,) * (scores.ndim - len(self.shape))
+            present = jnp.ones(lead + scores.shape[len(lead) :], jnp.float32)
+            present = self._split(present, lead + tiled[len(lead) :])
+            pooled = pooled / reduce_scores("mean", present, axes)
         return jnp.squeeze(pooled, axis=axes)
 
     def _expand_leaf(self, keep: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -87,7 +88,7 @@ class Blocks:
         rank = len(self.shape)
         short = [-n % b for n, b in zip(x.shape[-rank:], self.shape, strict=True)]
         x = jnp.pad(x, [(0, 0)] * (x.ndim - rank) + [(0, n) for n in short])
-        return x.reshape(tiled[len(tiled) - x.ndim - rank :])
+        return x.reshape(tiled)
 
     def _check(self, scores: Scores) -> None:
         bad: list[str] = []

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 MOST_UNITS = 2**31 - 1  # counts are int32 on every device
 
@@ -14,19 +15,18 @@ MOST_UNITS = 2**31 - 1  # counts are int32 on every device
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-    """A sparsity in units of 2**-62, as two words: a float64 that survives a jit without x64.
+    """A sparsity in units of 2**-93, as three words: a float64 that survives a jit without x64.
 
     A traced sparsity is a float32 there, and float32(0.7) is not 0.7. Where the number is known
     outside of the jit it travels as this, and every count comes out as in Python. A scope of
     somebody else's can take it for the float32 that it stands for.
     """
 
-    high: Any  # uint32, up to 2**31
-    low: Any  # uint32, below 2**31
+    words: Any  # uint32 [3], highest first, 31 bits each (the first may be 2**31)
     digits: Any  # int32, binary digits of the format that the number came in
 
     def __jax_array__(self) -> jax.Array:
-        return self.high.astype(jnp.float32) * 2.0**-31 + self.low.astype(jnp.float32) * 2.0**-62
+        return jnp.sum(self.words.astype(jnp.float32) * np.exp2([-31, -62, -93], dtype=np.float32))
 
     def __mul__(self, other: Any) -> Any:
         return self.__jax_array__() * other
@@ -50,17 +50,22 @@ def is_number(sparsity: Any) -> bool:
 
 
 def fix(sparsity: Any) -> Fixed:
-    """Write a sparsity, known or traced, in fixed point. Exact down to 2**-62."""
+    """Write a sparsity, known or traced, in fixed point."""
     if isinstance(sparsity, Fixed):
         return sparsity
     if is_number(sparsity):
-        words = divmod(round(math.ldexp(float(sparsity), 62)), 2**31)
-        return Fixed(np.uint32(words[0]), np.uint32(words[1]), np.int32(53))
+        n = round(math.ldexp(float(sparsity), 93))
+        words = np.array([n >> 62, (n >> 31) & int(_WORD), n & int(_WORD)], np.uint32)
+        return Fixed(words, np.int32(53))
     digits = jnp.finfo(jnp.result_type(sparsity)).nmant + 1
-    scaled = jnp.asarray(sparsity) * 2.0**31
-    high = jnp.floor(scaled)
-    low = ((scaled - high) * 2.0**31).astype(jnp.uint32)
-    return Fixed(high.astype(jnp.uint32), low, jnp.int32(digits))
+    rest = jnp.asarray(sparsity)
+    rest = rest.astype(jnp.promote_types(rest.dtype, jnp.float32))
+    parts = []
+    for _ in range(3):  # every step is exact: a shift, a floor, and what the floor left over
+        part = jnp.floor(rest * 2.0**31)
+        rest = rest * 2.0**31 - part
+        parts.append(part.astype(jnp.uint32))
+    return Fixed(jnp.stack(parts), jnp.int32(digits))
 
 
 def settle(sparsity: Any, final: Any) -> Fixed:
@@ -79,29 +84,31 @@ def removed(sparsity: Any, n: int) -> int | jax.Array:
     """
     if is_number(sparsity):
         return round(float(sparsity) * n)
-    fixed = jax.tree.map(jnp.asarray, fix(sparsity))  # numpy would warn that words wrap
+    fixed = fix(sparsity)
+    high, middle, low = (_multiply(jnp.asarray(fixed.words)[i], n) for i in range(3))
 
-    # sparsity * n = whole + part * 2**-62, multiplied word by word; a word of `part` has 31 bits.
-    upper_high, upper_low = _multiply(fixed.high, n)
-    lower_high, lower_low = _multiply(fixed.low, n)
-    middle_low = upper_low + ((lower_high << 1) | (lower_low >> 31))
-    middle_high = upper_high + (middle_low < upper_low)
-    whole = (middle_high << 1) | (middle_low >> 31)
-    part_high, part_low = middle_low & _WORD, lower_low & _WORD
+    # sparsity * n = whole + a fraction of three words, the carries passed on.
+    part_low = low[1]
+    sum_middle = middle[1] + low[0]
+    sum_high = high[1] + middle[0] + (sum_middle >> 31)
+    whole = high[0] + (sum_high >> 31)
+    part_middle, part_high = sum_middle & _WORD, sum_high & _WORD
 
-    # The distance of `part` from one half, and half a step of the product in its floating format.
+    # How far the fraction is from one half, on either side of it.
     above = part_high >= _HALF
     borrow = (part_low > 0).astype(jnp.uint32)
-    gap_high = jnp.where(above, part_high - _HALF, _HALF - part_high - borrow)
-    gap_low = jnp.where(above, part_low, (_WORD + np.uint32(1) - part_low) & _WORD)
-    exponent = jnp.where(
-        whole > 0, 31 - jax.lax.clz(whole).astype(jnp.int32), jnp.where(above, -1, -2)
-    )
-    bit = jnp.minimum(exponent + 62 - fixed.digits, 59)  # never more than an eighth of a unit
+    less = part_middle + borrow
+    gap_high = jnp.where(above, part_high - _HALF, _HALF - part_high - (less > 0))
+    gap_middle = jnp.where(above, part_middle, (np.uint32(0) - less) & _WORD)
+
+    # A tie is what float64 cannot tell from one: half a step of the product, 2**step of our units.
+    exponent = jnp.where(whole > 0, 31 - lax.clz(whole).astype(jnp.int32), jnp.where(above, -1, -2))
+    step = jnp.minimum(exponent + 93 - fixed.digits, 90)  # never more than an eighth of a unit
     one = jnp.ones_like(whole)
-    step_high = jnp.where(bit >= 31, one << jnp.maximum(bit - 31, 0).astype(jnp.uint32), 0)
-    step_low = jnp.where(bit < 31, one << jnp.clip(bit, 0, 30).astype(jnp.uint32), 0)
-    tie = (gap_high < step_high) | ((gap_high == step_high) & (gap_low <= step_low))
+    step_high = jnp.where(step >= 62, one << jnp.maximum(step - 62, 0).astype(jnp.uint32), 0)
+    step_middle = jnp.where(step < 62, one << jnp.clip(step - 31, 0, 30).astype(jnp.uint32), 0)
+    within = (gap_middle < step_middle) | ((gap_middle == step_middle) & (part_low == 0))
+    tie = (gap_high < step_high) | ((gap_high == step_high) & within)
     return (whole + jnp.where(tie, whole & 1, above)).astype(jnp.int32)
 
 
@@ -110,9 +117,10 @@ _HALF = np.uint32(2**30)
 
 
 def _multiply(x: jax.Array, n: int) -> tuple[jax.Array, jax.Array]:
-    """The 64-bit product of two 32-bit words, as (high, low)."""
+    """The product of two words, as (high, low) words of 31 bits."""
     half = np.uint32(0xFFFF)
     a, b, c, d = x >> 16, x & half, np.uint32(n >> 16), np.uint32(n & 0xFFFF)
     cross = a * d + ((b * d) >> 16)
     other = b * c + (cross & half)
-    return a * c + (cross >> 16) + (other >> 16), x * np.uint32(n)
+    high, low = a * c + (cross >> 16) + (other >> 16), x * np.uint32(n)
+    return (high << 1) | (low >> 31), low & _WORD

@@ -134,6 +134,19 @@ def prune(
     def init_criterion(params: Params) -> Any:
         return memory.init(prunable(params, where=where)) if memory else ()
 
+    def as_wide_as_found(masks: Masks, params: Params) -> Masks:
+        """Masks of somebody else's pattern are widened to what this one finds."""
+        found = jax.eval_shape(
+            lambda p: pattern.expand(pattern.pool(p), like=p), prunable(params, where=where)
+        )
+        return map_leaves(
+            lambda m, f: (
+                m if f is None else jnp.broadcast_to(m, jnp.broadcast_shapes(m.shape, f.shape))
+            ),
+            masks,
+            found,
+        )
+
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
         remembered = state.criterion_state
         evidence = {"grads": grads, **extra}
@@ -145,7 +158,8 @@ def prune(
             evidence["key"] = jax.random.fold_in(state.key, state.count)
         check_evidence(criterion, evidence)
         now = state.count
-        falls = _falls(schedule(now), schedule(jnp.maximum(now - 1, 0)))
+        before = schedule.before(now) if hasattr(schedule, "before") else now - 1
+        falls = _falls(schedule(now), schedule(jnp.maximum(before, 0)))
 
         def again(loop: tuple[jax.Array, Masks]) -> tuple[jax.Array, Masks]:
             due, masks = loop
@@ -164,7 +178,8 @@ def prune(
         # A loop of at most one round instead of a conditional: XLA passes masks that do not
         # change through a loop without copying them, and under vmap it still skips the search.
         due = jnp.asarray(schedule.due(now), bool)
-        _, masks = lax.while_loop(lambda loop: loop[0], again, (due, unpack(state.masks)))
+        masks = as_wide_as_found(unpack(state.masks), params)
+        _, masks = lax.while_loop(lambda loop: loop[0], again, (due, masks))
         return masks, remembered
 
     return _wrap(
@@ -366,7 +381,8 @@ def with_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
     mirror = align(masks, shapes)
     like = shapes if mirror is None else jax.tree.map(_fit, shapes, mirror, is_leaf=is_hole)
     mirror = check_masks(masks, like, "masks")
-    new_masks = jax.tree.map(lambda m: pack(jnp.copy(m)) if packed else jnp.copy(m), mirror)
+    copies = jax.tree.map(jnp.copy, mirror)
+    new_masks = pack(copies) if packed else copies
     return jax.tree.map(
         lambda node: node._replace(masks=new_masks) if _is_pruner(node) else node,
         opt_state,
@@ -384,9 +400,14 @@ def _fit(old: Any, new: Any) -> Any:
     return jax.ShapeDtypeStruct(shape, bool)
 
 
-def _the_pruner(opt_state: optax.OptState) -> PruneState:
+def _pruners(opt_state: optax.OptState) -> list[PruneState]:
     nodes = jax.tree.leaves(opt_state, is_leaf=_is_pruner)
-    found = [node for node in nodes if _is_pruner(node)]
+    outer = [node for node in nodes if _is_pruner(node)]
+    return outer + [inner for node in outer for inner in _pruners(node.inner_state)]
+
+
+def _the_pruner(opt_state: optax.OptState) -> PruneState:
+    found = _pruners(opt_state)
     if len(found) != 1:
         raise ValueError(
             f"The optimizer state holds {len(found)} pruners, want one. "

@@ -21,7 +21,8 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
         """Map images `[batch, pixels]` to logits `[batch, classes]`."""
-        glorot = nn.initializers.glorot_normal()
+        # `glorot_normal` cuts the normal distribution off at two standard deviations.
+        glorot = nn.initializers.variance_scaling(1.0, "fan_avg", "normal")
         for i, width in enumerate(self.widths):
             images = nn.relu(nn.Dense(width, kernel_init=glorot, name=f"hidden_{i}")(images))
         return nn.Dense(self.classes, kernel_init=glorot, name="out")(images)

@@ -60,6 +60,11 @@ class Schedule:
         on_beat = (step - self.begin) % self.every == 0
         return (step >= self.begin) & (step <= self.end) & (on_beat | (step == self.end))
 
+    def before(self, step: ArrayLike) -> jax.Array:
+        """Give the step of the last event before one at ``step``."""
+        past_beat = (jnp.asarray(step) - self.begin) % self.every
+        return jnp.asarray(step) - jnp.where(past_beat == 0, self.every, past_beat)
+
 
 def ramp(
     shape: Callable[[jax.Array], jax.Array],

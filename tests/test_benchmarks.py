@@ -1,0 +1,64 @@
+"""The benchmarks run at toy size and write what they promise."""
+
+import json
+
+import pytest
+
+pytest.importorskip("tyro")
+pytest.importorskip("rich")
+
+from benchmarks import selection, step_overhead, training_speed
+from benchmarks.common import interleave, paired_ratio
+
+
+def test_interleave_takes_turns_and_lets_the_slow_sit_out():
+    calls = []
+    tasks = {name: lambda name=name: calls.append(name) for name in "ab"}
+    seconds = interleave(tasks, {"a": 3, "b": 1})
+    assert calls == ["a", "b", "a", "a"]
+    assert {name: len(turns) for name, turns in seconds.items()} == {"a": 3, "b": 1}
+
+
+def test_paired_ratio_divides_turn_by_turn():
+    ratio = paired_ratio([2.0, 20.0, 4.0], [1.0, 10.0, 2.0], seed=0)
+    assert ratio == {"median": 2.0, "low": 2.0, "high": 2.0}
+
+
+def test_selection_agrees_with_its_peers_and_writes_ratios(tmp_path):
+    out = tmp_path / "selection.json"
+    distributions = ("normal", "constant")
+    selection.main(selection.Config(sizes=(1000,), distributions=distributions, repeats=2, out=out))
+    result = json.loads(out.read_text())
+    assert [case["distribution"] for case in result["cases"]] == list(distributions)
+    assert all(case["time_over_ours"]["per_leaf"] == 1.0 for case in result["cases"])
+
+
+def test_selection_refuses_contestants_that_disagree():
+    scores = selection.np.arange(4.0)
+    results = {
+        "np.partition, threshold": selection.np.float64(2.0),
+        "per_leaf": scores >= 2,
+        "sort": scores >= 1,
+    }
+    with pytest.raises(RuntimeError, match="`sort` does not agree"):
+        selection.check(scores, results, 0.5)
+
+
+def test_step_overhead_compares_wrapped_with_bare(tmp_path):
+    out = tmp_path / "step_overhead.json"
+    config = step_overhead.Config(
+        workloads=("toy",), contestants=("prune", "event"), blocks=2, block_seconds=0.001, out=out
+    )
+    step_overhead.main(config)
+    (case,) = json.loads(out.read_text())["cases"]
+    assert set(case["ratios"]) == {"prune / bare", "event / bare", "event / prune"}
+
+
+def test_training_speed_compares_or_says_that_torch_is_missing(tmp_path, capsys):
+    out = tmp_path / "training_speed.json"
+    config = training_speed.Config(iterations=3, blocks=2, examples=100, batch_size=4, out=out)
+    result = training_speed.main(config)
+    if result is None:
+        assert "Skipped: there is no PyTorch" in capsys.readouterr().out
+    else:
+        assert set(result["time_over_ours"]) == set(json.loads(out.read_text())["time_over_ours"])

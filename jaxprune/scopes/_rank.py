@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -94,19 +94,21 @@ def _last_kept(
     """Find for each ranking the unit that exactly ``wanted`` units reach (or what separates them).
 
     One byte of it at a time, from the highest of the image to the lowest of the precedence: each
-    unit is cut to the byte in question, saturated on both sides, so that the eight counting
-    passes over a byte read one byte a unit instead of its score. Stops as soon as the count is
-    right; only where scores are equal does it come to the precedence.
+    unit is cut to the byte in question, saturated on both sides, so that the counting passes over
+    a byte read one byte a unit instead of its score. Stops as soon as the count is right; only
+    where scores are equal does it come to the precedence.
     """
     sizes = [sum(data.leaves[i].size for i in ranking) for ranking in rankings]
     dtype = jax.eval_shape(lambda: units(data)[0].image).dtype
-    image_bytes, all_bytes = dtype.itemsize, dtype.itemsize + 4
+    position_bits = max(sizes).bit_length()
+    image_bytes, all_bytes = dtype.itemsize, dtype.itemsize + -(-position_bits // 8)
     ranking_of = _ranking_of(rankings)
 
     def next_byte(state: _State) -> _State:
-        last, reached, byte = state
+        last, reached, beyond, byte = state
         in_image = byte < image_bytes
-        shift = 8 * (jnp.where(in_image, image_bytes, all_bytes) - 1 - byte)
+        below = jnp.where(in_image, 8 * image_bytes, position_bits + 8 * image_bytes)
+        shift = jnp.maximum(below - 8 * (byte + 1), 0)
         # Tied to the loop, or XLA computes the units once and keeps them: a score-sized buffer.
         inside, _ = lax.optimization_barrier((data, byte))
 
@@ -122,37 +124,62 @@ def _last_kept(
             for unit, r in zip(units(inside), ranking_of, strict=True)
         ]
 
-        def next_bit(j: jax.Array, found: tuple[jax.Array, jax.Array]) -> Any:
-            digit, reached = found
-            trial = digit | (np.uint8(128) >> j.astype(jnp.uint8))
+        def look(state: _Search) -> _Search:
+            low, high, reached, beyond, turn = state
+            # Within a byte units spread evenly, unless it is the one with the exponent or many are
+            # equal. So two guesses by the counts at both ends, which mostly do, then by halves.
+            share = (reached - wanted) / jnp.maximum(reached - beyond, 1)
+            even = (byte > 0) & (turn < 2)
+            guess = jnp.where(even, jnp.int32(share * (high - low)), (high - low) // 2)
+            guess = low + jnp.clip(guess, 1, jnp.maximum(high - low - 1, 1))
             counts = [
-                sum((_count(digits[i] >= trial[r]) for i in ranking), jnp.int32(0))
+                sum((_count(digits[i] >= guess[r].astype(jnp.uint8)) for i in ranking), none[r])
                 for r, ranking in enumerate(rankings)
             ]
-            count = jnp.stack(counts)
-            enough = count >= wanted
-            return jnp.where(enough, trial, digit), jnp.where(enough, count, reached)
+            # A ranking that is settled guesses `high` until the others are, and stays as it is.
+            count = jnp.where(guess < high, jnp.stack(counts), beyond)
+            enough = (guess < high) & (count >= wanted)
+            return _Search(
+                low=jnp.where(enough, guess, low),
+                high=jnp.where(enough, high, guess),
+                reached=jnp.where(enough, count, reached),
+                beyond=jnp.where(enough, beyond, count),
+                turn=turn + 1,
+            )
 
-        none = jnp.zeros_like(reached, jnp.uint8)
-        digit, reached = lax.fori_loop(0, 8, next_bit, (none, reached))
+        def open_(state: _Search) -> jax.Array:
+            return jnp.any((state.high - state.low > 1) & (state.reached != wanted))
+
+        none = jnp.zeros_like(wanted)
+        start = _Search(none, none + 256, reached, beyond, jnp.int32(0))
+        digit, _, reached, beyond, _ = lax.while_loop(open_, look, start)
         image = last.image + (jnp.where(in_image, digit, 0).astype(dtype) << shift.astype(dtype))
         precedence = last.precedence + (
             jnp.where(in_image, 0, digit).astype(jnp.uint32) << shift.astype(jnp.uint32)
         )
-        return _Unit(image, precedence), reached, byte + 1
+        return _Unit(image, precedence), reached, beyond, byte + 1
 
     def searching(state: _State) -> jax.Array:
-        _, reached, byte = state
+        _, reached, _, byte = state
         return jnp.any(reached != wanted) & (byte < all_bytes)
 
     zero = _Unit(jnp.zeros(wanted.shape, dtype), jnp.zeros(wanted.shape, jnp.uint32))
-    last, _, _ = lax.while_loop(
-        searching, next_byte, (zero, jnp.asarray(sizes, jnp.int32), jnp.int32(0))
-    )
-    return last
+    reached, beyond = jnp.asarray(sizes, jnp.int32), jnp.zeros_like(wanted)
+    return lax.while_loop(searching, next_byte, (zero, reached, beyond, jnp.int32(0)))[0]
 
 
-_State = tuple[_Unit, jax.Array, jax.Array]  # unit so far, how many reach it, bytes found
+# The unit so far, how many units reach it, how many what comes after it, and bytes found.
+_State = tuple[_Unit, jax.Array, jax.Array, jax.Array]
+
+
+class _Search(NamedTuple):
+    """Where a byte lies: ``reached`` units have at least ``low``, ``beyond`` at least ``high``."""
+
+    low: jax.Array
+    high: jax.Array
+    reached: jax.Array
+    beyond: jax.Array
+    turn: jax.Array
 
 
 def _byte_above(x: jax.Array, low: jax.Array, shift: jax.Array) -> jax.Array:

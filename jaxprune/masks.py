@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxprune._errors import check_sparsity
@@ -369,12 +370,15 @@ def _pack_bits(mask: jax.Array) -> jax.Array:
 
 def _unpack_bits(packed: Packed) -> jax.Array:
     last = packed.shape[-1] if packed.shape else 1
+    # A byte beside its bit, elementwise: XLA fuses it into whatever uses the mask, which it does
+    # not with jnp.unpackbits.
+    place = np.arange(packed.bits.shape[-1] * 8)[:last]
+    spread = jnp.repeat(packed.bits, 8, axis=-1)[..., :last]
+    bit = np.uint8(128 >> place % 8).reshape(*[1] * (spread.ndim - 1), last)
+    mask = (spread & bit) != 0
     # Leading axes are those of the bits: a stack of packed masks unpacks to a stack of masks.
     stack = packed.bits.shape[: packed.bits.ndim - max(len(packed.shape), 1)]
-    if not packed.bits.size:  # jnp.unpackbits divides by the number of rows
-        return jnp.zeros((*stack, *packed.shape), bool)
-    bits = jnp.unpackbits(packed.bits, axis=-1, count=last).astype(bool)
-    return bits.reshape(*stack, *packed.shape)
+    return mask.reshape(*stack, *packed.shape)
 
 
 def check_masks(masks: Masks, params: Params, name: str) -> Masks:

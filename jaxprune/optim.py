@@ -121,6 +121,7 @@ def prune(
             "default. Pass `key=jax.random.key(...)` to `prune`."
         )
     memory: Any = criterion if hasattr(criterion, "init") else None
+    store = pack if packed else _as_it_is
 
     def init_masks(params: Params) -> Masks:
         part = prunable(params, where=where)
@@ -139,11 +140,14 @@ def prune(
         found = jax.eval_shape(
             lambda p: pattern.expand(pattern.pool(p), like=p), prunable(params, where=where)
         )
+        same = jax.tree.map(lambda m, f: m.shape == f.shape, masks, found, is_leaf=_is_packed)
+        if all(jax.tree.leaves(same)):
+            return masks
         return map_leaves(
             lambda m, f: (
                 m if f is None else jnp.broadcast_to(m, jnp.broadcast_shapes(m.shape, f.shape))
             ),
-            masks,
+            unpack(masks),
             found,
         )
 
@@ -162,7 +166,7 @@ def prune(
         falls = _falls(schedule(now), schedule(jnp.maximum(before, 0)))
 
         def again(loop: tuple[jax.Array, Masks]) -> tuple[jax.Array, Masks]:
-            due, masks = loop
+            due, stored = loop
             masks = find(
                 params,
                 _sparsity(schedule, now),
@@ -170,17 +174,17 @@ def prune(
                 pattern=pattern,
                 scope=scope,
                 where=where,
-                within=jax.tree.map(lambda m: m | falls, masks),
+                within=jax.tree.map(lambda m: m | falls, unpack(stored)),
                 **evidence,
             )
-            return jnp.zeros_like(due), masks
+            return jnp.zeros_like(due), store(masks)
 
         # A loop of at most one round instead of a conditional: XLA passes masks that do not
         # change through a loop without copying them, and under vmap it still skips the search.
         due = jnp.asarray(schedule.due(now), bool)
-        masks = as_wide_as_found(unpack(state.masks), params)
-        _, masks = lax.while_loop(lambda loop: loop[0], again, (due, masks))
-        return masks, remembered
+        stored = store(as_wide_as_found(state.masks, params))
+        _, stored = lax.while_loop(lambda loop: loop[0], again, (due, stored))
+        return stored, remembered
 
     return _wrap(
         inner,
@@ -230,7 +234,7 @@ def hold(
 
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
         del grads, params, extra
-        return unpack(state.masks), state.criterion_state
+        return state.masks, state.criterion_state
 
     return _wrap(
         inner,
@@ -253,7 +257,7 @@ def _wrap(
 ) -> optax.GradientTransformationExtraArgs:
     """Put masks around an optimizer; ``refresh`` says which are in force at an update."""
     inner = optax.with_extra_args_support(inner)
-    store = pack if packed else lambda masks: masks
+    store = pack if packed else _as_it_is
 
     def init(params: Params) -> PruneState:
         return PruneState(
@@ -272,15 +276,15 @@ def _wrap(
                 "`tx.update(grads, state)` was called without params, but removed weights are set "
                 "to zero from what they are. Call `tx.update(grads, state, params)`."
             )
-        masks, criterion_state = refresh(updates, state, params, extra)
-        masks = check_masks(masks, params, "masks")
+        stored, criterion_state = refresh(updates, state, params, extra)
+        masks = check_masks(unpack(stored), params, "masks")
         live = map_leaves(
             lambda g, m: g if m is None else jnp.where(m, g, jnp.zeros((), g.dtype)), updates, masks
         )
         live, inner_state = inner.update(live, state.inner_state, params, **extra)
         new_state = PruneState(
             count=optax.safe_increment(state.count),
-            masks=store(masks),
+            masks=stored,
             inner_state=inner_state,
             criterion_state=criterion_state,
             key=state.key,
@@ -288,6 +292,10 @@ def _wrap(
         return map_leaves(_enforce, live, params, masks), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _as_it_is(masks: Masks) -> Masks:
+    return masks
 
 
 def _enforce(update: jax.Array, param: jax.Array, mask: jax.Array | None) -> jax.Array:

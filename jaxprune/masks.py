@@ -432,7 +432,8 @@ def check_evidence(criterion: Criterion, evidence: Any) -> None:
         first = missing[0]
         raise TypeError(
             f"The criterion `{criterion_name(criterion)}` needs {asked}, which was not given. Pass "
-            f"`{first}=...` to `jp.find_masks`, or to `tx.update` inside a training step."
+            f"`{first}=...` to `jp.find_masks`, or to `tx.update` inside a training step; `jp.imp` "
+            "gets it from `evidence=`."
         )
 
 

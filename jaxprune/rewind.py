@@ -18,7 +18,7 @@ from jaxprune._tree import (
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Scope, Where
 from jaxprune.criteria import magnitude
-from jaxprune.masks import apply_masks, check_masks, find_masks, rank
+from jaxprune.masks import apply_masks, check_evidence, check_masks, find_masks, rank
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
 
@@ -91,6 +91,7 @@ def imp(
     Raises:
       ValueError: a rate is outside [0, 1], ``rounds`` is negative, a regex matches no parameter,
         the parts do not fit the params, or the masks of ``start`` do not mirror them.
+      TypeError: the criterion needs evidence and there is no ``evidence``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -109,6 +110,8 @@ def imp(
     check_sparsity(dict(rates or {}), "imp(rates)")
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"`imp` got rounds={rounds!r}. Use an integer from 0 on, such as 16.")
+    if evidence is None:
+        check_evidence(criterion, {})
     part = prunable(params_init, where=where)
     rules = [(compile_regex(regex, "imp(rates)"), r) for regex, r in (rates or {}).items()]
     check_regexes_match(tuple(rates or {}), part, "imp(rates)")
@@ -177,7 +180,7 @@ def _check_start(start: tuple[int, Masks, Params], params: Params) -> None:
             f"`imp(start=...)` got level {index!r}. Pass the index of the last finished level."
         )
     check_masks(masks, params, "start masks")
-    if align(trained, params) is not None:
+    if align(trained, params) is None:
         raise ValueError(
             f"`imp(start=...)` got trained params {jax.tree.structure(trained)}, but the initial "
             f"ones are {jax.tree.structure(params)}. Pass those of the same network."

@@ -3,6 +3,9 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+
+import jaxprune as jp
 
 
 def tree_of_weights(key, dtype=jnp.float32):
@@ -47,3 +50,37 @@ class TraceCount:
     def __call__(self, *args, **kwargs):
         self.count += 1
         return self.f(*args, **kwargs)
+
+
+def run(tx, params, steps, grads=lambda p: p, **extra):
+    """Train in one scan; give the final params and state, and the history of params and masks."""
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(grads(params), state, params, **extra)
+        params = optax.apply_updates(params, updates)
+        return (params, state), (params, jp.get_masks(state))
+
+    @jax.jit
+    def train(params):
+        return jax.lax.scan(step, (params, tx.init(params)), None, length=steps)
+
+    (params, state), (all_params, all_masks) = train(params)
+    return params, state, all_params, all_masks
+
+
+def removed_at(masks, step):
+    """How many entries of each mask of a history are False at a step."""
+    return [int((~np.asarray(m[step])).sum()) for m in jax.tree.leaves(masks)]
+
+
+def assert_zero_where_removed(params, masks):
+    """Law 5: exactly zero, in every leaf, wherever a mask is False."""
+    for p, m in zip(
+        jax.tree.leaves(params),
+        jax.tree.leaves(masks, is_leaf=lambda x: x is None),
+        strict=True,
+    ):
+        if m is not None:
+            gone = ~np.broadcast_to(np.asarray(m), p.shape)
+            assert (np.asarray(p, np.float64)[gone] == 0.0).all()

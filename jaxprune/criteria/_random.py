@@ -11,20 +11,18 @@ def random(params: Params, *, key: jax.Array, **_: Any) -> Scores:
     """Score every weight with an independent draw from [0, 1).
 
     Args:
-          params: prunable parameters; any shapes.
-          key: a random key. Leaf ``i`` draws with ``fold_in(key, i)``, in the order of the tree.
+      params: prunable parameters; any shapes.
+      key: a random key. Leaf ``i`` draws with ``fold_in(key, i)``, in the order of the tree.
 
     Returns:
-          Scores like ``params``.
+      Scores like ``params``.
 
     Example:
-          >>> from typing import Any
-
-    import jax
-          >>> import jax.numpy as jnp
-          >>> scores = random({"w": jnp.zeros((2, 3))}, key=jax.random.key(0))
-          >>> scores["w"].shape
-          (2, 3)
+      >>> import jax
+      >>> import jax.numpy as jnp
+      >>> scores = random({"w": jnp.zeros((2, 3))}, key=jax.random.key(0))
+      >>> scores["w"].shape
+      (2, 3)
     """
     leaves, treedef = jax.tree.flatten(params)
     # Float32 whatever the weights are: eight bits of bfloat16 would make ties the rule.

@@ -195,7 +195,8 @@ def _precedence(data: _Data, rankings: Sequence[Ranking]) -> list[jax.Array]:
         left = sum(data.leaves[i].size for i in ranking)
         for i in ranking:
             shape = data.leaves[i].shape
-            number = jnp.broadcast_to(data.zero + np.uint32(left), shape)
+            # Made from the leaf, so that the numbers lie where the leaf does.
+            number = jnp.zeros_like(data.leaves[i], jnp.uint32) + (data.zero + np.uint32(left))
             for axis in range(len(shape)):
                 stride = np.uint32(math.prod(shape[axis + 1 :]))
                 number -= lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
@@ -212,6 +213,8 @@ def _ranking_of(rankings: Sequence[Ranking]) -> list[int]:
 
 def _count(mask: jax.Array) -> jax.Array:
     """Count what is True, in int32."""
+    if jax.device_count() > 1:  # windows might cross the borders of shards, and data move
+        return _count_plain(mask)
     return lax.platform_dependent(mask, cpu=_count_in_bytes, default=_count_plain)
 
 

@@ -1,0 +1,47 @@
+"""Law 6: at sparsity 0 a wrapped optimizer does what the bare one does, bit for bit."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+
+import jaxprune as jp
+from jaxprune import schedules
+from tests.contract.tables import OPTIMIZERS, WRAPPERS, small_params
+from tests.helpers import assert_trees_equal
+
+
+def loss(params):
+    return sum(jnp.sum((p - 0.3) ** 2) for p in jax.tree.leaves(params))
+
+
+def train(tx, steps=3):
+    """Train operation by operation: a compiler would round differently in different programs."""
+    tx = optax.with_extra_args_support(tx)
+    params, state = small_params(), tx.init(small_params())
+    with jax.disable_jit():
+        for _ in range(steps):
+            value, grads = jax.value_and_grad(loss)(params)
+            extra = {"value": value, "grad": grads, "value_fn": loss}
+            updates, state = tx.update(grads, state, params, **extra)
+            params = optax.apply_updates(params, updates)
+    return params
+
+
+PRUNERS = {
+    "prune": lambda tx: jp.prune(tx, schedule=schedules.linear(0.0, 0, 3, 1)),
+    "hold": jp.hold,
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_wrapped_and_bare_optimizers_agree_bit_for_bit(name):
+    bare = train(OPTIMIZERS[name]())
+    for wrap in PRUNERS.values():
+        assert_trees_equal(train(wrap(OPTIMIZERS[name]())), bare)
+
+
+@pytest.mark.parametrize("name", sorted(set(WRAPPERS) - {"alone"}))
+def test_wrapped_and_bare_optimizers_agree_bit_for_bit_in_every_position(name):
+    bare = train(WRAPPERS[name](lambda tx: tx))
+    assert_trees_equal(train(WRAPPERS[name](PRUNERS["prune"])), bare)

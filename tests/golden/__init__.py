@@ -1,0 +1,1 @@
+"""Masks that must not change without a sentence in the changelog."""

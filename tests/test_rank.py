@@ -1,0 +1,212 @@
+"""Tests of scopes/_rank.py: the exact top-k against a slow loop that anyone can read."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxprune.scopes._rank import _count_in_bytes, image, keep_largest
+from tests.helpers import slow_keep
+
+# Few shapes, so that few programs are compiled; together they hold 18 units.
+SHAPES = ((3, 4), (4,), (), (0,), (1,))
+SIZES = [int(np.prod(shape)) for shape in SHAPES]
+SPECIAL = (0.0, -0.0, 1.0, -1.0, 1.5, np.inf, -np.inf, np.nan)
+
+some_float = st.one_of(
+    st.sampled_from(SPECIAL),
+    # XLA on CPU takes subnormal numbers for zero, in every comparison.
+    st.floats(width=16, allow_subnormal=False),
+    st.floats(-4.0, 4.0, width=16, allow_subnormal=False),
+)
+many_floats = st.lists(some_float, min_size=sum(SIZES), max_size=sum(SIZES))
+many_bools = st.lists(st.booleans(), min_size=sum(SIZES), max_size=sum(SIZES))
+
+
+def split(flat, dtype):
+    """Cut a flat list into leaves of SHAPES."""
+    parts = np.split(np.asarray(flat), np.cumsum(SIZES)[:-1])
+    return [jnp.asarray(p.reshape(s), dtype) for p, s in zip(parts, SHAPES, strict=True)]
+
+
+def join(leaves):
+    return np.concatenate([np.asarray(leaf).ravel() for leaf in leaves])
+
+
+def check(flat, ks, rankings, dtype, alive=None):
+    leaves = split(flat, dtype)
+    living = None if alive is None else split(alive, bool)
+    keep = keep_largest(leaves, ks, rankings, living)
+    for k, ranking in zip(ks, rankings, strict=True):
+        scores = join([np.asarray(leaves[i], np.float64) for i in ranking])
+        among = None if alive is None else join([living[i] for i in ranking])
+        want = slow_keep(scores, k, among)
+        np.testing.assert_array_equal(join([keep[i] for i in ranking]), want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@settings(max_examples=50, deadline=None)
+@given(flat=many_floats, k=st.integers(0, sum(SIZES)))
+def test_one_ranking_over_many_leaves_keeps_what_the_slow_loop_keeps(dtype, flat, k):
+    check(flat, [k], (tuple(range(len(SHAPES))),), dtype)
+
+
+@settings(max_examples=50, deadline=None)
+@given(flat=many_floats, k=st.integers(0, sum(SIZES)))
+def test_float64_is_ranked_under_x64(flat, k):
+    nudged = [x * (1 + i * 2.0**-50) for i, x in enumerate(flat)]  # apart in float64 only
+    with jax.enable_x64(True):
+        check(nudged, [k], (tuple(range(len(SHAPES))),), jnp.float64)
+
+
+@settings(max_examples=50, deadline=None)
+@given(flat=many_floats, alive=many_bools, k=st.integers(0, sum(SIZES)))
+def test_the_dead_rank_below_nan_and_are_never_kept(flat, alive, k):
+    check(flat, [k], (tuple(range(len(SHAPES))),), jnp.float32, alive)
+
+
+SEVERAL = ((0, 2, 3), (1,), (4,))
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    flat=many_floats,
+    alive=many_bools,
+    ks=st.tuples(*(st.integers(0, sum(SIZES[i] for i in ranking)) for ranking in SEVERAL)),
+)
+def test_several_rankings_at_once_do_not_see_one_another(flat, alive, ks):
+    check(flat, list(ks), SEVERAL, jnp.float32, alive)
+
+
+@pytest.mark.parametrize("ks", [(0, 20_000), (1, 1), (4999, 12_345), (5000, 0), (5000, 20_000)])
+def test_several_large_rankings_at_once_do_not_see_one_another(ks):
+    rng = np.random.default_rng(1)
+    # One of many ties, one of many scales: they finish their searches at different times.
+    scores = [rng.integers(0, 4, 5000), np.exp(20 * rng.normal(size=20_000))]
+    scores = [s.astype(np.float32) for s in scores]
+    keep = keep_largest([jnp.asarray(s) for s in scores], list(ks), ((0,), (1,)))
+    for k, s, kept in zip(ks, scores, keep, strict=True):
+        assert set(np.flatnonzero(kept)) == set(np.argsort(-s, kind="stable")[:k])
+
+
+@pytest.mark.parametrize("size", [0, 1])
+@pytest.mark.parametrize("value", [2.0, np.nan, -np.inf])
+def test_all_or_nothing_of_a_tiny_leaf(size, value):
+    scores = [jnp.full(size, value)]
+    assert not keep_largest(scores, [0], ((0,),))[0].any()
+    assert keep_largest(scores, [size], ((0,),))[0].all()
+
+
+def test_a_scalar_is_a_leaf_like_any_other():
+    kept = keep_largest([jnp.float32(1.0), jnp.float32(2.0)], [1], ((0, 1),))
+    assert [bool(k) for k in kept] == [False, True]
+
+
+@pytest.mark.parametrize("k", range(7))
+def test_ties_stay_in_the_order_of_their_positions(k):
+    (keep,) = keep_largest([jnp.zeros((2, 3))], [k], ((0,),))
+    assert keep.ravel().tolist() == [True] * k + [False] * (6 - k)
+
+
+def test_minus_zero_ties_with_zero():
+    (keep,) = keep_largest([jnp.array([-0.0, 0.0, -0.0, 0.0])], [2], ((0,),))
+    assert keep.tolist() == [True, True, False, False]
+
+
+def test_nan_of_either_sign_ranks_below_minus_infinity():
+    scores = jnp.array([np.nan, -np.inf, -np.nan, 1.0])
+    for k, want in enumerate(([], [3], [1, 3], [0, 1, 3], [0, 1, 2, 3])):
+        (keep,) = keep_largest([scores], [k], ((0,),))
+        assert np.flatnonzero(keep).tolist() == want
+
+
+@pytest.mark.parametrize("tiny", [jnp.float16, jnp.bfloat16])
+def test_leaves_of_several_dtypes_compare_as_the_numbers_they_are(tiny):
+    leaves = [jnp.array([1.0, 3.0], tiny), jnp.array([2.0, 1.0 + 2.0**-20])]
+    keep = keep_largest(leaves, [3], ((0, 1),))
+    assert [k.tolist() for k in keep] == [[False, True], [True, True]]
+
+
+def test_a_traced_k_keeps_the_same_as_a_static_one():
+    scores = jnp.array([3.0, 1.0, 2.0, 1.0, np.nan])
+    traced = jax.jit(lambda k: keep_largest([scores], [k], ((0,),))[0])
+    for k in range(6):
+        np.testing.assert_array_equal(traced(k), keep_largest([scores], [k], ((0,),))[0])
+
+
+def test_under_vmap_each_replicate_has_its_own_k(key):
+    scores = jax.random.normal(key, (8, 3, 4)).round(1)
+    ks = jnp.array([0, 1, 5, 12, 3, 7, 11, 2])
+    alive = jax.random.bernoulli(key, 0.7, scores.shape)
+    f = jax.vmap(lambda s, k, a: keep_largest([s], [k], ((0,),), [a])[0])
+    for got, s, k, a in zip(f(scores, ks, alive), scores, ks, alive, strict=True):
+        np.testing.assert_array_equal(got, slow_keep(s, int(k), a))
+
+
+def test_under_vmap_one_leaf_may_serve_many_ks():
+    scores = jnp.array([3.0, 1.0, 2.0])
+    kept = jax.vmap(lambda k: keep_largest([scores], [k], ((0,),))[0])(jnp.arange(4))
+    assert kept.sum(axis=1).tolist() == [0, 1, 2, 3]
+
+
+DISTRIBUTIONS = {
+    "normal": lambda rng, n: rng.normal(size=n),
+    "constant": lambda rng, n: np.ones(n),
+    "ties": lambda rng, n: rng.integers(0, 5, n),
+    "mostly zero": lambda rng, n: rng.normal(size=n) * (rng.random(n) < 0.1),
+    "many scales": lambda rng, n: np.exp(20 * rng.normal(size=n)),
+    "ascending": lambda rng, n: np.arange(n),
+}
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.001, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("name", DISTRIBUTIONS)
+def test_large_leaves_keep_the_first_k_of_a_stable_sort(name, fraction):
+    n = 20_011
+    scores = DISTRIBUTIONS[name](np.random.default_rng(0), n).astype(np.float32)
+    k = round(fraction * n)
+    (keep,) = keep_largest([jnp.asarray(scores)], [k], ((0,),))
+    want = np.zeros(n, bool)
+    want[np.argsort(-scores, kind="stable")[:k]] = True
+    np.testing.assert_array_equal(keep, want)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_images_have_the_order_of_the_numbers(dtype):
+    numbers = jnp.array([np.nan, -np.inf, -2.0, -1.0, 0.0, 1.0, 2.0, np.inf], dtype)
+    images = np.asarray(image(numbers)).astype(np.int64)
+    assert (np.diff(images) > 0).all() and images[0] > 0
+    dead = image(numbers, jnp.zeros(8, bool))
+    assert not dead.any()
+
+
+def primitives(jaxpr):
+    """All equations of a program, those inside its loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
+
+
+def test_nothing_is_sorted_gathered_or_concatenated():
+    leaves = [jnp.ones((30, 20)), jnp.ones(500)]
+    program = jax.make_jaxpr(lambda s: keep_largest(s, [9, 9], ((0,), (1,))))(leaves)
+    equations = list(primitives(program.jaxpr))
+    names = {equation.primitive.name for equation in equations}
+    assert "while" in names
+    assert not names & {"sort", "gather", "top_k", "approx_top_k", "cumsum", "scatter"}
+    joined = [e.outvars[0].aval.size for e in equations if e.primitive.name == "concatenate"]
+    assert all(size <= len(leaves) for size in joined)  # counts, one a ranking
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (7,), (300,), (65, 3), (64, 64), (2, 131), (3, 0, 4)])
+def test_counting_in_bytes_counts_the_same(shape):
+    mask = jnp.asarray(np.random.default_rng(0).random(shape) < 0.9)
+    assert int(_count_in_bytes(mask)) == int(np.asarray(mask).sum())
+    assert int(_count_in_bytes(jnp.ones(shape, bool))) == int(np.prod(shape))

@@ -1,0 +1,98 @@
+"""Tests of per_leaf and across: who competes with whom."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxprune import scopes
+from jaxprune.scopes._count import MOST_UNITS
+from jaxprune.scopes._spread import check_units
+from tests.helpers import assert_trees_equal, slow_keep
+
+UNITS = {
+    "a": jnp.array([1.0, 4.0]),
+    "b": jnp.array([[2.0], [3.0]]),
+    "c": None,
+    "d": jnp.array([0.5, 9.0, 0.1, 7.0]),
+}
+
+
+def test_per_leaf_removes_the_smallest_units_of_each_leaf():
+    scores = {"a": jnp.array([1.0, 4.0]), "b": jnp.array([2.0, 3.0])}
+    keep = scopes.per_leaf(scores, 0.5)
+    assert_trees_equal(keep, {"a": np.array([False, True]), "b": np.array([False, True])})
+
+
+def test_across_removes_the_smallest_units_of_the_whole_tree():
+    scores = {"a": jnp.array([1.0, 2.0]), "b": jnp.array([3.0, 4.0])}
+    keep = scopes.across(scores, 0.5)
+    assert_trees_equal(keep, {"a": np.array([False, False]), "b": np.array([True, True])})
+
+
+def test_across_breaks_ties_by_the_order_of_the_leaves():
+    keep = scopes.across({"a": jnp.ones(2), "b": jnp.ones(3)}, 0.6)
+    assert_trees_equal(keep, {"a": np.array([True, True]), "b": np.zeros(3, bool)})
+
+
+@pytest.mark.parametrize("scope", [scopes.per_leaf, scopes.across])
+def test_holes_stay_holes(scope):
+    assert scope(UNITS, 0.5)["c"] is None
+
+
+def test_per_leaf_takes_one_sparsity_a_leaf():
+    keep = scopes.per_leaf(UNITS, {"a": 0.0, "b": 1.0, "c": None, "d": 0.25})
+    assert [int(keep[name].sum()) for name in "abd"] == [2, 0, 3]
+
+
+def test_per_leaf_refuses_sparsities_that_do_not_mirror_the_units():
+    with pytest.raises(ValueError, match=r"per_leaf.*does not mirror.*none for 'd'.*uniform"):
+        scopes.per_leaf(UNITS, {"a": 0.0, "b": 1.0})
+    with pytest.raises(ValueError, match="not prunable 'c'"):
+        scopes.per_leaf(UNITS, {"a": 0.0, "b": 1.0, "c": 0.5, "d": 0.5})
+
+
+def test_across_refuses_a_tree_of_sparsities_by_name():
+    with pytest.raises(ValueError, match=r"`across`.*one sparsity.*got a tree.*per_leaf"):
+        scopes.across(UNITS, {"a": 0.0, "b": 1.0, "c": None, "d": 0.25})
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sparsity=st.floats(0.0, 1.0),
+    scores=st.lists(st.integers(-3, 3), min_size=17, max_size=17),
+    dead=st.lists(st.booleans(), min_size=17, max_size=17),
+)
+def test_counts_are_exact_with_and_without_dead_units(sparsity, scores, dead):
+    units = {"x": jnp.array(scores[:12], float).reshape(3, 4), "y": jnp.array(scores[12:], float)}
+    alive = {"x": ~np.array(dead[:12]).reshape(3, 4), "y": ~np.array(dead[12:])}
+    for within in (None, alive):
+        leaves = scopes.per_leaf(units, sparsity, within=within)
+        for name, u in units.items():
+            k = u.size - round(sparsity * u.size)
+            np.testing.assert_array_equal(
+                leaves[name], slow_keep(u, k, None if within is None else within[name])
+            )
+        tree = scopes.across(units, sparsity, within=within)
+        kept = np.concatenate([tree["x"].ravel(), tree["y"]])
+        among = None if within is None else ~np.array(dead)
+        k = 17 - round(sparsity * 17)
+        np.testing.assert_array_equal(kept, slow_keep(np.array(scores, float), k, among))
+
+
+@pytest.mark.parametrize("scope", [scopes.per_leaf, scopes.across, scopes.windows(2, axis=0)])
+def test_a_traced_sparsity_under_vmap_gives_each_replicate_its_own(scope):
+    units = {"u": jnp.arange(8.0), "v": jnp.arange(4.0)}
+    kept = jax.vmap(lambda s: scope(units, s))(jnp.array([0.0, 0.5, 1.0]))
+    for i, s in enumerate((0.0, 0.5, 1.0)):
+        assert_trees_equal(jax.tree.map(lambda k: k[i], kept), scope(units, s))  # noqa: B023
+
+
+def test_rankings_too_large_for_an_int32_are_refused_by_name():
+    leaf = jax.ShapeDtypeStruct((MOST_UNITS, 2), jnp.float32)
+    with pytest.raises(
+        NotImplementedError, match=r"`across` would rank 4294967294 units.*per_leaf"
+    ):
+        check_units([leaf], "across")

@@ -1,0 +1,119 @@
+"""Tests of windows: N:M sparsity against a slow loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune.scopes import windows
+from tests.helpers import assert_trees_equal, slow_keep
+
+
+def slow_windows(scores, count, m, axis, alive=None):
+    """Rank every window on its own."""
+    scores = np.moveaxis(np.asarray(scores, np.float64), axis, -1)
+    living = None if alive is None else np.moveaxis(np.asarray(alive), axis, -1)
+    keep = np.empty(scores.shape, bool)
+    for place in np.ndindex(*scores.shape[:-1]):
+        for i in range(0, scores.shape[-1], m):
+            at = (*place, slice(i, i + m))
+            keep[at] = slow_keep(scores[at], count, None if living is None else living[at])
+    return np.moveaxis(keep, -1, axis)
+
+
+def test_two_of_every_four_stay():
+    keep = windows(4, axis=-1)({"w": jnp.array([1.0, 4.0, 3.0, 2.0, 9.0, 8.0, 7.0, 6.0])}, 0.5)
+    want = np.array([False, True, True, False, True, True, False, False])
+    assert_trees_equal(keep, {"w": want})
+
+
+def test_the_default_axis_is_the_input_axis_of_a_kernel():
+    keep = windows(2)({"kernel": jnp.array([[1.0, 4.0], [3.0, 2.0]])}, 0.5)["kernel"]
+    assert keep.tolist() == [[False, True], [True, False]]
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, -1, -2, -3])
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.75, 1.0])
+def test_windows_keep_exactly_n_of_every_m(key, axis, sparsity):
+    scores = jax.random.normal(key, (4, 8, 12)).round(1)
+    count = 4 - round(sparsity * 4)
+    keep = windows(4, axis)({"w": scores}, sparsity)["w"]
+    np.testing.assert_array_equal(keep, slow_windows(scores, count, 4, axis))
+    assert (np.moveaxis(keep, axis, -1).reshape(-1, 4).sum(axis=1) == count).all()
+
+
+@pytest.mark.parametrize("m", [2, 3, 4, 16, 24, 48])
+def test_any_m_that_divides_will_do(key, m):
+    scores = jax.random.normal(key, (48, 2)).round(1).at[5].set(jnp.nan).at[7].set(-jnp.inf)
+    keep = windows(m)({"w": scores}, 0.5)["w"]
+    np.testing.assert_array_equal(keep, slow_windows(scores, m - round(0.5 * m), m, 0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_scores_are_ranked(key, dtype):
+    scores = jax.random.normal(key, (8, 3), dtype)
+    keep = windows(4)({"w": scores}, 0.5)["w"]
+    np.testing.assert_array_equal(keep, slow_windows(scores, 2, 4, 0))
+
+
+def test_float64_scores_are_ranked_under_x64():
+    with jax.enable_x64(True):
+        scores = jnp.array([1.0, 1.0 + 2.0**-40, 1.0, 1.0], jnp.float64)
+        assert windows(4, -1)({"w": scores}, 0.75)["w"].tolist() == [False, True, False, False]
+
+
+def test_dead_units_rank_last_and_stay_dead(key):
+    scores = jax.random.normal(key, (8, 3)).round(1)
+    alive = jax.random.bernoulli(key, 0.6, (8, 3))
+    keep = windows(4)({"w": scores}, 0.5, within={"w": alive})["w"]
+    np.testing.assert_array_equal(keep, slow_windows(scores, 2, 4, 0, alive))
+
+
+def test_a_tree_of_sparsities_gives_each_leaf_its_own():
+    units = {"a": jnp.arange(8.0), "b": jnp.arange(4.0)}
+    keep = windows(4, axis=0)(units, {"a": 0.25, "b": 0.75})
+    assert [int(keep[name].sum()) for name in "ab"] == [6, 1]
+
+
+def test_an_empty_leaf_has_no_windows():
+    assert windows(4, axis=0)({"w": jnp.zeros((0, 3))}, 0.5)["w"].shape == (0, 3)
+
+
+def test_blocks_compete_as_vectors():
+    scores = {"w": jnp.arange(16.0).reshape(8, 2)}
+    masks = jp.make_masks(scores, 0.5, pattern=jp.patterns.Blocks((2, 1)), scope=windows(2))
+    assert masks["w"][:, 0].tolist() == [False, False, True, True] * 2
+
+
+def test_windows_name_every_parameter_that_does_not_fit():
+    units = {"Dense_0": {"kernel": jnp.ones((6, 2))}, "Dense_1": {"kernel": jnp.ones((7, 2))}}
+    with pytest.raises(ValueError, match=r"Dense_0/kernel.*multiple of 4.*Dense_1/kernel.*`where`"):
+        windows(4)(units, 0.5)
+
+
+@pytest.mark.parametrize("axis", [2, -3])
+def test_windows_name_the_parameter_without_the_axis(axis):
+    with pytest.raises(ValueError, match=rf"axis={axis}\)` is out of range for 'w'.*\(4, 4\)"):
+        windows(4, axis)({"w": jnp.ones((4, 4))}, 0.5)
+
+
+def test_windows_check_their_settings_when_built():
+    with pytest.raises(ValueError, match=r"windows\(m=1\).*m >= 2"):
+        windows(1)
+    with pytest.raises(TypeError, match=r"windows\(m=4.0\).*needs an integer"):
+        windows(4.0)
+    with pytest.raises(TypeError, match=r"windows\(axis='in'\).*needs an integer"):
+        windows(4, axis="in")
+
+
+def test_windows_refuse_channels_by_name():
+    with pytest.raises(ValueError, match=r"`windows\(m=2\)`.*`Channels`.*`per_leaf` or `across`"):
+        jp.find_masks(
+            {"w": jnp.ones((4, 4))}, 0.5, pattern=jp.patterns.Channels(), scope=windows(2)
+        )
+
+
+def test_windows_that_compare_equal_share_a_program():
+    assert windows(4) == windows(4, axis=-2) and hash(windows(4)) == hash(windows(4))
+    assert windows(4) != windows(2)

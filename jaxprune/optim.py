@@ -133,7 +133,7 @@ def prune(
         return map_leaves(_ones, part, found)
 
     def init_criterion(params: Params) -> Any:
-        return memory.init(prunable(params, where=where)) if memory else ()
+        return memory.init(prunable(params, where=where)) if memory is not None else ()
 
     def as_wide_as_found(masks: Masks, params: Params) -> Masks:
         """Masks of somebody else's pattern are widened to what this one finds."""
@@ -154,7 +154,7 @@ def prune(
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
         remembered = state.criterion_state
         evidence = {"grads": grads, **extra}
-        if memory:
+        if memory is not None:
             part = prunable(params, where=where)
             remembered = memory.update(remembered, part, narrow(grads, part))
             evidence["state"] = remembered

@@ -15,11 +15,16 @@ SHAPES = ((3, 4), (4,), (), (0,), (1,))
 SIZES = [int(np.prod(shape)) for shape in SHAPES]
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 1.5, np.inf, -np.inf, np.nan)
 
+
+def flush(x):
+    """XLA on CPU takes subnormal numbers for zero, in every comparison."""
+    return 0.0 if abs(x) < 2.0**-14 else x
+
+
 some_float = st.one_of(
     st.sampled_from(SPECIAL),
-    # XLA on CPU takes subnormal numbers for zero, in every comparison.
-    st.floats(width=16, allow_subnormal=False),
-    st.floats(-4.0, 4.0, width=16, allow_subnormal=False),
+    st.floats(width=16).map(flush),
+    st.floats(-4.0, 4.0, width=16).map(flush),
 )
 many_floats = st.lists(some_float, min_size=sum(SIZES), max_size=sum(SIZES))
 many_bools = st.lists(st.booleans(), min_size=sum(SIZES), max_size=sum(SIZES))

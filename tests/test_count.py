@@ -104,3 +104,8 @@ def test_a_fixed_number_passes_for_the_float_that_it_stands_for():
     assert isinstance(fixed, Fixed)
     assert float(fixed * 8) == 2.0 and float(8 * fixed) == 2.0 and float(1 - fixed) == 0.75
     assert float(jnp.asarray(fixed)) == 0.25
+
+
+@pytest.mark.parametrize("sparsity", [0, 1])
+def test_all_and_nothing_may_be_written_as_traced_integers(sparsity):
+    assert int(jax.jit(removed, static_argnums=1)(jnp.int32(sparsity), 7)) == 7 * sparsity

@@ -463,3 +463,9 @@ def test_masks_of_other_params_are_refused_at_update(key):
     other = {"kernel": jnp.ones((3, 2))}
     with pytest.raises(ValueError, match=r"'kernel' has shape \(2, 2\).*\(3, 2\)"):
         tx.update(other, state, other)
+
+
+def test_a_schedule_may_say_everything_as_an_integer():
+    tx = jp.prune(optax.sgd(0.1), schedule=schedules.constant(1))
+    params, _ = update(tx, tx.init(KERNEL), KERNEL)
+    assert not np.asarray(params["kernel"]).any()

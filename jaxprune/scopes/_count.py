@@ -57,9 +57,10 @@ def fix(sparsity: Any) -> Fixed:
         n = round(math.ldexp(float(sparsity), 93))
         words = np.array([n >> 62, (n >> 31) & int(_WORD), n & int(_WORD)], np.uint32)
         return Fixed(words, np.int32(53))
-    digits = jnp.finfo(jnp.result_type(sparsity)).nmant + 1
     rest = jnp.asarray(sparsity)
-    rest = rest.astype(jnp.promote_types(rest.dtype, jnp.float32))
+    wide = jnp.promote_types(rest.dtype, jnp.float32)  # an integer is 0 or 1
+    narrow = rest.dtype if jnp.issubdtype(rest.dtype, jnp.floating) else wide
+    digits, rest = jnp.finfo(narrow).nmant + 1, rest.astype(wide)
     parts = []
     for _ in range(3):  # every step is exact: a shift, a floor, and what the floor left over
         part = jnp.floor(rest * 2.0**31)

@@ -3,7 +3,7 @@
 import jax
 
 from jaxprune._types import Sparsity, Units
-from jaxprune.scopes._count import removed
+from jaxprune.scopes._count import is_fixed, removed
 from jaxprune.scopes._rank import keep_largest
 from jaxprune.scopes._spread import check_units, is_tree
 
@@ -34,9 +34,9 @@ def across(units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
     """
     if is_tree(sparsity):
         raise ValueError(
-            "`across` ranks all leaves together and takes one sparsity, but got a tree of them "
-            f"({jax.tree.structure(sparsity)}). Pass a number, or rank with "
-            "`scope=jp.scopes.per_leaf`."
+            "`across` ranks all leaves together and takes one sparsity, but got a tree of "
+            f"{len(jax.tree.leaves(sparsity, is_leaf=is_fixed))} of them. Pass a number, or rank "
+            "with `scope=jp.scopes.per_leaf`."
         )
     leaves, treedef = jax.tree.flatten(units)
     check_units(leaves, "across")

@@ -1,21 +1,22 @@
 """Pruning for JAX: functional masks around any optax optimizer."""
 
 from jaxprune import criteria as criteria
+from jaxprune import dynamic as dynamic
 from jaxprune import patterns as patterns
 from jaxprune import schedules as schedules
 from jaxprune import scopes as scopes
+from jaxprune._event import PruneState as PruneState
+from jaxprune._find import find_masks as find_masks
+from jaxprune._find import make_masks as make_masks
 from jaxprune._tree import by_path as by_path
 from jaxprune._tree import is_matrix as is_matrix
 from jaxprune._tree import prunable as prunable
 from jaxprune.masks import Packed as Packed
 from jaxprune.masks import apply_masks as apply_masks
 from jaxprune.masks import dense_masks as dense_masks
-from jaxprune.masks import find_masks as find_masks
-from jaxprune.masks import make_masks as make_masks
 from jaxprune.masks import pack as pack
 from jaxprune.masks import sparsity as sparsity
 from jaxprune.masks import unpack as unpack
-from jaxprune.optim import PruneState as PruneState
 from jaxprune.optim import get_masks as get_masks
 from jaxprune.optim import hold as hold
 from jaxprune.optim import prune as prune
@@ -26,6 +27,9 @@ from jaxprune.report import overlap as overlap
 from jaxprune.report import summary as summary
 from jaxprune.rewind import Level as Level
 from jaxprune.rewind import imp as imp
+from jaxprune.straight_through import StraightThroughState as StraightThroughState
+from jaxprune.straight_through import forward_params as forward_params
+from jaxprune.straight_through import straight_through as straight_through
 
 __version__ = "0.1.0"
 
@@ -34,12 +38,15 @@ __all__ = (
     "Overlap",
     "Packed",
     "PruneState",
+    "StraightThroughState",
     "Summary",
     "apply_masks",
     "by_path",
     "criteria",
     "dense_masks",
+    "dynamic",
     "find_masks",
+    "forward_params",
     "get_masks",
     "hold",
     "imp",
@@ -53,6 +60,7 @@ __all__ = (
     "schedules",
     "scopes",
     "sparsity",
+    "straight_through",
     "summary",
     "unpack",
     "with_masks",

@@ -221,6 +221,29 @@ def narrow(tree: Any, part: Params) -> Any:
     return map_leaves(lambda leaf, chosen: None if chosen is None else leaf, mirror, part)
 
 
+def mirrored(tree: Any, params: Params, name: str) -> Any:
+    """Give evidence the structure of ``params``, or say by path how it differs from them."""
+    mirror = align(tree, params)
+    want = dict(leaves_with_path(params))
+    got = dict(leaves_with_path(tree if mirror is None else mirror))
+    missing = [path for path in want if path not in got]
+    unknown = [path for path in got if path not in want]
+    shapes = [
+        f"{path!r} has shape {jnp.shape(got[path])}, the weights {jnp.shape(want[path])}"
+        for path in want
+        if path in got and jnp.shape(got[path]) != jnp.shape(want[path])
+    ]
+    if mirror is None or missing or unknown or shapes:
+        differs = [f"nothing at {list_paths(missing)}"] if missing else []
+        differs += [f"unknown {list_paths(unknown)}"] if unknown else []
+        differs += shapes or ([] if differs else [f"got {jax.tree.structure(tree)}"])
+        raise ValueError(
+            f"`{name}` is not a tree like the params: {'; '.join(differs)}. Pass one array for "
+            "each weight array, in a tree of the same structure."
+        )
+    return mirror
+
+
 def _slots(tree: Any) -> list[tuple[str, Any]]:
     """All leaves with their paths, holes included."""
     leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole)

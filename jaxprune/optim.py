@@ -1,56 +1,29 @@
 """Pruning around any optax optimizer: masks live in its state and act through its updates."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
-from jaxprune._tree import (
-    align,
-    is_hole,
-    is_matrix,
-    map_leaves,
-    narrow,
-    prunable,
+from jaxprune._event import (
+    PruneState,
+    Search,
+    check_inner,
+    check_params,
+    enforce,
+    if_due,
+    is_packed,
+    live,
+    storage,
 )
+from jaxprune._tree import align, is_hole, is_matrix, map_leaves
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
-from jaxprune.masks import (
-    Packed,
-    check_evidence,
-    check_masks,
-    criterion_name,
-    dense_masks,
-    find,
-    pack,
-    rank,
-    required_evidence,
-    unpack,
-)
+from jaxprune.masks import check_masks, dense_masks, pack, unpack
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
-from jaxprune.scopes._count import settle
-
-
-class PruneState(NamedTuple):
-    """State of ``prune`` and ``hold``.
-
-    Attributes:
-      count: updates so far, int32 ``[]``.
-      masks: the masks in force, or ``Packed`` bits; None where a leaf is not prunable.
-      inner_state: state of the wrapped optimizer.
-      criterion_state: what a criterion with memory remembers, else ``()``.
-      key: random key for criteria that ask for one, else None.
-    """
-
-    count: jax.Array  # type: ignore[assignment]  # tuple.count, which nobody calls here
-    masks: Masks
-    inner_state: optax.OptState
-    criterion_state: Any
-    key: jax.Array | None
 
 
 def prune(
@@ -109,87 +82,27 @@ def prune(
       Array([[ 0. , -2. ],
              [ 1.5,  0. ]], dtype=float32)
     """
-    _check_inner(inner, "prune")
-    if not callable(schedule) or not hasattr(schedule, "due"):
-        raise TypeError(
-            f"`prune` got schedule={schedule!r}, which cannot say when it is due. Use one of "
-            "`jp.schedules`; `jp.schedules.custom(fn, begin, end, every)` takes any function."
-        )
-    if key is None and "key" in required_evidence(criterion):
-        raise TypeError(
-            f"The criterion `{criterion_name(criterion)}` needs a random key and there is no "
-            "default. Pass `key=jax.random.key(...)` to `prune`."
-        )
-    memory: Any = criterion if hasattr(criterion, "init") else None
-    store = pack if packed else _as_it_is
-
-    def init_masks(params: Params) -> Masks:
-        part = prunable(params, where=where)
-        # The shapes say all that can go wrong: which masks come out, and whether any do.
-        found = jax.eval_shape(
-            lambda p: rank(p, _sparsity(schedule, 0), pattern=pattern, scope=scope, within=None),
-            part,
-        )
-        return map_leaves(_ones, part, found)
-
-    def init_criterion(params: Params) -> Any:
-        return memory.init(prunable(params, where=where)) if memory is not None else ()
-
-    def as_wide_as_found(masks: Masks, params: Params) -> Masks:
-        """Masks of somebody else's pattern are widened to what this one finds."""
-        found = jax.eval_shape(
-            lambda p: pattern.expand(pattern.pool(p), like=p), prunable(params, where=where)
-        )
-        same = jax.tree.map(lambda m, f: m.shape == f.shape, masks, found, is_leaf=_is_packed)
-        if all(jax.tree.leaves(same)):
-            return masks
-        return map_leaves(
-            lambda m, f: (
-                m if f is None else jnp.broadcast_to(m, jnp.broadcast_shapes(m.shape, f.shape))
-            ),
-            unpack(masks),
-            found,
-        )
+    check_inner(inner, "prune")
+    search = Search("prune", schedule, criterion, pattern, scope, where, key)
+    store = storage(packed)
 
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
-        remembered = state.criterion_state
-        evidence = {"grads": grads, **extra}
-        if memory is not None:
-            part = prunable(params, where=where)
-            remembered = memory.update(remembered, part, narrow(grads, part))
-            evidence["state"] = remembered
-        if state.key is not None:
-            evidence["key"] = jax.random.fold_in(state.key, state.count)
-        check_evidence(criterion, evidence)
         now = state.count
-        before = schedule.before(now) if hasattr(schedule, "before") else now - 1
-        falls = _falls(schedule(now), schedule(jnp.maximum(before, 0)))
+        memory = search.remember(state.criterion_state, params, grads)
+        evidence = search.evidence(state, memory, grads, extra)
+        falls = search.falls(now)
 
-        def again(loop: tuple[jax.Array, Masks]) -> tuple[jax.Array, Masks]:
-            due, stored = loop
-            masks = find(
-                params,
-                _sparsity(schedule, now),
-                criterion=criterion,
-                pattern=pattern,
-                scope=scope,
-                where=where,
-                within=jax.tree.map(lambda m: m | falls, unpack(stored)),
-                **evidence,
-            )
-            return jnp.zeros_like(due), store(masks)
+        def renew(stored: Masks) -> Masks:
+            within = jax.tree.map(lambda m: m | falls, unpack(stored))
+            return store(search.find(now, params, within, **evidence))
 
-        # A loop of at most one round instead of a conditional: XLA passes masks that do not
-        # change through a loop without copying them, and under vmap it still skips the search.
-        due = jnp.asarray(schedule.due(now), bool)
-        stored = store(as_wide_as_found(state.masks, params))
-        _, stored = lax.while_loop(lambda loop: loop[0], again, (due, stored))
-        return stored, remembered
+        stored = store(search.fit(state.masks, params))
+        return if_due(schedule.due(now), renew, stored), memory
 
     return _wrap(
         inner,
-        init_masks=init_masks,
-        init_criterion=init_criterion,
+        init_masks=search.first_masks,
+        init_criterion=search.first_memory,
         refresh=refresh,
         key=key,
         packed=packed,
@@ -230,7 +143,7 @@ def hold(
       Array([[0.5, 0. ],
              [0.5, 0.5]], dtype=float32)
     """
-    _check_inner(inner, "hold")
+    check_inner(inner, "hold")
 
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
         del grads, params, extra
@@ -257,7 +170,7 @@ def _wrap(
 ) -> optax.GradientTransformationExtraArgs:
     """Put masks around an optimizer; ``refresh`` says which are in force at an update."""
     inner = optax.with_extra_args_support(inner)
-    store = pack if packed else _as_it_is
+    store = storage(packed)
 
     def init(params: Params) -> PruneState:
         return PruneState(
@@ -271,17 +184,12 @@ def _wrap(
     def update(
         updates: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, PruneState]:
-        if params is None:
-            raise ValueError(
-                "`tx.update(grads, state)` was called without params, but removed weights are set "
-                "to zero from what they are. Call `tx.update(grads, state, params)`."
-            )
+        check_params(params)
         stored, criterion_state = refresh(updates, state, params, extra)
         masks = check_masks(unpack(stored), params, "masks")
-        live = map_leaves(
-            lambda g, m: g if m is None else jnp.where(m, g, jnp.zeros((), g.dtype)), updates, masks
+        updates, inner_state = inner.update(
+            live(updates, masks), state.inner_state, params, **extra
         )
-        live, inner_state = inner.update(live, state.inner_state, params, **extra)
         new_state = PruneState(
             count=optax.safe_increment(state.count),
             masks=stored,
@@ -289,49 +197,9 @@ def _wrap(
             criterion_state=criterion_state,
             key=state.key,
         )
-        return map_leaves(_enforce, live, params, masks), new_state
+        return map_leaves(enforce, updates, params, masks), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _as_it_is(masks: Masks) -> Masks:
-    return masks
-
-
-def _enforce(update: jax.Array, param: jax.Array, mask: jax.Array | None) -> jax.Array:
-    if mask is None:
-        return update
-    # A narrow update cannot hold `-param` exactly, and then the sum would not be zero.
-    dtype = jnp.promote_types(update.dtype, param.dtype)
-    return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
-
-
-def _ones(param: jax.Array, found: jax.ShapeDtypeStruct) -> jax.Array:
-    """A mask that keeps all, of the shape that events find, where the parameter is."""
-    full = jnp.ones_like(param, dtype=bool)
-    return full[tuple(slice(n) for n in found.shape)] if found.shape else full
-
-
-def _sparsity(schedule: Schedule, step: Any) -> Any:
-    """Sparsity at a step, exact where it has arrived at the number that was asked for."""
-    now, final = schedule(step), getattr(schedule, "final", None)
-    if final is None:
-        return now
-    return jax.tree.map(settle, now, final)
-
-
-def _falls(now: Any, before: Any) -> jax.Array:
-    """True where a schedule goes down, by more than the rounding of a float32."""
-    drops = jax.tree.map(lambda a, b: jnp.any(a < b - 1e-6), now, before)
-    return jnp.any(jnp.stack(jax.tree.leaves(drops)))
-
-
-def _check_inner(inner: Any, user: str) -> None:
-    if not (hasattr(inner, "init") and hasattr(inner, "update")):
-        raise TypeError(
-            f"`{user}` wraps an optax optimizer, but got {inner!r}. Pass one, such as "
-            "`optax.adam(1e-3)`."
-        )
 
 
 def get_masks(opt_state: optax.OptState) -> Masks:
@@ -384,8 +252,8 @@ def with_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
       {'kernel': Array([[ True, False]], dtype=bool)}
     """
     old = _the_pruner(opt_state).masks
-    packed = any(map(_is_packed, jax.tree.leaves(old, is_leaf=_is_packed)))
-    shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, bool), old, is_leaf=_is_packed)
+    packed = any(map(is_packed, jax.tree.leaves(old, is_leaf=is_packed)))
+    shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, bool), old, is_leaf=is_packed)
     mirror = align(masks, shapes)
     like = shapes if mirror is None else jax.tree.map(_fit, shapes, mirror, is_leaf=is_hole)
     mirror = check_masks(masks, like, "masks")
@@ -430,10 +298,6 @@ def _the_pruner(opt_state: optax.OptState) -> PruneState:
 
 def _is_pruner(node: Any) -> bool:
     return isinstance(node, PruneState)
-
-
-def _is_packed(node: Any) -> bool:
-    return isinstance(node, Packed)
 
 
 def _is_variable(node: Any) -> bool:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._errors import check_sparsity
+from jaxprune._find import check_evidence, find_masks, rank
 from jaxprune._tree import (
     align,
     check_regexes_match,
@@ -18,7 +19,7 @@ from jaxprune._tree import (
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Scope, Where
 from jaxprune.criteria import magnitude
-from jaxprune.masks import apply_masks, check_evidence, check_masks, find_masks, rank
+from jaxprune.masks import apply_masks, check_masks
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
 

@@ -5,6 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune._tree import mirrored
 from jaxprune._types import Params, Scores
 
 
@@ -22,6 +23,9 @@ def taylor(params: Params, *, grads: Params, **_: Any) -> Scores:
     Returns:
       Non-negative scores like ``params``. Higher means keep.
 
+    Raises:
+      ValueError: ``grads`` does not mirror ``params``.
+
     Example:
       >>> import jax.numpy as jnp
       >>> taylor({"w": jnp.array([2.0, -3.0])}, grads={"w": jnp.array([1.0, 0.5])})
@@ -31,4 +35,4 @@ def taylor(params: Params, *, grads: Params, **_: Any) -> Scores:
       Molchanov et al., `Importance Estimation for Neural Network Pruning
       <https://arxiv.org/abs/1906.10771>`_, 2019.
     """
-    return jax.tree.map(lambda w, g: jnp.abs(w * g), params, grads)
+    return jax.tree.map(lambda w, g: jnp.abs(w * g), params, mirrored(grads, params, "grads"))

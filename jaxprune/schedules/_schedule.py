@@ -35,19 +35,10 @@ class Schedule:
 
     def __post_init__(self) -> None:
         for name in ("begin", "end", "every"):
-            step = getattr(self, name)
-            if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-                raise ValueError(
-                    f"A schedule got {name}={step!r}. Steps are integers from 0 on; pass the "
-                    "number of the update."
-                )
+            check_step(name, getattr(self, name))
         if self.every < 1:
             raise ValueError(f"A schedule got every={self.every}. Use 1 to prune at each step.")
-        if self.end < self.begin:
-            raise ValueError(
-                f"A schedule got end={self.end} before begin={self.begin}. The last event cannot "
-                "come before the first; swap them."
-            )
+        check_range(self.begin, self.end)
         check_sparsity(self.final, "schedule")
 
     def __call__(self, step: ArrayLike) -> Any:
@@ -64,6 +55,24 @@ class Schedule:
         """Give the step of the last event before one at ``step``."""
         past_beat = (jnp.asarray(step) - self.begin) % self.every
         return jnp.asarray(step) - jnp.where(past_beat == 0, self.every, past_beat)
+
+
+def check_step(name: str, step: Any) -> None:
+    """Refuse what cannot count updates."""
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise ValueError(
+            f"A schedule got {name}={step!r}. Steps are integers from 0 on; pass the number of "
+            "the update."
+        )
+
+
+def check_range(begin: int, end: int) -> None:
+    """Refuse a range that runs backwards."""
+    if end < begin:
+        raise ValueError(
+            f"A schedule got end={end} before begin={begin}. The last event cannot come before "
+            "the first; swap them."
+        )
 
 
 def ramp(

@@ -133,7 +133,7 @@ def _last_kept(
             guess = jnp.where(even, jnp.int32(share * (high - low)), (high - low) // 2)
             guess = low + jnp.clip(guess, 1, jnp.maximum(high - low - 1, 1))
             counts = [
-                sum((_count(digits[i] >= guess[r].astype(jnp.uint8)) for i in ranking), none[r])
+                sum((count_true(digits[i] >= guess[r].astype(jnp.uint8)) for i in ranking), none[r])
                 for r, ranking in enumerate(rankings)
             ]
             # A ranking that is settled guesses `high` until the others are, and stays as it is.
@@ -211,7 +211,7 @@ def _ranking_of(rankings: Sequence[Ranking]) -> list[int]:
     return [of[i] for i in range(len(of))]
 
 
-def _count(mask: jax.Array) -> jax.Array:
+def count_true(mask: jax.Array) -> jax.Array:
     """Count what is True, in int32."""
     if jax.device_count() > 1:  # windows might cross the borders of shards, and data move
         return _count_plain(mask)

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune._tree import map_with_path
+from jaxprune._tree import leaves_with_path, map_with_path
 from jaxprune._types import Sparsity, Units
-from jaxprune.scopes._count import removed
+from jaxprune.scopes._count import is_number, removed
 from jaxprune.scopes._rank import image
 from jaxprune.scopes._spread import spread
 
@@ -23,6 +23,7 @@ class Windows:
 
     def __call__(self, units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
         self._check(units)
+        self.check_sparsity(sparsity)
         leaves, treedef = jax.tree.flatten(units)
         alive = [None] * len(leaves) if within is None else jax.tree.leaves(within)
         sparsities = spread(units, sparsity, f"windows(m={self.m})")
@@ -31,6 +32,19 @@ class Windows:
             for u, s, a in zip(leaves, sparsities, alive, strict=True)
         ]
         return jax.tree.unflatten(treedef, keep)
+
+    def check_sparsity(self, sparsity: Sparsity) -> None:
+        """Refuse a sparsity short of 1 that rounds to whole windows; traced ones pass unseen."""
+        bad = [
+            f"{s:g}{f' at {path!r}' if path else ''}"
+            for path, s in leaves_with_path(sparsity)
+            if is_number(s) and s < 1.0 and removed(s, self.m) == self.m
+        ]
+        if bad:
+            raise ValueError(
+                f"`windows(m={self.m})` would keep none of {self.m} at a sparsity of "
+                f"{', '.join(bad)}. Use at most {1 - 1 / self.m:g}, which keeps one, or a larger m."
+            )
 
     def _check(self, units: Units) -> None:
         bad: list[str] = []
@@ -90,7 +104,8 @@ def windows(m: int, axis: int = -2) -> Windows:
 
     Raises:
       TypeError: ``m`` or ``axis`` is not an integer.
-      ValueError: ``m`` is below 2; when used, an axis is missing or is not a multiple of ``m``.
+      ValueError: ``m`` is below 2; when used, an axis is missing or is not a multiple of ``m``,
+        or a sparsity short of 1 would leave nothing of a window.
 
     Example:
       >>> import jax.numpy as jnp

@@ -1,0 +1,218 @@
+"""Masks in a training step: what finds them, when, and the state that carries them along."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from jaxprune._find import (
+    check_evidence,
+    check_scope,
+    criterion_name,
+    find,
+    rank,
+    required_evidence,
+)
+from jaxprune._tree import map_leaves, narrow, prunable
+from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
+from jaxprune.masks import Packed, pack, unpack
+from jaxprune.scopes._count import settle
+
+
+class PruneState(NamedTuple):
+    """State of ``prune`` and ``hold``, and of all else that carries masks through training.
+
+    Attributes:
+      count: updates so far, int32 ``[]``.
+      masks: the masks in force, or ``Packed`` bits; None where a leaf is not prunable.
+      inner_state: state of the wrapped optimizer.
+      criterion_state: what a criterion with memory remembers, else ``()``.
+      key: random key for criteria that ask for one, else None.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # tuple.count, which nobody calls here
+    masks: Masks
+    inner_state: optax.OptState
+    criterion_state: Any
+    key: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """The parts that decide which weights stay, put together for a training run.
+
+    Attributes:
+      user: the public function that was called, for messages.
+    """
+
+    user: str
+    schedule: Schedule
+    criterion: Criterion
+    pattern: Pattern
+    scope: Scope
+    where: Where
+    key: jax.Array | None
+
+    def __post_init__(self) -> None:
+        if not callable(self.schedule) or not hasattr(self.schedule, "due"):
+            raise TypeError(
+                f"`{self.user}` got schedule={self.schedule!r}, which cannot say when it is due. "
+                "Use one of `jp.schedules`; `jp.schedules.custom(fn, begin, end, every)` takes "
+                "any function."
+            )
+        if self.key is None and "key" in required_evidence(self.criterion):
+            raise TypeError(
+                f"The criterion `{criterion_name(self.criterion)}` needs a random key and there "
+                f"is no default. Pass `key=jax.random.key(...)` to `{self.user}`."
+            )
+        check_scope(self.scope, getattr(self.schedule, "final", None))
+
+    def first_masks(self, params: Params) -> Masks:
+        """Make masks that keep all, of the shape that events find."""
+        part = prunable(params, where=self.where)
+        # The shapes say all that can go wrong: which masks come out, and whether any do.
+        found = jax.eval_shape(
+            lambda p: rank(
+                p, self._sparsity(0), pattern=self.pattern, scope=self.scope, within=None
+            ),
+            part,
+        )
+        return map_leaves(ones_of_shape, part, found)
+
+    def first_memory(self, params: Params) -> Any:
+        """Make what a criterion with memory starts from; ``()`` for all others."""
+        if not hasattr(self.criterion, "init"):
+            return ()
+        return self.criterion.init(prunable(params, where=self.where))
+
+    def remember(self, memory: Any, params: Params, grads: Params) -> Any:
+        """Take one step into the memory of the criterion."""
+        if not hasattr(self.criterion, "init"):
+            return memory
+        part = prunable(params, where=self.where)
+        update: Any = self.criterion.update  # type: ignore[attr-defined]
+        return update(memory, part, narrow(grads, part))
+
+    def evidence(self, state: PruneState, memory: Any, grads: Params, extra: Any) -> dict[str, Any]:
+        """Collect all that a criterion may ask for at this step, and see that it is enough."""
+        evidence = {"grads": grads, **extra}
+        if hasattr(self.criterion, "init"):
+            evidence["state"] = memory
+        if state.key is not None:
+            evidence["key"] = jax.random.fold_in(state.key, state.count)
+        check_evidence(self.criterion, evidence)
+        return evidence
+
+    def find(self, step: Any, params: Params, within: Masks | None, **evidence: Any) -> Masks:
+        """Find the masks of an event."""
+        return find(
+            params,
+            self._sparsity(step),
+            criterion=self.criterion,
+            pattern=self.pattern,
+            scope=self.scope,
+            where=self.where,
+            within=within,
+            **evidence,
+        )
+
+    def falls(self, step: Any) -> jax.Array:
+        """Say whether the schedule falls at an event, by more than the rounding of a float32."""
+        schedule: Any = self.schedule
+        before = schedule.before(step) if hasattr(schedule, "before") else step - 1
+        drops = jax.tree.map(
+            lambda now, then: jnp.any(now < then - 1e-6),
+            schedule(step),
+            schedule(jnp.maximum(before, 0)),
+        )
+        return jnp.any(jnp.stack(jax.tree.leaves(drops)))
+
+    def fit(self, stored: Masks, params: Params) -> Masks:
+        """Widen masks of somebody else's pattern to what this one finds."""
+        found = jax.eval_shape(
+            lambda p: self.pattern.expand(self.pattern.pool(p), like=p),
+            prunable(params, where=self.where),
+        )
+        same = jax.tree.map(lambda m, f: m.shape == f.shape, stored, found, is_leaf=is_packed)
+        if all(jax.tree.leaves(same)):
+            return stored
+        return map_leaves(
+            lambda m, f: (
+                m if f is None else jnp.broadcast_to(m, jnp.broadcast_shapes(m.shape, f.shape))
+            ),
+            unpack(stored),
+            found,
+        )
+
+    def _sparsity(self, step: Any) -> Any:
+        """Sparsity at a step, exact where it has arrived at the number that was asked for."""
+        now, final = self.schedule(step), getattr(self.schedule, "final", None)
+        return now if final is None else jax.tree.map(settle, now, final)
+
+
+def if_due(due: Any, renew: Callable[[Any], Any], stored: Any) -> Any:
+    """Renew what is stored if it is due, else pass it on.
+
+    A loop of at most one round instead of a conditional: XLA passes what does not change through
+    a loop without copying it, and under vmap it still skips the search.
+    """
+    due = jnp.asarray(due, bool)
+
+    def once(loop: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+        return jnp.zeros_like(loop[0]), renew(loop[1])
+
+    return lax.while_loop(lambda loop: loop[0], once, (due, stored))[1]
+
+
+def storage(packed: bool) -> Callable[[Masks], Masks]:
+    """Say how masks lie in the state."""
+    return pack if packed else lambda masks: masks
+
+
+def live(grads: Params, masks: Masks) -> Params:
+    """Zero the gradients of removed weights: what the inner optimizer gets to see."""
+    return map_leaves(
+        lambda g, m: g if m is None else jnp.where(m, g, jnp.zeros((), g.dtype)), grads, masks
+    )
+
+
+def enforce(update: jax.Array, param: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """Make the update take removed weights to exactly zero."""
+    if mask is None:
+        return update
+    # A narrow update cannot hold `-param` exactly, and then the sum would not be zero.
+    dtype = jnp.promote_types(update.dtype, param.dtype)
+    return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
+
+
+def ones_of_shape(param: jax.Array, found: jax.ShapeDtypeStruct) -> jax.Array:
+    """Make a mask that keeps all, of the shape that was found, where the parameter is."""
+    full = jnp.ones_like(param, dtype=bool)
+    return full[tuple(slice(n) for n in found.shape)] if found.shape else full
+
+
+def is_packed(node: Any) -> bool:
+    """True for a mask in bits: for ``is_leaf``."""
+    return isinstance(node, Packed)
+
+
+def check_inner(inner: Any, user: str) -> None:
+    """Refuse to wrap what is no optimizer."""
+    if not (hasattr(inner, "init") and hasattr(inner, "update")):
+        raise TypeError(
+            f"`{user}` wraps an optax optimizer, but got {inner!r}. Pass one, such as "
+            "`optax.adam(1e-3)`."
+        )
+
+
+def check_params(params: Params | None) -> None:
+    """Refuse an update without params."""
+    if params is None:
+        raise ValueError(
+            "`tx.update(grads, state)` was called without params, but masks are made from them and "
+            "act on them. Call `tx.update(grads, state, params)`."
+        )

@@ -1,0 +1,331 @@
+"""Masks found: weights scored, units ranked, in one go or in rounds."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune._errors import check_sparsity
+from jaxprune._tree import (
+    fill,
+    is_floating,
+    is_matrix,
+    leaves_with_path,
+    list_paths,
+    map_leaves,
+    narrow,
+    prunable,
+)
+from jaxprune._types import Criterion, Masks, Params, Pattern, Scope, Scores, Sparsity, Where
+from jaxprune.criteria import magnitude
+from jaxprune.masks import apply_masks, check_masks
+from jaxprune.patterns import Channels, Weights
+from jaxprune.scopes import per_leaf
+from jaxprune.scopes._count import fix, is_fixed, is_number
+from jaxprune.scopes._windows import Windows
+
+
+def find_masks(
+    params: Params,
+    sparsity: Sparsity,
+    *,
+    criterion: Criterion = magnitude,
+    pattern: Pattern = Weights(),
+    scope: Scope = per_leaf,
+    where: Where = is_matrix,
+    within: Masks | None = None,
+    rounds: int = 1,
+    **evidence: Any,
+) -> Masks:
+    """Find the masks that remove a fraction of the weights worth least.
+
+    Compiles itself, with the parts (``criterion``, ``pattern``, ``scope``, ``where``) as static
+    arguments: parts that compare equal share a program for every sparsity, a new lambda is
+    compiled anew.
+
+    Args:
+      params: parameters; any tree of arrays.
+      sparsity: fraction to remove, in [0, 1]: a number (may be traced) or a tree of numbers, one
+        for each prunable leaf, as ``jp.scopes.erk`` makes.
+      criterion: scores the weights; sees only the prunable leaves, None elsewhere.
+      pattern: what is removed together.
+      scope: who competes with whom.
+      where: predicate of path and array: which leaves are prunable.
+      within: earlier masks; a weight that they remove stays removed and counts as such.
+      rounds: score the masked weights again in so many rounds, of which number i brings the
+        sparsity ``1 - (1 - sparsity)**(i / rounds)``. For scores that depend on what else is
+        left: SynFlow wants 100.
+      **evidence: what the criterion asks for by keyword: ``grads``, ``key``, ``loss_fn`` ...
+        Trees that mirror ``params`` are narrowed to the prunable leaves, and functions of the
+        params get all leaves.
+
+    Returns:
+      A tree like ``params``: None where a leaf is not prunable, elsewhere a bool array of the
+      leaf's rank that broadcasts over it, True for what stays. Exactly ``round(sparsity * n)``
+      of the ``n`` units of each competition go.
+
+    Raises:
+      ValueError: the sparsity is outside [0, 1], nothing is prunable, a pattern or scope does not
+        fit a leaf, ``within`` or evidence does not mirror ``params``, ``rounds`` is no integer
+        from 1 on, or a function in the evidence leads to scores that are not finite, such as a
+        loss that is NaN (not seen inside a trace).
+      TypeError: the criterion lacks evidence.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> params = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]]), "bias": jnp.zeros(2)}
+      >>> find_masks(params, 0.5)["kernel"]
+      Array([[False,  True],
+             [ True, False]], dtype=bool)
+    """
+    check_sparsity(sparsity)
+    check_evidence(criterion, evidence)
+    check_scope(scope, sparsity)
+    if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
+        raise ValueError(
+            f"`find_masks` got rounds={rounds!r}. Use an integer from 1 on; 100 for SynFlow."
+        )
+    functions = {name: value for name, value in evidence.items() if callable(value)}
+    arrays = {name: value for name, value in evidence.items() if name not in functions}
+    masks, finite = _find_jit(
+        params,
+        _exact(sparsity),
+        within,
+        arrays,
+        criterion=criterion,
+        pattern=pattern,
+        scope=scope,
+        where=where,
+        rounds=rounds,
+        functions=tuple(sorted(functions.items())),
+    )
+    if functions:
+        _check_finite(finite, criterion, functions)
+    return masks
+
+
+@functools.partial(
+    jax.jit, static_argnames=("criterion", "pattern", "scope", "where", "rounds", "functions")
+)
+def _find_jit(
+    params: Params,
+    sparsity: Sparsity,
+    within: Masks | None,
+    evidence: dict[str, Any],
+    *,
+    criterion: Criterion,
+    pattern: Pattern,
+    scope: Scope,
+    where: Where,
+    rounds: int,
+    functions: tuple[tuple[str, Callable[..., Any]], ...],
+) -> tuple[Masks, Any]:
+    """Find masks, and tell for each leaf whether the scores of its finite weights were finite."""
+    _check_pair(pattern, scope)  # before scores are computed for nothing
+    evidence = {**evidence, **dict(functions)}
+
+    def once(params: Params, sparsity: Sparsity, within: Masks | None) -> tuple[Masks, Any]:
+        scores = score(params, criterion=criterion, where=where, **evidence)
+        finite = map_leaves(
+            lambda s, w: jnp.all(jnp.isfinite(s) | ~jnp.isfinite(w)), scores, params
+        )
+        return rank(scores, sparsity, pattern=pattern, scope=scope, within=within), finite
+
+    if rounds == 1:
+        return once(params, sparsity, within)
+
+    def again(i: jax.Array, found: tuple[Masks, Any]) -> tuple[Masks, Any]:
+        masks, finite = found
+        now = jax.tree.map(lambda s: _on_the_way(s, i, rounds), sparsity, is_leaf=is_fixed)
+        masks, still = once(apply_masks(params, masks), now, masks)
+        return masks, jax.tree.map(jnp.logical_and, finite, still)
+
+    shapes = jax.eval_shape(once, params, sparsity, within)
+    masks, finite = jax.tree.map(lambda s: jnp.ones(s.shape, bool), shapes)
+    if within is not None:
+        masks = map_leaves(jnp.logical_and, masks, check_masks(within, masks, "within"))
+    return lax.fori_loop(1, rounds + 1, again, (masks, finite))
+
+
+def _on_the_way(sparsity: Any, i: jax.Array, rounds: int) -> Any:
+    """Sparsity of round ``i``: geometric in what is kept, and exactly the whole in the last."""
+    final = fix(sparsity)
+    part = fix(-jnp.expm1(i / rounds * jnp.log1p(-final.__jax_array__())))
+    return jax.tree.map(lambda f, p: jnp.where(i == rounds, f, p), final, part)
+
+
+def find(
+    params: Params,
+    sparsity: Sparsity,
+    *,
+    criterion: Criterion,
+    pattern: Pattern,
+    scope: Scope,
+    where: Where,
+    within: Masks | None,
+    **evidence: Any,
+) -> Masks:
+    """Find masks inside somebody's trace: score, then rank."""
+    scores = score(params, criterion=criterion, where=where, **evidence)
+    return rank(scores, sparsity, pattern=pattern, scope=scope, within=within)
+
+
+def score(params: Params, *, criterion: Criterion, where: Where, **evidence: Any) -> Scores:
+    """Score the prunable leaves; evidence is cut down to what the criterion may see."""
+    part = lax.stop_gradient(prunable(params, where=where))
+
+    def offer(value: Any) -> Any:
+        if callable(value):  # a function of all params, offered as one of the prunable part
+            return lambda p, *args, **kwargs: value(fill(p, params), *args, **kwargs)
+        return narrow(value, part)
+
+    scores = criterion(part, **{name: offer(value) for name, value in evidence.items()})
+    _check_scores(scores, part, criterion)
+    return scores
+
+
+def make_masks(
+    scores: Scores,
+    sparsity: Sparsity,
+    *,
+    pattern: Pattern = Weights(),
+    scope: Scope = per_leaf,
+    within: Masks | None = None,
+) -> Masks:
+    """Make masks from ready scores: pool them into units, rank, expand again.
+
+    Args:
+      scores: floating scores, higher = keep; None where a leaf is not prunable.
+      sparsity: fraction of units to remove: a number or a tree of numbers.
+      pattern: what is removed together.
+      scope: who competes with whom.
+      within: earlier masks; a weight that they remove stays removed.
+
+    Returns:
+      Masks like ``scores``.
+
+    Raises:
+      ValueError: the sparsity is outside [0, 1], a pattern or scope does not fit a leaf or the
+        two do not fit one another, or ``within`` does not mirror ``scores``.
+      TypeError: scores are not floating.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> make_masks({"w": jnp.array([3.0, 1.0, 2.0, 4.0])}, 0.25)
+      {'w': Array([ True, False,  True,  True], dtype=bool)}
+    """
+    check_sparsity(sparsity)
+    check_scope(scope, sparsity)
+    return rank(scores, sparsity, pattern=pattern, scope=scope, within=within)
+
+
+def rank(
+    scores: Scores, sparsity: Any, *, pattern: Pattern, scope: Scope, within: Masks | None
+) -> Masks:
+    """Make masks; the sparsity has been checked, or is traced."""
+    _check_pair(pattern, scope)
+    leaves = leaves_with_path(scores)
+    if not leaves:
+        raise ValueError(
+            "There are no scores to rank: the tree has no leaf but None. Score at least one leaf."
+        )
+    wrong = [(path, s) for path, s in leaves if not is_floating(s)]
+    if wrong:
+        path, leaf = wrong[0]
+        raise TypeError(
+            f"A score of {getattr(leaf, 'dtype', type(leaf).__name__)} at {path!r} "
+            "cannot be ranked. Scores are floating arrays: convert it, or put None where a leaf "
+            "is not prunable."
+        )
+    units = lax.stop_gradient(pattern.pool(scores))
+    if within is None:
+        return pattern.expand(scope(units, sparsity), like=scores)
+    within = check_masks(within, scores, "within")
+    alive = living(pattern, scores, within)
+    found = pattern.expand(scope(units, sparsity, within=alive), like=scores)
+    return map_leaves(lambda new, old: new if old is None else new & old, found, within)
+
+
+def living(pattern: Pattern, scores: Scores, masks: Masks) -> Any:
+    """Say which units are alive: those of which at least one weight is."""
+    weights = map_leaves(
+        lambda s, m: jnp.broadcast_to(m is None or m, s.shape).astype(jnp.float32), scores, masks
+    )
+    return jax.tree.map(lambda share: share > 0, pattern.pool(weights))
+
+
+def check_evidence(criterion: Criterion, evidence: Any) -> None:
+    """Refuse to call a criterion without what its signature asks for by keyword."""
+    missing = [name for name in required_evidence(criterion) if name not in evidence]
+    if missing:
+        asked = ", ".join(f"`{name}`" for name in missing)
+        first = missing[0]
+        raise TypeError(
+            f"The criterion `{criterion_name(criterion)}` needs {asked}, which was not given. Pass "
+            f"`{first}=...` to `jp.find_masks`, or to `tx.update` inside a training step; `jp.imp` "
+            "gets it from `evidence=`."
+        )
+
+
+def required_evidence(criterion: Criterion) -> list[str]:
+    """Names of the keyword-only arguments without default."""
+    try:
+        parameters = inspect.signature(criterion).parameters.values()
+    except (TypeError, ValueError):  # a builtin or a wrapper that hides it
+        return []
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+
+
+def criterion_name(criterion: Criterion) -> str:
+    """The name of a criterion for people."""
+    return getattr(criterion, "__name__", None) or type(criterion).__name__
+
+
+def _check_scores(scores: Scores, part: Params, criterion: Criterion) -> None:
+    want = [(path, jnp.shape(leaf)) for path, leaf in leaves_with_path(part)]
+    got = [(path, jnp.shape(leaf)) for path, leaf in leaves_with_path(scores)]
+    if got != want:
+        raise ValueError(
+            f"The criterion `{criterion_name(criterion)}` returned scores {got}, but the prunable "
+            f"leaves are {want}. Return one score for each weight, in a tree like its params."
+        )
+
+
+def _check_finite(finite: Any, criterion: Criterion, functions: dict[str, Any]) -> None:
+    """Refuse scores that a function spoilt. Inside a trace nobody can look."""
+    bad = [
+        path
+        for path, good in leaves_with_path(finite)
+        if not isinstance(good, jax.core.Tracer) and not good
+    ]
+    if bad:
+        raise ValueError(
+            f"The criterion `{criterion_name(criterion)}` gives scores that are not finite at "
+            f"{list_paths(bad)}: {' or '.join(f'`{name}`' for name in functions)}, or its "
+            "gradient, is NaN or infinite on the batch. Look at its value and at the batch; "
+            "smaller inputs or a smaller learning rate may do."
+        )
+
+
+def check_scope(scope: Scope, sparsity: Sparsity) -> None:
+    """Refuse windows of which nothing would be left, where the sparsity is known."""
+    if isinstance(scope, Windows):
+        scope.check_sparsity(sparsity)
+
+
+def _check_pair(pattern: Pattern, scope: Scope) -> None:
+    if isinstance(scope, Windows) and isinstance(pattern, Channels):
+        raise ValueError(
+            f"`windows(m={scope.m})` ranks neighbours along an axis, and `Channels` leaves no "
+            "neighbours to rank. Use it with `Weights` or `Blocks`, or rank channels with "
+            "`per_leaf` or `across`."
+        )
+
+
+def _exact(sparsity: Sparsity) -> Any:
+    """Numbers in fixed point, so that the compiled program counts as Python does."""
+    return jax.tree.map(lambda s: fix(s) if is_number(s) else s, sparsity)

@@ -1,0 +1,331 @@
+"""Sparse training: from the first step to the last, the same number of weights moves around."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune import schedules
+from jaxprune._errors import check_sparsity
+from jaxprune._event import PruneState, check_inner, check_params, enforce, if_due, live, storage
+from jaxprune._find import find, living
+from jaxprune._tree import is_hole, is_matrix, map_leaves, mirrored, narrow
+from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
+from jaxprune.criteria import magnitude, random
+from jaxprune.masks import check_masks, unpack
+from jaxprune.patterns import Weights
+from jaxprune.scopes import erk, per_leaf
+from jaxprune.scopes._rank import count_true, keep_largest
+from jaxprune.scopes._spread import is_tree
+
+__all__ = ("rigl", "set")
+
+
+def rigl(
+    inner: optax.GradientTransformation,
+    *,
+    sparsity: Sparsity,
+    begin: int,
+    end: int,
+    every: int,
+    drop_fraction: float = 0.3,
+    pattern: Pattern = Weights(),
+    where: Where = is_matrix,
+    key: jax.Array | None = None,
+    packed: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Wrap an optimizer so that it trains sparse, and grow where the gradient is largest (RigL).
+
+    At an event the inner update comes first. Then, in each leaf, the
+    :math:`\lfloor \alpha_t n \rfloor` smallest of the :math:`n` kept weights are dropped, and as
+    many of those that were zero before grow: the ones with the largest :math:`|g|`. With
+    :math:`t` from 0 at ``begin`` to 1 at ``end``, :math:`\alpha_t` is ``drop_fraction`` times
+    :math:`\frac{1}{2}(1 + \cos \pi t)`. A leaf with fewer zeros than that moves as many as it
+    has. Grown weights start from zero, and so do their moments in the state of the inner
+    optimizer. Hand in the full gradient: removed weights are found by theirs.
+
+    Masks are there from ``init`` on, and the first update makes them hold. To start sparse:
+    ``params = jp.apply_masks(params, jp.get_masks(opt_state))``.
+
+    Args:
+      inner: an optax optimizer with state that ``optax.tree.map_params`` can map, which is any
+        but those that remember several steps, such as L-BFGS. It goes outermost, as ``prune``.
+      sparsity: fraction removed, for the whole time. A number is shared out by
+        ``jp.scopes.erk``; a tree of numbers, as ``jp.scopes.uniform`` makes, gives one a leaf.
+      begin: step of the first event; steps count from 0.
+      end: step of the last event.
+      every: steps between events.
+      drop_fraction: fraction of the kept weights that moves at ``begin``, in [0, 1]; 0.3 is the
+        paper's.
+      pattern: what is dropped and grown together; units are counted and scored instead of weights.
+      where: predicate of path and array: which leaves are prunable.
+      key: random key for the start; without it the largest weights start.
+      packed: keep the masks as bits.
+
+    Returns:
+      An optax transformation with a ``PruneState``.
+
+    Raises:
+      TypeError: ``inner`` is no optimizer, or ``init`` finds that its state cannot be mapped.
+      ValueError: a sparsity or ``drop_fraction`` is outside [0, 1], a step is no integer from 0
+        on, ``end`` is before ``begin``, or nothing is prunable.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> tx = jp.dynamic.rigl(
+      ...     optax.sgd(0.1), sparsity=0.5, begin=0, end=10, every=5, drop_fraction=0.5)
+      >>> params = {"kernel": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
+      >>> state = tx.init(params)
+      >>> grads = {"kernel": jnp.array([[0.0, 0.0, 1.0, -5.0]])}
+      >>> updates, state = tx.update(grads, state, params)
+      >>> jp.get_masks(state)["kernel"]  # 3 was dropped, the last has the largest gradient
+      Array([[ True, False, False,  True]], dtype=bool)
+      >>> optax.apply_updates(params, updates)["kernel"]
+      Array([[4., 0., 0., 0.]], dtype=float32)
+
+    References:
+      Evci et al., `Rigging the Lottery: Making All Tickets Winners
+      <https://arxiv.org/abs/1911.11134>`_, 2020. There a dropped weight may grow back at once.
+    """
+    return _drop_and_grow(
+        inner,
+        user="rigl",
+        grow=magnitude,
+        start=magnitude if key is None else random,
+        sparsity=sparsity,
+        events=_decay("rigl", drop_fraction, begin, end, every),
+        pattern=pattern,
+        where=where,
+        key=key,
+        packed=packed,
+    )
+
+
+def set(
+    inner: optax.GradientTransformation,
+    *,
+    key: jax.Array,
+    sparsity: Sparsity,
+    begin: int,
+    end: int,
+    every: int,
+    drop_fraction: float = 0.3,
+    pattern: Pattern = Weights(),
+    where: Where = is_matrix,
+    packed: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap an optimizer so that it trains sparse, and grow at random (SET).
+
+    As ``rigl``, except that the weights that grow are drawn at random among those that were zero.
+
+    Args:
+      inner: an optax optimizer, as for ``rigl``.
+      key: random key, for the start and, folded with the step, for every event.
+      sparsity: fraction removed: a number (shared out by ``jp.scopes.erk``) or a tree of numbers.
+      begin: step of the first event; steps count from 0.
+      end: step of the last event.
+      every: steps between events.
+      drop_fraction: fraction of the kept weights that moves at ``begin``, in [0, 1]; falls to 0
+        at ``end`` along a cosine.
+      pattern: what is dropped and grown together.
+      where: predicate of path and array: which leaves are prunable.
+      packed: keep the masks as bits.
+
+    Returns:
+      An optax transformation with a ``PruneState``.
+
+    Raises:
+      TypeError: ``inner`` is no optimizer, or ``init`` finds that its state cannot be mapped.
+      ValueError: as for ``rigl``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> tx = jp.dynamic.set(
+      ...     optax.sgd(0.1), key=jax.random.key(0), sparsity=0.5, begin=0, end=10, every=5)
+      >>> state = tx.init({"kernel": jnp.ones((4, 8))})
+      >>> int(jp.get_masks(state)["kernel"].sum())
+      16
+
+    References:
+      Mocanu et al., `Scalable training of artificial neural networks with adaptive sparse
+      connectivity inspired by network science <https://arxiv.org/abs/1707.04780>`_, 2018. There
+      the smallest positive and the largest negative weights are dropped, and the fraction is
+      fixed.
+    """
+    return _drop_and_grow(
+        inner,
+        user="set",
+        grow=random,
+        start=random,
+        sparsity=sparsity,
+        events=_decay("set", drop_fraction, begin, end, every),
+        pattern=pattern,
+        where=where,
+        key=key,
+        packed=packed,
+    )
+
+
+def _drop_and_grow(
+    inner: optax.GradientTransformation,
+    *,
+    user: str,
+    grow: Criterion,
+    start: Criterion,
+    sparsity: Sparsity,
+    events: Schedule,
+    pattern: Pattern,
+    where: Where,
+    key: jax.Array | None,
+    packed: bool,
+) -> optax.GradientTransformationExtraArgs:
+    check_inner(inner, user)
+    check_sparsity(sparsity, user)
+    inner = optax.with_extra_args_support(inner)
+    store = storage(packed)
+
+    def init(params: Params) -> PruneState:
+        _check_state(inner, params, user)
+        masks = find(
+            params,
+            sparsity if is_tree(sparsity) else erk(params, sparsity, where=where),
+            criterion=start,
+            pattern=pattern,
+            scope=per_leaf,
+            where=where,
+            within=None,
+            key=key,
+        )
+        return PruneState(
+            count=jnp.zeros([], jnp.int32),
+            masks=store(masks),
+            inner_state=inner.init(params),
+            criterion_state=(),
+            key=None if key is None else jnp.copy(key),
+        )
+
+    def update(
+        grads: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any
+    ) -> tuple[optax.Updates, PruneState]:
+        check_params(params)
+        old = check_masks(unpack(state.masks), params, "masks")
+
+        def step() -> tuple[optax.Updates, optax.OptState]:
+            return inner.update(live(grads, old), state.inner_state, params, **extra)
+
+        def renew(stored: Masks) -> Masks:
+            masks = unpack(stored)
+            part = map_leaves(lambda p, m: None if m is None else p, params, old)
+            # The update of this step again: handed over from outside, it would have to be
+            # written to memory at every step for the sake of one in a hundred.
+            moved = optax.apply_updates(params, map_leaves(enforce, step()[0], params, old))
+            event_key = None if state.key is None else jax.random.fold_in(state.key, state.count)
+            return store(
+                drop_and_grow(
+                    masks,
+                    worth=magnitude(narrow(moved, part)),
+                    promise=grow(mirrored(narrow(grads, part), part, "grads"), key=event_key),
+                    fraction=events(state.count),
+                    pattern=pattern,
+                )
+            )
+
+        stored = if_due(events.due(state.count), renew, state.masks)
+        new = check_masks(unpack(stored), params, "masks")
+        updates, inner_state = step()
+        grown = jax.tree.map(lambda n, o: n & ~o, new, old)
+        both = jax.tree.map(jnp.logical_and, new, old)
+        new_state = PruneState(
+            count=optax.safe_increment(state.count),
+            masks=stored,
+            inner_state=optax.tree.map_params(
+                inner, _reset, inner_state, params, grown, is_leaf=is_hole
+            ),
+            criterion_state=(),
+            key=state.key,
+        )
+        # What has just grown was zero and stays so, like what is gone.
+        return map_leaves(enforce, updates, params, both), new_state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def drop_and_grow(
+    masks: Masks, *, worth: Scores, promise: Scores, fraction: Any, pattern: Pattern
+) -> Masks:
+    """Move a fraction of the kept units of each leaf: the worst ones to the most promising zeros.
+
+    As many grow as are dropped, at most as many as were zero: the number kept stays the same.
+    """
+    alive, treedef = jax.tree.flatten(living(pattern, worth, masks))
+    kept = [count_true(a) for a in alive]
+    moving = [
+        jnp.minimum(_floor(fraction, k), a.size - k) for k, a in zip(kept, alive, strict=True)
+    ]
+    each = tuple((i,) for i in range(len(alive)))
+    stay = keep_largest(
+        jax.tree.leaves(pattern.pool(worth)),
+        [k - m for k, m in zip(kept, moving, strict=True)],
+        each,
+        alive,
+    )
+    grow = keep_largest(jax.tree.leaves(pattern.pool(promise)), moving, each, [~a for a in alive])
+    staying = pattern.expand(jax.tree.unflatten(treedef, stay), like=worth)
+    growing = pattern.expand(jax.tree.unflatten(treedef, grow), like=worth)
+    return jax.tree.map(lambda old, s, g: (old & s) | g, masks, staying, growing)
+
+
+def _floor(fraction: Any, n: jax.Array) -> jax.Array:
+    # A little more than the product, so that half of 30 % of 100 is 15 and not 14.999999.
+    product = fraction * n.astype(jnp.float32)
+    return jnp.floor(product * (1 + 4 * np.finfo(np.float32).eps)).astype(jnp.int32)
+
+
+def _reset(leaf: Any, param: Any, grown: Any) -> Any:
+    """Zero what the inner optimizer remembers of weights that have just grown."""
+    if is_hole(leaf) or is_hole(grown) or jnp.shape(leaf) != jnp.shape(param):
+        return leaf  # the sums that adafactor keeps have another shape than the weight
+    return jnp.where(grown, jnp.zeros((), leaf.dtype), leaf)
+
+
+def _decay(user: str, drop_fraction: float, begin: int, end: int, every: int) -> Schedule:
+    """From drop_fraction to 0 along a cosine, and when."""
+    if not isinstance(drop_fraction, jax.core.Tracer) and not 0.0 <= drop_fraction <= 1.0:
+        raise ValueError(
+            f"`{user}(drop_fraction={drop_fraction!r})` is outside [0, 1]. It is the fraction of "
+            "the kept weights that moves at the first event; 0.3 is common."
+        )
+
+    def value(step: Any) -> jax.Array:
+        time = jnp.clip((jnp.asarray(step) - begin) / max(end - begin, 1), 0.0, 1.0)
+        return drop_fraction * 0.5 * (1.0 + jnp.cos(jnp.pi * time))
+
+    return schedules.custom(value, begin, end, every)
+
+
+def _check_state(inner: optax.GradientTransformation, params: Params, user: str) -> None:
+    """Refuse an optimizer whose moments could not be reset, before anything has been trained."""
+    state = jax.eval_shape(inner.init, params)
+    try:
+        optax.tree.map_params(inner, lambda leaf, _: leaf, state, params, is_leaf=is_hole)
+    except Exception as error:  # whatever an optimizer does with placeholders for its params
+        names = dict.fromkeys(
+            type(node).__name__ for node in _nodes(state) if hasattr(node, "_fields")
+        )
+        raise TypeError(
+            f"`{user}` resets the moments of weights that grow, but the state of this optimizer "
+            f"({', '.join(names)}) cannot be mapped over the params: `optax.tree.map_params` says "
+            f"{type(error).__name__}: {error}. Use one that can, such as `optax.adamw`, or prune "
+            "with `jp.prune`, which needs no reset."
+        ) from error
+
+
+def _nodes(tree: Any) -> list[Any]:
+    """All tuples of a state, the outer ones first."""
+    if not isinstance(tree, tuple):
+        return []
+    return [tree, *(node for child in tree for node in _nodes(child))]

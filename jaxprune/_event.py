@@ -11,13 +11,22 @@ from jax import lax
 
 from jaxprune._find import (
     check_evidence,
+    check_masks,
     check_scope,
     criterion_name,
     find,
     rank,
     required_evidence,
 )
-from jaxprune._tree import map_leaves, narrow, prunable
+from jaxprune._tree import (
+    align,
+    leaves_with_path,
+    list_paths,
+    map_leaves,
+    mirrored,
+    narrow,
+    prunable,
+)
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 from jaxprune.masks import Packed, pack, unpack
 from jaxprune.scopes._count import settle
@@ -133,20 +142,16 @@ class Search:
 
     def fit(self, stored: Masks, params: Params) -> Masks:
         """Widen masks of somebody else's pattern to what this one finds."""
-        found = jax.eval_shape(
-            lambda p: self.pattern.expand(self.pattern.pool(p), like=p),
-            prunable(params, where=self.where),
-        )
-        same = jax.tree.map(lambda m, f: m.shape == f.shape, stored, found, is_leaf=is_packed)
-        if all(jax.tree.leaves(same)):
-            return stored
-        return map_leaves(
-            lambda m, f: (
-                m if f is None else jnp.broadcast_to(m, jnp.broadcast_shapes(m.shape, f.shape))
-            ),
-            unpack(stored),
-            found,
-        )
+        part = prunable(params, where=self.where)
+        masks = dict(leaves_with_path(check_masks(unpack(stored), params, "masks")))
+        wanted = dict(leaves_with_path(part))
+        if masks.keys() != wanted.keys():
+            raise ValueError(
+                f"`{self.user}` finds masks for {list_paths(list(wanted))}, but its state holds "
+                f"masks for {list_paths(list(masks))}. Put masks for all of them in with "
+                "`jp.with_masks` (True keeps a weight), or leave leaves out with `where`."
+            )
+        return widen(stored, part, self.pattern)
 
     def _sparsity(self, step: Any) -> Any:
         """Sparsity at a step, exact where it has arrived at the number that was asked for."""
@@ -166,6 +171,19 @@ def if_due(due: Any, renew: Callable[[Any], Any], stored: Any) -> Any:
         return jnp.zeros_like(loop[0]), renew(loop[1])
 
     return lax.while_loop(lambda loop: loop[0], once, (due, stored))[1]
+
+
+def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:
+    """Widen masks to the shape of those that a pattern finds among the prunable part."""
+    found = jax.eval_shape(lambda p: pattern.expand(pattern.pool(p), like=p), part)
+    same = jax.tree.map(lambda m, f: m.shape == f.shape, stored, found, is_leaf=is_packed)
+    if all(jax.tree.leaves(same)):
+        return stored
+    return map_leaves(
+        lambda m, f: jnp.broadcast_to(m, jnp.broadcast_shapes(m.shape, f.shape)),
+        unpack(stored),
+        found,
+    )
 
 
 def storage(packed: bool) -> Callable[[Masks], Masks]:
@@ -207,6 +225,15 @@ def check_inner(inner: Any, user: str) -> None:
             f"`{user}` wraps an optax optimizer, but got {inner!r}. Pass one, such as "
             "`optax.adam(1e-3)`."
         )
+
+
+def check_grads(grads: Params, params: Params, part: Params) -> Params:
+    """Give gradients the structure of the params, or say by path how they differ."""
+    mirror = align(grads, params)
+    if mirror is None:
+        return mirrored(grads, params, "grads")  # which says what is missing
+    mirrored(narrow(mirror, part), part, "grads")  # whatever else may be None, these are needed
+    return mirror
 
 
 def check_params(params: Params | None) -> None:

@@ -9,9 +9,19 @@ import optax
 
 from jaxprune import schedules
 from jaxprune._errors import check_sparsity
-from jaxprune._event import PruneState, check_inner, check_params, enforce, if_due, live, storage
+from jaxprune._event import (
+    PruneState,
+    check_grads,
+    check_inner,
+    check_params,
+    enforce,
+    if_due,
+    live,
+    storage,
+    widen,
+)
 from jaxprune._find import find, living
-from jaxprune._tree import is_hole, is_matrix, map_leaves, mirrored, narrow
+from jaxprune._tree import is_hole, is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
 from jaxprune.criteria import magnitude, random
 from jaxprune.masks import check_masks, unpack
@@ -70,7 +80,8 @@ def rigl(
     Raises:
       TypeError: ``inner`` is no optimizer, or ``init`` finds that its state cannot be mapped.
       ValueError: a sparsity or ``drop_fraction`` is outside [0, 1], a step is no integer from 0
-        on, ``end`` is before ``begin``, or nothing is prunable.
+        on, ``end`` is before ``begin``, or nothing is prunable; at ``update``, params are missing
+        or gradients are not like them.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -138,7 +149,8 @@ def set(
       An optax transformation with a ``PruneState``.
 
     Raises:
-      TypeError: ``inner`` is no optimizer, or ``init`` finds that its state cannot be mapped.
+      TypeError: ``key`` is None, ``inner`` is no optimizer, or ``init`` finds that its state
+        cannot be mapped.
       ValueError: as for ``rigl``.
 
     Example:
@@ -156,6 +168,11 @@ def set(
       the smallest positive and the largest negative weights are dropped, and the fraction is
       fixed.
     """
+    if key is None:
+        raise TypeError(
+            "`set` grows weights at random and there is no default key. Pass "
+            "`key=jax.random.key(...)`, or grow by gradient with `jp.dynamic.rigl`."
+        )
     return _drop_and_grow(
         inner,
         user="set",
@@ -213,43 +230,45 @@ def _drop_and_grow(
     ) -> tuple[optax.Updates, PruneState]:
         check_params(params)
         old = check_masks(unpack(state.masks), params, "masks")
+        part = map_leaves(lambda p, m: None if m is None else p, params, old)
+        grads = check_grads(grads, params, part)
+        key = None if state.key is None else jax.random.fold_in(state.key, state.count)
+        updates, inner_state = inner.update(live(grads, old), state.inner_state, params, **extra)
+        updates = map_leaves(enforce, updates, params, old)
 
-        def step() -> tuple[optax.Updates, optax.OptState]:
-            return inner.update(live(grads, old), state.inner_state, params, **extra)
-
-        def renew(stored: Masks) -> Masks:
-            masks = unpack(stored)
-            part = map_leaves(lambda p, m: None if m is None else p, params, old)
-            # The update of this step again: handed over from outside, it would have to be
-            # written to memory at every step for the sake of one in a hundred.
-            moved = optax.apply_updates(params, map_leaves(enforce, step()[0], params, old))
-            event_key = None if state.key is None else jax.random.fold_in(state.key, state.count)
-            return store(
-                drop_and_grow(
-                    masks,
-                    worth=magnitude(narrow(moved, part)),
-                    promise=grow(mirrored(narrow(grads, part), part, "grads"), key=event_key),
-                    fraction=events(state.count),
-                    pattern=pattern,
-                )
+        def renew(now: tuple[Masks, optax.Updates, optax.OptState]) -> Any:
+            stored, updates, inner_state = now
+            old = check_masks(unpack(stored), params, "masks")
+            moved = optax.apply_updates(params, updates)
+            new = drop_and_grow(
+                old,
+                worth=magnitude(narrow(moved, part)),
+                promise=grow(narrow(grads, part), key=key),
+                fraction=events(state.count),
+                pattern=pattern,
+            )
+            grown = jax.tree.map(lambda n, o: n & ~o, new, old)
+            # What grows was zero and stays so for now: no update but that of what is removed.
+            return (
+                store(new),
+                map_leaves(enforce, updates, params, jax.tree.map(jnp.logical_and, new, old)),
+                optax.tree.map_params(inner, _reset, inner_state, params, grown, is_leaf=is_hole),
             )
 
-        stored = if_due(events.due(state.count), renew, state.masks)
-        new = check_masks(unpack(stored), params, "masks")
-        updates, inner_state = step()
-        grown = jax.tree.map(lambda n, o: n & ~o, new, old)
-        both = jax.tree.map(jnp.logical_and, new, old)
+        # All that an event changes goes through the loop. What were changed outside of it, fused
+        # with the optimizer, would make XLA copy the moments at every step.
+        stored = store(widen(state.masks, part, pattern))
+        stored, updates, inner_state = if_due(
+            events.due(state.count), renew, (stored, updates, inner_state)
+        )
         new_state = PruneState(
             count=optax.safe_increment(state.count),
             masks=stored,
-            inner_state=optax.tree.map_params(
-                inner, _reset, inner_state, params, grown, is_leaf=is_hole
-            ),
+            inner_state=inner_state,
             criterion_state=(),
             key=state.key,
         )
-        # What has just grown was zero and stays so, like what is gone.
-        return map_leaves(enforce, updates, params, both), new_state
+        return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -319,8 +338,8 @@ def _check_state(inner: optax.GradientTransformation, params: Params, user: str)
         raise TypeError(
             f"`{user}` resets the moments of weights that grow, but the state of this optimizer "
             f"({', '.join(names)}) cannot be mapped over the params: `optax.tree.map_params` says "
-            f"{type(error).__name__}: {error}. Use one that can, such as `optax.adamw`, or prune "
-            "with `jp.prune`, which needs no reset."
+            f"{type(error).__name__}: {str(error).splitlines()[0]}. Use one that can, such as "
+            "`optax.adamw`, or prune with `jp.prune`, which needs no reset."
         ) from error
 
 

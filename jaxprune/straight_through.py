@@ -5,9 +5,18 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
-from jaxprune._event import PruneState, Search, check_inner, check_params, if_due, storage
-from jaxprune._tree import is_matrix, map_leaves
+from jaxprune._event import (
+    PruneState,
+    Search,
+    check_grads,
+    check_inner,
+    check_params,
+    if_due,
+    storage,
+)
+from jaxprune._tree import is_matrix, map_leaves, prunable
 from jaxprune._types import Criterion, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
 from jaxprune.masks import check_masks, unpack
@@ -110,19 +119,23 @@ def straight_through(
     ) -> tuple[optax.Updates, StraightThroughState]:
         check_params(params)
         before = state.masked
+        stored = store(search.fit(before.masks, params))
+        grads = check_grads(grads, params, prunable(params, where=where))
         updates, inner_state = inner.update(grads, before.inner_state, params, **extra)
         memory = search.remember(before.criterion_state, params, grads)
         evidence = search.evidence(before, memory, grads, extra)
 
-        def renew(_: Any) -> Any:
-            moved = optax.apply_updates(params, updates)
-            return store(search.find(before.count, moved, None, **evidence))
+        def renew(now: tuple[Any, optax.Updates]) -> tuple[Any, optax.Updates]:
+            moved = optax.apply_updates(params, now[1])
+            found = store(search.find(before.count, moved, None, **evidence))
+            return found, lax.optimization_barrier(now[1])
 
+        # The updates pass through the loop, and the barrier keeps XLA from leading them around it:
+        # what reads the params before and beside the loop would cost a copy of them at every step.
+        stored, updates = if_due(schedule.due(before.count), renew, (stored, updates))
         after = PruneState(
             count=optax.safe_increment(before.count),
-            masks=if_due(
-                schedule.due(before.count), renew, store(search.fit(before.masks, params))
-            ),
+            masks=stored,
             inner_state=inner_state,
             criterion_state=memory,
             key=before.key,

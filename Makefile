@@ -7,10 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help ticket test test-slow lint types notebooks benchmarks clean
+.PHONY: help ticket compare test test-slow lint types notebooks benchmarks clean
 
 help:
 	@echo "make ticket      find a lottery ticket on the digits (a minute or two)"
+	@echo "make compare     compare all pruning methods on the digits (a few minutes)"
 	@echo "make test        lint, types, doctests and the fast tests"
 	@echo "make test-slow   all tests, the slow ones too"
 	@echo "make notebooks   execute the notebooks on the results at hand"
@@ -19,6 +20,9 @@ help:
 
 ticket: $(VENV)/ready
 	$(BIN)/python -m experiments.lottery_ticket
+
+compare: $(VENV)/ready
+	$(BIN)/python -m experiments.compare_methods
 
 test: lint types
 	$(BIN)/python -m pytest -n $(JOBS) -q

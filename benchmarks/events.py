@@ -50,7 +50,7 @@ def optimizers(every: int) -> dict[str, optax.GradientTransformation]:
     """Wrappers of the same Adam with the same events."""
     adam = optax.adam(1e-3)
     beat: Any = {"begin": 0, "end": STEPS, "every": every}
-    always = jp.schedules.linear(SPARSITY, initial=SPARSITY, **beat)
+    always = jp.schedules.constant(SPARSITY, **beat)
     return {
         "prune": jp.prune(adam, schedule=always),
         "straight_through": jp.straight_through(adam, schedule=always),

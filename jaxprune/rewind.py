@@ -82,6 +82,7 @@ def imp(
       scope: ``per_leaf`` ranks layer by layer, ``across`` globally (with one rate for all).
       where: which leaves are prunable.
       evidence: from the level just trained to what the criterion asks for, such as ``grads``.
+        ``params_init`` is offered without it.
       restart: from initial and trained params to what the next level starts from.
       start: ``(index, masks, trained)`` of a finished level: goes on with the next one.
 
@@ -112,7 +113,7 @@ def imp(
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"`imp` got rounds={rounds!r}. Use an integer from 0 on, such as 16.")
     if evidence is None:
-        check_evidence(criterion, {})
+        check_evidence(criterion, {"params_init": params_init})
     part = prunable(params_init, where=where)
     rules = [(compile_regex(regex, "imp(rates)"), r) for regex, r in (rates or {}).items()]
     check_regexes_match(tuple(rates or {}), part, "imp(rates)")
@@ -133,6 +134,7 @@ def imp(
     if start is not None:
         _check_start(start, params_init)
     init = jax.tree.map(jnp.copy, params_init)
+    own = {"params_init": init} if "params_init" in required_evidence(criterion) else {}
 
     def levels() -> Iterator[Level]:
         if start is None:
@@ -142,7 +144,7 @@ def imp(
             index, masks, trained = start
             level = Level(index, masks, trained, trained)
         while level.index < rounds:
-            found = evidence(level) if evidence else {}
+            found = own | (evidence(level) if evidence else {})
             masks = find(level.trained, level.index + 1, level.masks, found)
             begin = restart(jax.tree.map(jnp.copy, init), level.trained)
             level = train(level.index + 1, masks, begin)

@@ -53,8 +53,8 @@ def straight_through(
     When the schedule is due, the inner update comes first and then masks are found anew among
     all of the updated weights. The sparse network is ``forward_params`` at the end of training::
 
-        tx = jp.straight_through(optax.adam(1e-3), schedule=jp.schedules.linear(
-            0.9, begin=0, end=10_000, every=10, initial=0.9))
+        schedule = jp.schedules.constant(0.9, end=10_000, every=10)
+        tx = jp.straight_through(optax.adam(1e-3), schedule=schedule)
         grads = jax.grad(loss)(jp.forward_params(params, opt_state), batch)
         updates, opt_state = tx.update(grads, opt_state, params)
 

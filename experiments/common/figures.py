@@ -1,4 +1,4 @@
-"""Figures of the lottery ticket experiment; each function draws on axes or makes one figure."""
+"""Figures of the experiments; each function draws on axes or makes one figure."""
 
 import io
 
@@ -8,11 +8,29 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from experiments.common import results
+from experiments.common import comparison, results
 from experiments.common.runs import Record
 
 # Okabe and Ito's colours, which all eyes can tell apart.
 COLOURS = {"ticket": "#0072B2", "reinit": "#D55E00", "shuffle": "#009E73", "random": "#CC79A7"}
+# A method keeps its colour and marker in all figures; within a family both differ.
+STYLES = {
+    "dense": ("0.35", "_"),
+    "one_shot": ("#0072B2", "o"),
+    "iterative": ("#009E73", "s"),
+    "iterative_one_shot": ("#56B4E9", "D"),
+    "gradual": ("#D55E00", "^"),
+    "ac_dc": ("#CC79A7", "v"),
+    "straight_through": ("#E69F00", "P"),
+    "rigl": ("#D55E00", "o"),
+    "set": ("#0072B2", "s"),
+    "static": ("#009E73", "^"),
+    "random_init": ("#000000", "x"),
+    "magnitude_init": ("#56B4E9", "D"),
+    "snip": ("#D55E00", "o"),
+    "grasp": ("#009E73", "^"),
+    "synflow": ("#0072B2", "s"),
+}
 
 
 def accuracy_figure(rows: list[Record], *, steps: int, early_step: int) -> Figure:
@@ -73,6 +91,80 @@ def draw_curves(axes: Axes, records: list[Record], condition: str, *, pruned: in
         axes.fill_between(steps, mean - std, mean + std, color=colour, alpha=0.15, lw=0)
         axes.plot(steps, mean, "-" if level else "--", color=colour, label=f"{left:.3g} %")
     _plain(axes)
+
+
+def comparison_figure(rows: list[Record]) -> Figure:
+    """Draw test accuracy against sparsity: a panel a family, a line a method, and dense."""
+    there = comparison.methods(rows)
+    families = {
+        family: [name for name in names if name in there]
+        for family, names in comparison.FAMILIES.items()
+    }
+    families = {family: names for family, names in families.items() if names}
+    figure = Figure(figsize=(1.5 + 4.2 * len(families), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+    for axes, (family, names) in zip(panels, families.items(), strict=True):
+        for name in set(there) - set(names):
+            draw_method(axes, rows, name, background=True)
+        for name in names:
+            draw_method(axes, rows, name)
+        draw_dense(axes, rows)
+        sparsity_axis(axes, comparison.sparsities(rows))
+        axes.set_title(family)
+        axes.legend(loc="lower left", frameon=False)
+        _plain(axes)
+    error_axis(panels[0], rows)
+    panels[0].set_ylabel("test accuracy [%], spaced by the logarithm of the error")
+    return figure
+
+
+def draw_method(axes: Axes, rows: list[Record], method: str, *, background: bool = False) -> None:
+    """Draw accuracy against sparsity with its spread, or as a thin grey line to compare with."""
+    line = [comparison.row_at(rows, method, s) for s in comparison.sparsities(rows)]
+    density = [100 * (1 - row["sparsity"]) for row in line]
+    mean = 100 * np.array([row["accuracy"]["mean"] for row in line])
+    std = 100 * np.array([row["accuracy"]["std"] for row in line])
+    if background:
+        axes.plot(density, mean, "-", color="0.85", linewidth=1, zorder=1)
+        return
+    colour, marker = STYLES[method]
+    axes.fill_between(density, mean - std, mean + std, color=colour, alpha=0.12, lw=0)
+    axes.plot(density, mean, f"{marker}-", color=colour, markersize=5, lw=1.5, label=method)
+
+
+def draw_dense(axes: Axes, rows: list[Record]) -> None:
+    """Draw the accuracy of the dense network across the axes."""
+    dense = 100 * comparison.row_at(rows, "dense", 0.0)["accuracy"]["mean"]
+    axes.axhline(dense, color="0.35", linestyle="--", linewidth=1, label="dense")
+
+
+def sparsity_axis(axes: Axes, sparsities: list[float]) -> None:
+    """Make an axis of weights left that is logarithmic and labelled with the sparsity."""
+    density = [100 * (1 - sparsity) for sparsity in sparsities]
+    axes.set_xscale("log")
+    axes.set_xticks(density, [f"{100 * sparsity:g}" for sparsity in sparsities])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(1.2 * max(density), min(density) / 1.2)
+    axes.set_xlabel("sparsity [%]")
+
+
+def error_axis(axes: Axes, rows: list[Record]) -> None:
+    """Space accuracies by the logarithm of the error, so that the best and the worst both fit."""
+    means = [100 * row["accuracy"]["mean"] for row in rows]
+    floor = 0.05  # of the error, in percent: nothing is infinitely far up
+    axes.set_yscale(
+        "function",
+        functions=(
+            lambda accuracy: -np.log10(np.maximum(100 - accuracy, floor)),
+            lambda height: 100 - 10.0**-height,
+        ),
+    )
+    ticks = [0, 20, 40, 60, 80, 90, 95, 98, 99, 99.5, 99.9]
+    low, high = min(means) - 2, 100 - max(floor, 0.7 * (100 - max(means)))
+    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(max(0, low), high)
 
 
 def weights_left_axis(axes: Axes, left: list[float]) -> None:

@@ -26,7 +26,7 @@ def summarise(records: list[Record]) -> list[Record]:
             "level": level,
             "remaining": group[0]["remaining"],
             "condition": condition,
-            **{metric: _spread([record[metric] for record in group]) for metric in METRICS},
+            **{metric: spread([record[metric] for record in group]) for metric in METRICS},
         }
         for (level, condition), group in groups.items()
     ]
@@ -102,5 +102,6 @@ def split_weights(weights: Any, masks: Any) -> tuple[np.ndarray, np.ndarray]:
     return kept, removed
 
 
-def _spread(values: list[float]) -> Record:
+def spread(values: list[float]) -> Record:
+    """Put a mean and a standard deviation (divided by n) beside the values of the seeds."""
     return {"mean": float(np.mean(values)), "std": float(np.std(values)), "seeds": values}

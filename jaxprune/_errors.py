@@ -31,3 +31,14 @@ def check_sparsity(sparsity: Any, user: str = "sparsity") -> None:
             f"`{user}` got {', '.join(bad)}, outside [0, 1]. It is the fraction to remove: 0.9 "
             "keeps a tenth."
         )
+
+
+def check_loss(loss: Any, user: str) -> Any:
+    """Refuse a loss that is no scalar, while it is traced; give it back."""
+    shapes = [getattr(leaf, "shape", ()) for leaf in jax.tree.leaves(loss)]
+    if shapes != [()]:
+        raise TypeError(
+            f"`{user}` got a `loss_fn` that returns {shapes or 'nothing'} instead of a scalar. "
+            "Let it return the mean loss of the batch alone: `loss_fn(params, batch) -> []`."
+        )
+    return loss

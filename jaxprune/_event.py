@@ -116,17 +116,19 @@ class Search:
         check_evidence(self.criterion, evidence)
         return evidence
 
-    def find(self, step: Any, params: Params, within: Masks | None, **evidence: Any) -> Masks:
+    def find(
+        self, step: Any, params: Params, within: Masks | None, evidence: dict[str, Any]
+    ) -> Masks:
         """Find the masks of an event."""
         return find(
             params,
             self._sparsity(step),
+            evidence,
             criterion=self.criterion,
             pattern=self.pattern,
             scope=self.scope,
             where=self.where,
             within=within,
-            **evidence,
         )
 
     def falls(self, step: Any) -> jax.Array:

@@ -86,7 +86,8 @@ def find_masks(
     check_evidence(criterion, evidence)
     check_scope(scope, sparsity)
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
-        raise ValueError(
+        wrong = ValueError if isinstance(rounds, int) else TypeError
+        raise wrong(
             f"`find_masks` got rounds={rounds!r}. Use an integer from 1 on; 100 for SynFlow."
         )
     functions = {name: value for name, value in evidence.items() if callable(value)}
@@ -103,8 +104,9 @@ def find_masks(
         rounds=rounds,
         functions=tuple(sorted(functions.items())),
     )
-    if functions:
-        _check_finite(finite, criterion, functions)
+    asked = [name for name in functions if name in required_evidence(criterion)]
+    if asked:
+        _check_finite(finite, criterion, asked)
     return masks
 
 
@@ -129,7 +131,7 @@ def _find_jit(
     evidence = {**evidence, **dict(functions)}
 
     def once(params: Params, sparsity: Sparsity, within: Masks | None) -> tuple[Masks, Any]:
-        scores = score(params, criterion=criterion, where=where, **evidence)
+        scores = score(params, evidence, criterion=criterion, where=where)
         finite = map_leaves(
             lambda s, w: jnp.all(jnp.isfinite(s) | ~jnp.isfinite(w)), scores, params
         )
@@ -161,20 +163,22 @@ def _on_the_way(sparsity: Any, i: jax.Array, rounds: int) -> Any:
 def find(
     params: Params,
     sparsity: Sparsity,
+    evidence: dict[str, Any],
     *,
     criterion: Criterion,
     pattern: Pattern,
     scope: Scope,
     where: Where,
     within: Masks | None,
-    **evidence: Any,
 ) -> Masks:
     """Find masks inside somebody's trace: score, then rank."""
-    scores = score(params, criterion=criterion, where=where, **evidence)
+    scores = score(params, evidence, criterion=criterion, where=where)
     return rank(scores, sparsity, pattern=pattern, scope=scope, within=within)
 
 
-def score(params: Params, *, criterion: Criterion, where: Where, **evidence: Any) -> Scores:
+def score(
+    params: Params, evidence: dict[str, Any], *, criterion: Criterion, where: Where
+) -> Scores:
     """Score the prunable leaves; evidence is cut down to what the criterion may see."""
     part = lax.stop_gradient(prunable(params, where=where))
 
@@ -259,7 +263,14 @@ def living(pattern: Pattern, scores: Scores, masks: Masks) -> Any:
 
 
 def check_evidence(criterion: Criterion, evidence: Any) -> None:
-    """Refuse to call a criterion without what its signature asks for by keyword."""
+    """Refuse to call a criterion with what it cannot take, or without what it asks for."""
+    surplus = [name for name in evidence if not _takes(criterion, name)]
+    if surplus:
+        raise TypeError(
+            f"The criterion `{criterion_name(criterion)}` takes no "
+            f"{', '.join(f'`{name}`' for name in surplus)}. End its arguments with `**_` to "
+            "swallow what it does not need; if it makes criteria, such as `fisher_ema`, call it."
+        )
     missing = [name for name in required_evidence(criterion) if name not in evidence]
     if missing:
         asked = ", ".join(f"`{name}`" for name in missing)
@@ -273,11 +284,21 @@ def check_evidence(criterion: Criterion, evidence: Any) -> None:
 
 def required_evidence(criterion: Criterion) -> list[str]:
     """Names of the keyword-only arguments without default."""
+    return [
+        p.name for p in _arguments(criterion) if p.kind is p.KEYWORD_ONLY and p.default is p.empty
+    ]
+
+
+def _takes(criterion: Criterion, name: str) -> bool:
+    arguments = _arguments(criterion)
+    return not arguments or any(p.kind is p.VAR_KEYWORD or p.name == name for p in arguments)
+
+
+def _arguments(criterion: Criterion) -> list[inspect.Parameter]:
     try:
-        parameters = inspect.signature(criterion).parameters.values()
-    except (TypeError, ValueError):  # a builtin or a wrapper that hides it
+        return list(inspect.signature(criterion).parameters.values())
+    except (TypeError, ValueError):  # a builtin or a wrapper that hides them
         return []
-    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
 def criterion_name(criterion: Criterion) -> str:
@@ -295,7 +316,7 @@ def _check_scores(scores: Scores, part: Params, criterion: Criterion) -> None:
         )
 
 
-def _check_finite(finite: Any, criterion: Criterion, functions: dict[str, Any]) -> None:
+def _check_finite(finite: Any, criterion: Criterion, functions: list[str]) -> None:
     """Refuse scores that a function spoilt. Inside a trace nobody can look."""
     bad = [
         path

@@ -218,7 +218,12 @@ def narrow(tree: Any, part: Params) -> Any:
     mirror = align(tree, part)
     if mirror is None:
         return tree
-    return map_leaves(lambda leaf, chosen: None if chosen is None else leaf, mirror, part)
+    return map_leaves(lambda _, leaf: leaf, part, mirror)
+
+
+def wide(x: jax.Array) -> jax.Array:
+    """Cast to at least float32, where products of small numbers do not underflow."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def mirrored(tree: Any, params: Params, name: str) -> Any:

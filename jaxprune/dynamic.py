@@ -53,15 +53,18 @@ def rigl(
     many of those that were zero before grow: the ones with the largest :math:`|g|`. With
     :math:`t` from 0 at ``begin`` to 1 at ``end``, :math:`\alpha_t` is ``drop_fraction`` times
     :math:`\frac{1}{2}(1 + \cos \pi t)`. A leaf with fewer zeros than that moves as many as it
-    has. Grown weights start from zero, and so do their moments in the state of the inner
-    optimizer. Hand in the full gradient: removed weights are found by theirs.
+    has. Grown weights start from zero, and their moments in the state of the inner optimizer
+    from where they start, which is zero for nearly all. Hand in the full gradient: removed
+    weights are found by theirs. Updates cannot be differentiated in reverse mode (they pass
+    through a loop).
 
     Masks are there from ``init`` on, and the first update makes them hold. To start sparse:
     ``params = jp.apply_masks(params, jp.get_masks(opt_state))``.
 
     Args:
       inner: an optax optimizer with state that ``optax.tree.map_params`` can map, which is any
-        but those that remember several steps, such as L-BFGS. It goes outermost, as ``prune``.
+        but those that remember several steps or search a line, such as L-BFGS. The wrapper goes
+        outermost, like ``prune``.
       sparsity: fraction removed, for the whole time. A number is shared out by
         ``jp.scopes.erk``; a tree of numbers, as ``jp.scopes.uniform`` makes, gives one a leaf.
       begin: step of the first event; steps count from 0.
@@ -202,6 +205,11 @@ def _drop_and_grow(
 ) -> optax.GradientTransformationExtraArgs:
     check_inner(inner, user)
     check_sparsity(sparsity, user)
+    if isinstance(sparsity, jax.core.Tracer):
+        raise TypeError(
+            f"`{user}` got a traced sparsity, which `jp.scopes.erk` cannot share out among the "
+            "leaves. Pass a tree with one traced number for each leaf, or a plain number."
+        )
     inner = optax.with_extra_args_support(inner)
     store = storage(packed)
 
@@ -210,12 +218,12 @@ def _drop_and_grow(
         masks = find(
             params,
             sparsity if is_tree(sparsity) else erk(params, sparsity, where=where),
+            {"key": key},
             criterion=start,
             pattern=pattern,
             scope=per_leaf,
             where=where,
             within=None,
-            key=key,
         )
         return PruneState(
             count=jnp.zeros([], jnp.int32),
@@ -248,11 +256,12 @@ def _drop_and_grow(
                 pattern=pattern,
             )
             grown = jax.tree.map(lambda n, o: n & ~o, new, old)
+            fresh = inner.init(moved)
             # What grows was zero and stays so for now: no update but that of what is removed.
             return (
                 store(new),
                 map_leaves(enforce, updates, params, jax.tree.map(jnp.logical_and, new, old)),
-                optax.tree.map_params(inner, _reset, inner_state, params, grown, is_leaf=is_hole),
+                _reset(inner, inner_state, fresh, params, grown),
             )
 
         # All that an event changes goes through the loop. What were changed outside of it, fused
@@ -300,19 +309,45 @@ def drop_and_grow(
 
 def _floor(fraction: Any, n: jax.Array) -> jax.Array:
     # A little more than the product, so that half of 30 % of 100 is 15 and not 14.999999.
-    product = fraction * n.astype(jnp.float32)
-    return jnp.floor(product * (1 + 4 * np.finfo(np.float32).eps)).astype(jnp.int32)
+    # Above some ten thousand, float32 may be off by some millionth of the product either way.
+    floor = jnp.floor(fraction * n.astype(jnp.float32) + 1e-3).astype(jnp.int32)
+    return jnp.minimum(floor, n)
 
 
-def _reset(leaf: Any, param: Any, grown: Any) -> Any:
-    """Zero what the inner optimizer remembers of weights that have just grown."""
-    if is_hole(leaf) or is_hole(grown) or jnp.shape(leaf) != jnp.shape(param):
-        return leaf  # the sums that adafactor keeps have another shape than the weight
-    return jnp.where(grown, jnp.zeros((), leaf.dtype), leaf)
+def _reset(
+    inner: optax.GradientTransformation,
+    state: optax.OptState,
+    fresh: optax.OptState,
+    params: Params,
+    grown: Masks,
+) -> optax.OptState:
+    """Give the moments of weights that have just grown the value that they start from."""
+    where = optax.tree.map_params(
+        inner,
+        # The sums that adafactor keeps have another shape than the weight, and stay.
+        lambda leaf, p, g: False if is_hole(leaf) or is_hole(g) or leaf.shape != p.shape else g,
+        state,
+        params,
+        grown,
+        transform_non_params=lambda _: False,
+        is_leaf=is_hole,
+    )
+    return jax.tree.map(
+        lambda leaf, first, g: leaf if g is False else jnp.where(g, first, leaf),
+        state,
+        fresh,
+        where,
+        is_leaf=is_hole,
+    )
 
 
 def _decay(user: str, drop_fraction: float, begin: int, end: int, every: int) -> Schedule:
     """From drop_fraction to 0 along a cosine, and when."""
+    if not isinstance(drop_fraction, int | float | jax.Array | np.generic):
+        raise TypeError(
+            f"`{user}(drop_fraction={drop_fraction!r})` is no number. Pass one in [0, 1], such as "
+            "0.3."
+        )
     if not isinstance(drop_fraction, jax.core.Tracer) and not 0.0 <= drop_fraction <= 1.0:
         raise ValueError(
             f"`{user}(drop_fraction={drop_fraction!r})` is outside [0, 1]. It is the fraction of "
@@ -329,18 +364,27 @@ def _decay(user: str, drop_fraction: float, begin: int, end: int, every: int) ->
 def _check_state(inner: optax.GradientTransformation, params: Params, user: str) -> None:
     """Refuse an optimizer whose moments could not be reset, before anything has been trained."""
     state = jax.eval_shape(inner.init, params)
+    histories: list[Any] = []
+
+    def visit(leaf: Any, param: Any) -> Any:
+        if not is_hole(leaf) and len(leaf.shape) > len(param.shape):
+            histories.append(leaf)
+        return leaf
+
     try:
-        optax.tree.map_params(inner, lambda leaf, _: leaf, state, params, is_leaf=is_hole)
+        optax.tree.map_params(inner, visit, state, params, is_leaf=is_hole)
+        why = "remembers several steps of each weight" if histories else ""
     except Exception as error:  # whatever an optimizer does with placeholders for its params
+        why = f"cannot be mapped over the params ({type(error).__name__} in `map_params`)"
+    if why:
         names = dict.fromkeys(
             type(node).__name__ for node in _nodes(state) if hasattr(node, "_fields")
         )
         raise TypeError(
             f"`{user}` resets the moments of weights that grow, but the state of this optimizer "
-            f"({', '.join(names)}) cannot be mapped over the params: `optax.tree.map_params` says "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}. Use one that can, such as "
-            "`optax.adamw`, or prune with `jp.prune`, which needs no reset."
-        ) from error
+            f"({', '.join(names)}) {why}. Use a first-order one, such as `optax.adamw`, or prune "
+            "with `jp.prune`, which needs no reset."
+        )
 
 
 def _nodes(tree: Any) -> list[Any]:

@@ -94,7 +94,7 @@ def prune(
 
         def renew(stored: Masks) -> Masks:
             within = jax.tree.map(lambda m: m | falls, unpack(stored))
-            return store(search.find(now, params, within, **evidence))
+            return store(search.find(now, params, within, evidence))
 
         stored = store(search.fit(state.masks, params))
         return if_due(schedule.due(now), renew, stored), memory
@@ -206,7 +206,8 @@ def get_masks(opt_state: optax.OptState) -> Masks:
     """Find the masks in an optimizer state, however deep they are nested.
 
     Args:
-      opt_state: state of an optimizer that ``prune`` or ``hold`` is part of.
+      opt_state: state of an optimizer that ``prune``, ``hold``, ``straight_through`` or one of
+        ``dynamic`` is part of.
 
     Returns:
       The masks, unpacked and without nnx variables around them. They are copies: donating the
@@ -234,7 +235,8 @@ def with_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
     """Put masks into an optimizer state, however deep it is nested.
 
     Args:
-      opt_state: state of an optimizer that ``prune`` or ``hold`` is part of.
+      opt_state: state of an optimizer that ``prune``, ``hold``, ``straight_through`` or one of
+        ``dynamic`` is part of.
       masks: masks like the params; copied, so that donating the state does not take them away.
 
     Returns:
@@ -288,7 +290,7 @@ def _the_pruner(opt_state: optax.OptState) -> PruneState:
         raise ValueError(
             f"The optimizer state holds {len(found)} pruners, want one. "
             + (
-                "Pass the state of an optimizer wrapped by `jp.prune` or `jp.hold`."
+                "Pass the state of an optimizer wrapped by `jp.prune`, `jp.hold` and the like."
                 if not found
                 else "Pass the part of the state that belongs to one of them."
             )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._errors import check_sparsity
-from jaxprune._find import check_evidence, find_masks, rank
+from jaxprune._find import check_evidence, find_masks, rank, required_evidence
 from jaxprune._tree import (
     align,
     check_regexes_match,
@@ -112,8 +112,9 @@ def imp(
     check_sparsity(dict(rates or {}), "imp(rates)")
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"`imp` got rounds={rounds!r}. Use an integer from 0 on, such as 16.")
+    asks_for_start = "params_init" in required_evidence(criterion)
     if evidence is None:
-        check_evidence(criterion, {"params_init": params_init})
+        check_evidence(criterion, {"params_init": params_init} if asks_for_start else {})
     part = prunable(params_init, where=where)
     rules = [(compile_regex(regex, "imp(rates)"), r) for regex, r in (rates or {}).items()]
     check_regexes_match(tuple(rates or {}), part, "imp(rates)")
@@ -134,7 +135,7 @@ def imp(
     if start is not None:
         _check_start(start, params_init)
     init = jax.tree.map(jnp.copy, params_init)
-    own = {"params_init": init} if "params_init" in required_evidence(criterion) else {}
+    own = {"params_init": init} if asks_for_start else {}
 
     def levels() -> Iterator[Level]:
         if start is None:

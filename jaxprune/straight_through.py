@@ -58,7 +58,8 @@ def straight_through(
         grads = jax.grad(loss)(jp.forward_params(params, opt_state), batch)
         updates, opt_state = tx.update(grads, opt_state, params)
 
-    The forward pass is dense until the first event.
+    The forward pass is dense until the first event. Updates cannot be differentiated in reverse
+    mode (they pass through a loop).
 
     Args:
       inner: any optax optimizer; it sees dense gradients and dense weights.
@@ -127,7 +128,7 @@ def straight_through(
 
         def renew(now: tuple[Any, optax.Updates]) -> tuple[Any, optax.Updates]:
             moved = optax.apply_updates(params, now[1])
-            found = store(search.find(before.count, moved, None, **evidence))
+            found = store(search.find(before.count, moved, None, evidence))
             return found, lax.optimization_barrier(now[1])
 
         # The updates pass through the loop, and the barrier keeps XLA from leading them around it:

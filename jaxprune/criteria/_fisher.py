@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree import mirrored
+from jaxprune._tree import mirrored, wide
 from jaxprune._types import Params, Scores
 
 
@@ -27,7 +27,7 @@ def fisher(
         average where the optimizer has none.
 
     Returns:
-      Non-negative float32 scores like ``params``. Higher means keep.
+      Non-negative scores like ``params``, at least float32. Higher means keep.
 
     Raises:
       TypeError: there is neither ``grads`` nor ``second_moment``.
@@ -53,7 +53,7 @@ def fisher(
             "The criterion `fisher` needs `grads` or `second_moment`, and neither was given. Pass "
             "one to `jp.find_masks`, or to `tx.update` inside a training step."
         )
-    return jax.tree.map(lambda w, h: 0.5 * h.astype(jnp.float32) * _squared(w), params, h)
+    return jax.tree.map(lambda w, h: 0.5 * wide(h) * _squared(w), params, h)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +64,16 @@ class FisherEma:
 
     def init(self, params: Params) -> Params:
         """Start from no curvature at all: float32 zeros like ``params``."""
-        return jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), params)
+        return jax.tree.map(lambda w: jnp.zeros_like(wide(w)), params)
 
     def update(self, state: Params, params: Params, grads: Params) -> Params:
-        """Average the squared gradients of one more step in."""
-        grads = mirrored(grads, params, "grads")
-        return jax.tree.map(
-            lambda h, g: self.decay * h + (1.0 - self.decay) * _squared(g), state, grads
-        )
+        """Average the squared gradients of one more step in; what is not finite is left out."""
+
+        def average(h: jax.Array, g: jax.Array) -> jax.Array:
+            new = self.decay * h + (1.0 - self.decay) * _squared(g)
+            return jnp.where(jnp.isfinite(new), new, h)
+
+        return jax.tree.map(average, state, mirrored(grads, params, "grads"))
 
     def __call__(self, params: Params, *, state: Params, **_: Any) -> Scores:
         return fisher(params, second_moment=state)
@@ -113,4 +115,4 @@ def fisher_ema(decay: float = 0.999) -> FisherEma:
 
 
 def _squared(x: jax.Array) -> jax.Array:
-    return jnp.square(x.astype(jnp.float32))  # in float16 a small gradient would square to zero
+    return jnp.square(wide(x))

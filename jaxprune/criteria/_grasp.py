@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from jaxprune._errors import check_loss
+from jaxprune._tree import wide
 from jaxprune._types import Params, Scores
 
 
@@ -23,10 +25,11 @@ def grasp(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_:
       batch: any tree of arrays; some examples of every class.
 
     Returns:
-      Signed scores like ``params``. Higher means keep.
+      Signed scores like ``params``, at least float32. Higher means keep.
 
     Raises:
-      ValueError: through ``find_masks``, the loss is no finite scalar.
+      TypeError: the loss is no scalar.
+      ValueError: through ``find_masks``, the loss is not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -38,7 +41,7 @@ def grasp(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_:
       Wang et al., `Picking Winning Tickets Before Training by Preserving Gradient Flow
       <https://arxiv.org/abs/2002.07376>`_, 2020.
     """
-    slope = jax.grad(lambda p: loss_fn(p, batch))
+    slope = jax.grad(lambda p: check_loss(loss_fn(p, batch), "grasp"))
     # Forward over reverse: the product with the Hessian costs two gradients and no second graph.
     _, curved = jax.jvp(slope, (params,), (slope(params),))
-    return jax.tree.map(lambda w, hg: w * hg, params, curved)
+    return jax.tree.map(lambda w, hg: wide(w) * wide(hg), params, curved)

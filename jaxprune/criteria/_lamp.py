@@ -12,26 +12,26 @@ from jaxprune._types import Params, Scores
 def lamp(params: Params, **_: Any) -> Scores:
     r"""Score a weight by its share of what is left once all smaller ones are gone (LAMP).
 
-    Inside a leaf, :math:`w_u^2 / \sum_{|w_v| \ge |w_u|} w_v^2`. The order inside a leaf is that of
-    magnitude; the point is to rank with ``scope=jp.scopes.across``, which then finds the sparsity
-    of each layer by itself. The largest weight of every leaf scores highest, so that no layer
-    collapses as long as there is one weight for each to keep.
+    Inside a leaf, :math:`w_u^2 / \sum_{|w_v| \ge |w_u|} w_v^2`, where among equal weights the
+    earlier one counts as the larger. The order inside a leaf is that of magnitude; the point is to
+    rank with ``scope=jp.scopes.across``, which then finds the sparsity of each layer by itself.
+    The largest weight of every leaf scores 1, so that no layer collapses as long as there is one
+    weight for each to keep.
 
     Args:
       params: prunable parameters; any shapes.
 
     Returns:
-      Float32 scores in [0, 1] like ``params``; equal weights score the same. Higher means keep.
+      Float32 scores in [0, 1] like ``params``. Higher means keep.
 
     Example:
       >>> import jax.numpy as jnp
-      >>> lamp({"w": jnp.array([[-1.0, 1.0, 2.0], [1.0, 0.0, 1.0]])})
-      {'w': Array([[0.125, 0.125, 1.   ],
-             [0.125, 0.   , 0.125]], dtype=float32)}
+      >>> lamp({"w": jnp.array([1.0, 0.0, -1.0])})
+      {'w': Array([1. , 0. , 0.5], dtype=float32)}
 
     References:
       Lee et al., `Layer-adaptive sparsity for the Magnitude-based Pruning
-      <https://arxiv.org/abs/2010.07611>`_, 2021. There equal weights differ by their position.
+      <https://arxiv.org/abs/2010.07611>`_, 2021.
     """
     return jax.tree.map(_lamp_leaf, params)
 
@@ -44,12 +44,10 @@ def _lamp_leaf(w: jax.Array) -> jax.Array:
     largest = jnp.max(counted)
     # Relative to the largest weight: squares of small numbers would underflow.
     share = jnp.square(counted / jnp.where(largest > 0, largest, 1.0))
-    share, place = lax.sort_key_val(share, jnp.arange(share.size, dtype=jnp.int32))
+    # Backwards and stable: among equals the earlier one comes later, and so scores higher.
+    place = jnp.arange(share.size, dtype=jnp.int32)[::-1]
+    share, place = lax.sort_key_val(share[::-1], place)
     left = lax.cumsum(share, reverse=True)
-    # Equal weights count each other: all of them take the sum at the first of their run.
-    first = jnp.concatenate([jnp.array([True]), share[1:] != share[:-1]])
-    start = lax.cummax(jnp.where(first, jnp.arange(share.size, dtype=jnp.int32), 0))
-    left = left[start]
     scores = jnp.where(left > 0, share / jnp.where(left > 0, left, 1.0), 0.0)
     scores = jnp.zeros_like(scores).at[place].set(scores, unique_indices=True)
     return jnp.where(jnp.isnan(size), jnp.nan, scores).reshape(w.shape)

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree import mirrored
+from jaxprune._tree import mirrored, wide
 from jaxprune._types import Params, Scores
 
 
@@ -23,6 +23,16 @@ class Movement:
     Use it as ``criterion=jp.criteria.movement``. By hand: ``state = movement.init(params)``, then
     ``state = movement.update(state, params, grads)`` at every step.
 
+    Args:
+      params: prunable parameters; any shapes.
+      state: the sum so far, like ``params``.
+
+    Returns:
+      Signed scores like ``params``. Higher means keep.
+
+    Raises:
+      ValueError: ``state`` or ``grads`` does not mirror ``params``.
+
     Example:
       >>> import jax.numpy as jnp
       >>> movement, params = Movement(), {"w": jnp.array([2.0, 2.0])}
@@ -37,17 +47,21 @@ class Movement:
 
     def init(self, params: Params) -> Params:
         """Start from rest: float32 zeros like ``params``."""
-        return jax.tree.map(lambda w: jnp.zeros_like(w, jnp.float32), params)
+        return jax.tree.map(lambda w: jnp.zeros_like(wide(w)), params)
 
     def update(self, state: Params, params: Params, grads: Params) -> Params:
-        """Add the movement of one step; ``grads`` are those handed to the optimizer."""
-        grads = mirrored(grads, params, "grads")
-        return jax.tree.map(
-            lambda s, w, g: s - w.astype(jnp.float32) * g.astype(jnp.float32), state, params, grads
-        )
+        """Add the movement of one step; ``grads`` are those handed to the optimizer.
+
+        A step that is not finite counts as none: the sum would not recover from it.
+        """
+
+        def add(s: jax.Array, w: jax.Array, g: jax.Array) -> jax.Array:
+            moved = wide(w) * wide(g)
+            return jnp.where(jnp.isfinite(moved), s - moved, s)
+
+        return jax.tree.map(add, state, params, mirrored(grads, params, "grads"))
 
     def __call__(self, params: Params, *, state: Params, **_: Any) -> Scores:
-        """Give the sum; ``state`` mirrors ``params``. Signed; higher means keep."""
         return mirrored(state, params, "state")
 
 

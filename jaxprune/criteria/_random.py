@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune._types import Params, Scores
 
@@ -25,6 +26,10 @@ def random(params: Params, *, key: jax.Array, **_: Any) -> Scores:
       (2, 3)
     """
     leaves, treedef = jax.tree.flatten(params)
-    # Float32 whatever the weights are: eight bits of bfloat16 would make ties the rule.
-    draws = [jax.random.uniform(jax.random.fold_in(key, i), w.shape) for i, w in enumerate(leaves)]
+    # Float32 whatever the weights are: eight bits of bfloat16 would make ties the rule. Added to
+    # zeros made from the weights, so that scores lie where the weights do.
+    draws = [
+        jnp.zeros_like(w, jnp.float32) + jax.random.uniform(jax.random.fold_in(key, i), w.shape)
+        for i, w in enumerate(leaves)
+    ]
     return jax.tree.unflatten(treedef, draws)

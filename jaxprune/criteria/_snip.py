@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune._errors import check_loss
+from jaxprune._tree import wide
 from jaxprune._types import Params, Scores
 
 
@@ -23,10 +25,11 @@ def snip(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_: 
       batch: any tree of arrays; some examples of every class.
 
     Returns:
-      Non-negative float32 scores like ``params`` that sum to 1. Higher means keep.
+      Non-negative scores like ``params``, at least float32, that sum to 1. Higher means keep.
 
     Raises:
-      ValueError: through ``find_masks``, the loss is no finite scalar.
+      TypeError: the loss is no scalar.
+      ValueError: through ``find_masks``, the loss is not finite.
 
     Example:
       >>> import jax.numpy as jnp
@@ -38,8 +41,8 @@ def snip(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_: 
       Lee et al., `SNIP: Single-shot Network Pruning based on Connection Sensitivity
       <https://arxiv.org/abs/1810.02340>`_, 2019.
     """
-    grads = jax.grad(loss_fn)(params, batch)
-    felt = jax.tree.map(lambda w, g: jnp.abs(w * g).astype(jnp.float32), params, grads)
-    total = sum(jnp.sum(s) for s in jax.tree.leaves(felt))
+    grads = jax.grad(lambda p: check_loss(loss_fn(p, batch), "snip"))(params)
+    felt = jax.tree.map(lambda w, g: jnp.abs(wide(w) * wide(g)), params, grads)
+    total = sum(jnp.nansum(s) for s in jax.tree.leaves(felt))
     # Without any slope nothing is felt, and all scores are the zeros that they were.
     return jax.tree.map(lambda s: s / jnp.where(total > 0, total, 1.0), felt)

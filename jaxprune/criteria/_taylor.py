@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree import mirrored
+from jaxprune._tree import mirrored, wide
 from jaxprune._types import Params, Scores
 
 
@@ -21,7 +21,7 @@ def taylor(params: Params, *, grads: Params, **_: Any) -> Scores:
         over devices first, or replicas will disagree about the mask.
 
     Returns:
-      Non-negative scores like ``params``. Higher means keep.
+      Non-negative scores like ``params``, at least float32. Higher means keep.
 
     Raises:
       ValueError: ``grads`` does not mirror ``params``.
@@ -35,4 +35,6 @@ def taylor(params: Params, *, grads: Params, **_: Any) -> Scores:
       Molchanov et al., `Importance Estimation for Neural Network Pruning
       <https://arxiv.org/abs/1906.10771>`_, 2019.
     """
-    return jax.tree.map(lambda w, g: jnp.abs(w * g), params, mirrored(grads, params, "grads"))
+    return jax.tree.map(
+        lambda w, g: jnp.abs(wide(w) * wide(g)), params, mirrored(grads, params, "grads")
+    )

@@ -41,7 +41,8 @@ def cyclic(final: Sparsity, dense: int, sparse: int, begin: int, end: int) -> Cy
 
     Dense up to ``begin``, then a sparse phase, a dense phase and so on; sparse for good from
     ``end``. At the start of a sparse phase masks are found among all weights, at the start of a
-    dense phase all weights are free again: removed ones start from zero.
+    dense phase all weights are free again: removed ones start from zero, with what is left of
+    their moments in the inner optimizer, which decayed meanwhile.
 
     Args:
       final: sparsity of the sparse phases: a number in [0, 1] or a tree of numbers.
@@ -66,7 +67,8 @@ def cyclic(final: Sparsity, dense: int, sparse: int, begin: int, end: int) -> Cy
 
     References:
       Peste et al., `AC/DC: Alternating Compressed/DeCompressed Training of Deep Neural Networks
-      <https://arxiv.org/abs/2106.12379>`_, 2021.
+      <https://arxiv.org/abs/2106.12379>`_, 2021. There momentum is set to zero when a dense phase
+      starts.
     """
     check_sparsity(final, "cyclic")
     for name, steps in (("dense", dense), ("sparse", sparse), ("begin", begin), ("end", end)):

@@ -150,7 +150,7 @@ def _last_kept(
         def open_(state: _Search) -> jax.Array:
             return jnp.any((state.high - state.low > 1) & (state.reached != wanted))
 
-        none = jnp.zeros_like(wanted)
+        none = beyond * 0
         start = _Search(none, none + 256, reached, beyond, jnp.int32(0))
         digit, _, reached, beyond, _ = lax.while_loop(open_, look, start)
         image = last.image + (jnp.where(in_image, digit, 0).astype(dtype) << shift.astype(dtype))
@@ -163,8 +163,10 @@ def _last_kept(
         _, reached, _, byte = state
         return jnp.any(reached != wanted) & (byte < all_bytes)
 
-    zero = _Unit(jnp.zeros(wanted.shape, dtype), jnp.zeros(wanted.shape, jnp.uint32))
-    reached, beyond = jnp.asarray(sizes, jnp.int32), jnp.zeros_like(wanted)
+    # Under shard_map what a loop carries must vary over the axes that the leaves vary over.
+    nothing = sum(_no_units(x) for x in data.leaves) + jnp.zeros(wanted.shape, jnp.int32)
+    zero = _Unit(nothing.astype(dtype), nothing.astype(jnp.uint32))
+    reached, beyond = jnp.asarray(sizes, jnp.int32) + nothing, nothing
     return lax.while_loop(searching, next_byte, (zero, reached, beyond, jnp.int32(0)))[0]
 
 
@@ -203,6 +205,12 @@ def _precedence(data: _Data, rankings: Sequence[Ranking]) -> list[jax.Array]:
             numbers[i] = number
             left -= data.leaves[i].size
     return [numbers[i] for i in range(len(numbers))]
+
+
+def _no_units(leaf: jax.Array) -> jax.Array:
+    """Count none of the units: 0, of the kind that counts of this leaf are."""
+    none = lax.slice_in_dim(leaf, 0, 0, axis=0) if leaf.ndim else leaf[None][:0]
+    return jnp.sum(none, dtype=jnp.int32)
 
 
 def _ranking_of(rankings: Sequence[Ranking]) -> list[int]:

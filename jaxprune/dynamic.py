@@ -260,7 +260,7 @@ def _drop_and_grow(
             # What grows was zero and stays so for now: no update but that of what is removed.
             return (
                 store(new),
-                map_leaves(enforce, updates, params, jax.tree.map(jnp.logical_and, new, old)),
+                map_leaves(enforce, updates, params, new),
                 _reset(inner, inner_state, fresh, params, grown),
             )
 

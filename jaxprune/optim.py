@@ -10,6 +10,7 @@ import optax
 from jaxprune._event import (
     PruneState,
     Search,
+    check_grads,
     check_inner,
     check_params,
     enforce,
@@ -69,7 +70,7 @@ def prune(
     Raises:
       TypeError: ``inner`` or ``schedule`` is of the wrong kind, or the criterion lacks evidence.
       ValueError: at ``init``, nothing is prunable or the parts do not fit the params; at
-        ``update``, params are missing.
+        ``update``, params are missing or gradients are not like them.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -187,9 +188,9 @@ def _wrap(
         check_params(params)
         stored, criterion_state = refresh(updates, state, params, extra)
         masks = check_masks(unpack(stored), params, "masks")
-        updates, inner_state = inner.update(
-            live(updates, masks), state.inner_state, params, **extra
-        )
+        part = map_leaves(lambda p, m: None if m is None else p, params, masks)
+        grads = live(check_grads(updates, params, part), masks)
+        updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
         new_state = PruneState(
             count=optax.safe_increment(state.count),
             masks=stored,

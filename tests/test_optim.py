@@ -469,3 +469,16 @@ def test_a_schedule_may_say_everything_as_an_integer():
     tx = jp.prune(optax.sgd(0.1), schedule=schedules.constant(1))
     params, _ = update(tx, tx.init(KERNEL), KERNEL)
     assert not np.asarray(params["kernel"]).any()
+
+
+@pytest.mark.parametrize(
+    "wrap", [jp.hold, lambda tx: jp.prune(tx, schedule=jp.schedules.constant(0.5))]
+)
+def test_gradients_of_another_structure_or_shape_are_named_by_path(wrap):
+    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+    tx = wrap(optax.sgd(0.1))
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="`grads` is not a tree like the params: nothing at 'b'"):
+        tx.update({"a": jnp.ones((2, 2))}, state, params)
+    with pytest.raises(ValueError, match=r"'b' has shape \(4,\), the weights \(2, 2\)"):
+        tx.update({"a": jnp.ones((2, 2)), "b": jnp.ones(4)}, state, params)

@@ -125,6 +125,49 @@ def test_evidence_comes_from_the_level_just_trained(key):
     assert_trees_equal(first.masks, want)
 
 
+def test_a_criterion_that_asks_for_the_start_gets_it(key):
+    params = tree_of_weights(key)
+    parts = {"criterion": criteria.magnitude_increase}
+    dense, first, second = jp.imp(params, fit, rounds=2, rate=0.5, **parts)
+    find = lambda level, *args, **kwargs: jp.find_masks(
+        level.trained, *args, params_init=params, **kwargs, **parts
+    )
+    assert_trees_equal(first.masks, find(dense, 0.5))
+    assert_trees_equal(second.masks, find(first, 0.75, within=first.masks))
+    assert not (
+        first.masks["Dense_0"]["kernel"] == jp.find_masks(dense.trained, 0.5)["Dense_0"]["kernel"]
+    ).all()
+
+
+def test_the_start_survives_a_caller_that_donates_it_and_a_resume(key):
+    params = tree_of_weights(key)
+    settings = {"rounds": 2, "rate": 0.5, "criterion": criteria.magnitude_increase}
+    whole = list(jp.imp(params, fit, **settings))
+    (last,) = jp.imp(params, fit, start=(1, whole[1].masks, whole[1].trained), **settings)
+    assert_trees_equal(last, whole[2])
+    levels = jp.imp(params, fit, **settings)
+    jax.jit(lambda p: jax.tree.map(lambda x: x * 2, p), donate_argnums=0)(params)
+    assert_trees_equal([level.masks for level in levels], [level.masks for level in whole])
+
+
+def test_evidence_may_give_another_start(key):
+    params = tree_of_weights(key)
+    other = jax.tree.map(lambda p: 3.0 * p[::-1], params)
+    parts = {"criterion": criteria.magnitude_increase}
+    given = {"evidence": lambda level: {"params_init": other}}
+    dense, level = jp.imp(params, fit, rounds=1, rate=0.5, **parts, **given)
+    want = jp.find_masks(dense.trained, 0.5, params_init=other, **parts)
+    assert_trees_equal(level.masks, want)
+
+
+def test_what_else_a_criterion_needs_beside_the_start_is_told_before_anything_trains(key):
+    def criterion(params, *, params_init, grads, **_):
+        return params
+
+    with pytest.raises(TypeError, match=r"`criterion` needs `grads`, which"):
+        jp.imp(tree_of_weights(key), never, criterion=criterion)
+
+
 # What a level starts from.
 
 

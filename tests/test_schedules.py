@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import jaxprune as jp
 from jaxprune import schedules
+from tests.helpers import run
 
 RAMPS = {
     "linear": lambda t: 1 - t,
@@ -24,6 +26,7 @@ EXAMPLES = {
     "cosine": schedules.cosine(0.8, begin=2, end=9, every=3),
     "geometric": schedules.geometric(0.2, begin=2, end=9, every=3),
     "custom": schedules.custom(optax.linear_schedule(0.0, 0.8, 9), begin=2, end=9, every=3),
+    "cyclic": schedules.cyclic(0.8, dense=2, sparse=3, begin=2, end=9),
 }
 
 
@@ -90,6 +93,54 @@ def test_custom_takes_any_function_of_the_step():
     assert [float(schedule(step)) for step in (1, 5)] == [0.25, 0.5]
 
 
+def test_cyclic_alternates_and_ends_sparse():
+    schedule = schedules.cyclic(0.5, dense=2, sparse=3, begin=1, end=12)
+    values = [float(schedule(step)) for step in range(15)]
+    sparse = [1, 2, 3, 6, 7, 8, 11, 12, 13, 14]
+    assert values == [0.5 if step in sparse else 0.0 for step in range(15)]
+    assert events(schedule, 20) == [1, 4, 6, 9, 11, 12]
+    assert schedule.final == 0.5
+
+
+@pytest.mark.parametrize("end", [2, 3, 4, 5, 6, 7])
+def test_cyclic_cuts_the_phase_short_that_the_end_falls_into(end):
+    schedule = schedules.cyclic(0.5, dense=2, sparse=2, begin=2, end=end)
+    assert events(schedule, 20) == [step for step in (2, 4, 6) if step < end] + [end]
+    assert [float(schedule(step)) for step in (0, 1)] == [0.0, 0.0]
+    assert {float(schedule(step)) for step in range(end, 12)} == {0.5}
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    dense=st.integers(1, 9), sparse=st.integers(1, 9), begin=st.integers(0, 9), n=st.integers(0, 30)
+)
+def test_cyclic_changes_at_events_only(dense, sparse, begin, n):
+    schedule = schedules.cyclic(0.5, dense, sparse, begin, begin + n)
+    steps = np.arange(50)
+    values, due = np.asarray(schedule(steps)), np.asarray(schedule.due(steps))
+    want, on = [], False
+    for step in steps:  # a slow walk through the phases
+        into = (step - begin) % (sparse + dense)
+        on = step >= begin + n or (step >= begin and into < sparse)
+        want.append(0.5 if on else 0.0)
+    assert values.tolist() == want
+    assert not (np.diff(values, prepend=0.0) != 0)[~due].any()
+    assert due[begin + n] and not due[:begin].any() and not due[begin + n + 1 :].any()
+
+
+def test_cyclic_frees_all_weights_in_dense_phases_and_finds_masks_anew():
+    # The small weight grows while it is free and stays in the end.
+    params, grads = {"kernel": jnp.array([[1.0, 2.0]])}, {"kernel": jnp.array([[-1.0, 0.0]])}
+    schedule = schedules.cyclic(0.5, dense=4, sparse=2, begin=0, end=6)
+    tx = jp.prune(optax.sgd(1.0), schedule=schedule)
+    _, state, all_params, masks = run(tx, params, 8, lambda p: grads)
+    kept = masks["kernel"][:, 0].tolist()
+    assert kept == [[False, True]] * 2 + [[True, True]] * 4 + [[True, False]] * 2
+    values = [[0.0, 2.0]] * 2 + [[1.0, 2.0], [2.0, 2.0], [3.0, 2.0], [4.0, 2.0]]
+    assert all_params["kernel"][:, 0].tolist() == [*values, [5.0, 0.0], [6.0, 0.0]]
+    assert int(state.count) == 8
+
+
 @settings(max_examples=100, deadline=None)
 @given(begin=st.integers(0, 50), length=st.integers(0, 50), every=st.integers(1, 60))
 def test_events_fall_on_the_beat_and_always_on_the_end(begin, length, every):
@@ -115,7 +166,7 @@ def test_traced_steps_and_python_integers_agree(name):
 @pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"custom", "geometric"}))
 def test_a_schedule_takes_a_tree_of_final_sparsities(name):
     tree = {"a": {"kernel": 0.5, "bias": None}, "b": 0.9}
-    settings_of = {"constant": (), "one_shot": (5,)}.get(name, (2, 9, 3))
+    settings_of = {"constant": (), "one_shot": (5,), "cyclic": (2, 3, 2, 9)}.get(name, (2, 9, 3))
     got = getattr(schedules, name)(tree, *settings_of)(100)
     assert jax.tree.structure(got) == jax.tree.structure(tree)
     assert float(got["a"]["kernel"]) == 0.5 and float(got["b"]) == float(np.float32(0.9))
@@ -162,6 +213,25 @@ def test_steps_are_checked_when_a_schedule_is_built(name):
         make(first, begin=-1, end=3, every=1)
     with pytest.raises(ValueError, match=r"end=3.5.*integers from 0 on"):
         make(first, begin=0, end=3.5, every=1)
+
+
+def test_cyclic_checks_its_settings_when_built():
+    with pytest.raises(ValueError, match=r"cyclic\(dense=0\)` has an empty phase.*1 step or more"):
+        schedules.cyclic(0.5, dense=0, sparse=1, begin=0, end=9)
+    with pytest.raises(ValueError, match=r"cyclic\(sparse=0\)` has an empty phase"):
+        schedules.cyclic(0.5, dense=1, sparse=0, begin=0, end=9)
+    with pytest.raises(ValueError, match=r"end=3 before begin=7.*swap"):
+        schedules.cyclic(0.5, dense=1, sparse=1, begin=7, end=3)
+    for name in ("dense", "sparse", "begin", "end"):
+        for bad in (-1, 2.5, True, None):
+            settings_of = {"dense": 1, "sparse": 1, "begin": 0, "end": 9, name: bad}
+            with pytest.raises(ValueError, match=rf"{name}={bad}.*integers from 0 on"):
+                schedules.cyclic(0.5, **settings_of)
+    for bad in (-0.1, 1.1, float("nan")):
+        with pytest.raises(ValueError, match=r"`cyclic` got .*outside \[0, 1\]"):
+            schedules.cyclic(bad, dense=1, sparse=1, begin=0, end=9)
+        with pytest.raises(ValueError, match=r"`cyclic` got .*at 'layer', outside \[0, 1\]"):
+            schedules.cyclic({"layer": bad}, dense=1, sparse=1, begin=0, end=9)
 
 
 def test_one_shot_refuses_a_negative_step():

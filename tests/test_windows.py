@@ -3,9 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxprune as jp
+from jaxprune import schedules
 from jaxprune.scopes import windows
 from tests.helpers import assert_trees_equal, slow_keep
 
@@ -96,6 +98,48 @@ def test_windows_name_every_parameter_that_does_not_fit():
 def test_windows_name_the_parameter_without_the_axis(axis):
     with pytest.raises(ValueError, match=rf"axis={axis}\)` is out of range for 'w'.*\(4, 4\)"):
         windows(4, axis)({"w": jnp.ones((4, 4))}, 0.5)
+
+
+ROOM = {"a": {"kernel": jnp.arange(16.0).reshape(8, 2)}, "b": jnp.arange(8.0).reshape(4, 2)}
+
+
+@pytest.mark.parametrize("sparsity", [0.9, 0.876, 0.99])
+def test_a_sparsity_that_would_keep_none_of_a_window_is_refused(sparsity):
+    words = rf"windows\(m=4\)` would keep none of 4 at a sparsity of {sparsity}.*at most 0.75"
+    with pytest.raises(ValueError, match=words):
+        windows(4)(ROOM, sparsity)
+    with pytest.raises(ValueError, match=words):
+        jp.find_masks(ROOM, sparsity, scope=windows(4))
+    with pytest.raises(ValueError, match=words):
+        jp.make_masks(ROOM, sparsity, scope=windows(4))
+    with pytest.raises(ValueError, match=words):
+        jp.prune(optax.sgd(0.1), schedule=schedules.linear(sparsity, 0, 9, 3), scope=windows(4))
+    with pytest.raises(ValueError, match=words):
+        jp.straight_through(
+            optax.sgd(0.1), schedule=schedules.cyclic(sparsity, 1, 1, 0, 9), scope=windows(4)
+        )
+
+
+def test_a_tree_of_sparsities_names_the_leaf_of_which_nothing_would_stay():
+    tree = {"a": {"kernel": 0.9}, "b": 0.5}
+    words = r"would keep none of 4 at a sparsity of 0.9 at 'a/kernel'\."
+    with pytest.raises(ValueError, match=words):
+        windows(4)(ROOM, tree)
+    with pytest.raises(ValueError, match=words):
+        jp.find_masks(ROOM, tree, scope=windows(4))
+    with pytest.raises(ValueError, match=words):
+        jp.prune(optax.sgd(0.1), schedule=schedules.constant(tree), scope=windows(4))
+
+
+@pytest.mark.parametrize("sparsity, kept", [(0.75, 1), (0.8, 1), (0.87, 1), (0.875, 0), (1.0, 0)])
+def test_one_of_a_window_stays_up_to_three_quarters_and_nothing_at_one(sparsity, kept):
+    if sparsity == 0.875:  # rounds to 4 as Python does: half to even
+        with pytest.raises(ValueError, match="would keep none of 4"):
+            jp.find_masks(ROOM, sparsity, scope=windows(4))
+        return
+    masks = jp.find_masks(ROOM, sparsity, scope=windows(4))
+    for mask in jax.tree.leaves(masks):
+        assert (mask.reshape(-1, 4, 2).sum(axis=1) == kept).all()
 
 
 def test_windows_check_their_settings_when_built():

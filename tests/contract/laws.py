@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 
-from tests.contract.tables import CRITERIA
+from tests.contract.tables import CRITERIA, MEMORIES
 
 ULPS = 8 * np.finfo(np.float32).eps  # pooled scores are sums of a few float32
 
@@ -55,17 +55,37 @@ def competitions(scope, grids):
     return [[(path, u) for u in ids.ravel()] for path, ids in everyone.items()]
 
 
-def count_and_order(names, params, grads, key, sparsity, before, after):
+def remember(criterion, memory, params, grads):
+    """Take one step into a slow memory, arrays by path; ``None`` starts it from zero."""
+    if criterion not in MEMORIES:
+        return None
+    full, gradients = leaves(params), leaves(grads)
+    memory = memory or {path: np.zeros_like(w) for path, w in full.items()}
+    return {path: MEMORIES[criterion](m, full[path], gradients[path]) for path, m in memory.items()}
+
+
+def slow_scores(criterion, part, grads, key, memory):
+    """Score the prunable leaves, given by path in the order of the tree, in NumPy."""
+    return {
+        path: CRITERIA[criterion](
+            w, grads[path], key, i, *([memory[path]] if criterion in MEMORIES else [])
+        )
+        for i, (path, w) in enumerate(part.items())
+    }
+
+
+def count_and_order(names, params, grads, key, sparsity, before, after, memory=None):
     """Laws 2 and 3: exactly as many units went as the law says, and the lowest of them.
 
     `sparsity` gives the number for a path; `before` are the masks handed in as `within`.
     """
     criterion, pattern, scope = names
     part = {path: w for path, w in leaves(params).items() if path in leaves(after)}
-    gradients, was, now = leaves(grads), leaves(before), leaves(after)
+    was, now = leaves(before), leaves(after)
+    scores = slow_scores(criterion, part, leaves(grads), key, memory)
     score, old, new, grids = {}, {}, {}, {}
-    for i, (path, w) in enumerate(part.items()):
-        s = np.asarray(CRITERIA[criterion](w, gradients[path], key, i), np.float64).ravel()
+    for path, w in part.items():
+        s = np.asarray(scores[path], np.float64).ravel()
         members, grids[path] = units(pattern, w)
         alive = np.broadcast_to(was[path], w.shape).ravel()
         kept = np.broadcast_to(now[path], w.shape).ravel()

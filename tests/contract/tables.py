@@ -12,14 +12,87 @@ from flax.core import FrozenDict
 
 from jaxprune import criteria, patterns, schedules, scopes
 
-# The slow, obvious score of one leaf: from weights, gradients, key and the place of the leaf.
+# The slow, obvious score of one leaf, up to a factor for all leaves: from weights, gradients, key
+# and the place of the leaf; a criterion with memory gets what it remembers of the leaf as well.
 CRITERIA = {
     "magnitude": lambda w, g, key, i: np.abs(w),
     "taylor": lambda w, g, key, i: np.abs(w * g),
     "random": lambda w, g, key, i: np.asarray(
         jax.random.uniform(jax.random.fold_in(key, i), w.shape)
     ),
+    "fisher": lambda w, g, key, i: (g * w) ** 2 / 2,
+    "fisher_ema": lambda w, g, key, i, h: h * w**2 / 2,
+    "grasp": lambda w, g, key, i: w * BATCH * (slope(w) + BATCH * w),  # the Hessian is BATCH
+    "lamp": lambda w, g, key, i: slow_lamp(w),
+    "magnitude_increase": lambda w, g, key, i: np.abs(w) - np.abs(start(w)),
+    "movement": lambda w, g, key, i, moved: moved,
+    "snip": lambda w, g, key, i: np.abs(w * (slope(w) + BATCH * w)),
+    "synflow": lambda w, g, key, i: np.abs(w) * np.abs(slope(w)),
 }
+
+# How a memory takes one step, leaf by leaf; it starts from zero.
+MEMORIES = {
+    "fisher_ema": lambda h, w, g: 0.5 * h + 0.5 * g**2,
+    "movement": lambda moved, w, g: moved - w * g,
+}
+
+# Criteria that differ from others in nothing that a pattern sees: one will do in the fast suite.
+ONE_PATTERN = (
+    *("fisher", "fisher_ema", "grasp", "lamp"),
+    *("magnitude_increase", "movement", "snip", "synflow"),
+)
+
+
+def make_criterion(name):
+    """The criterion of a row; ``fisher_ema`` is a factory."""
+    return criteria.fisher_ema(0.5) if name == "fisher_ema" else getattr(criteria, name)
+
+
+# Evidence for every criterion, known by hand. The loss has the gradient slope + BATCH * w and the
+# Hessian BATCH; the flow, with the input replaced by 1, has the slope |slope|.
+BATCH = 2.0
+
+
+def draw(w, seed, most):
+    """Binary fractions of few bits for a leaf, so that products with weights are exact."""
+    drawn = np.random.default_rng([seed, w.size]).integers(-most, most + 1, w.shape)
+    return (drawn / 8).astype(w.dtype)
+
+
+def slow_lamp(w):
+    """Each weight against those that go after it: the larger ones, and equal ones before it."""
+    size, share = np.abs(w).ravel(), np.zeros(w.size)
+    for u, x in enumerate(size):
+        left = sum(y * y for v, y in enumerate(size) if y > x or (y == x and v <= u))
+        share[u] = x * x / left if x else 0.0
+    return share.reshape(w.shape)
+
+
+def slope(w):
+    return draw(w, 1, 4)
+
+
+def start(w):
+    return draw(w, 2, 8)
+
+
+def loss_fn(params, batch):
+    return sum(jnp.sum(slope(w) * w + batch * w * w / 2) for w in jax.tree.leaves(params))
+
+
+def apply_fn(params, batch):
+    return jax.tree.map(lambda w: np.abs(slope(w)) * w**batch, params)
+
+
+def evidence():
+    """What the criteria ask for beside grads, key and state."""
+    return {
+        "loss_fn": loss_fn,
+        "apply_fn": apply_fn,
+        "batch": jnp.float32(BATCH),
+        "params_init": jax.tree.map(start, small_params()),
+    }
+
 
 PATTERNS = {
     "Weights": patterns.Weights(),
@@ -45,10 +118,14 @@ SCHEDULES = {
     "linear": lambda final: schedules.linear(final, begin=1, end=5, every=3),
     "cubic": lambda final: schedules.cubic(final, begin=1, end=5, every=3),
     "cosine": lambda final: schedules.cosine(final, begin=1, end=5, every=3),
-    "geometric": lambda rate: schedules.geometric(rate, begin=1, end=5, every=3),
+    # Three events, of which half the final sparsity as the rate brings about as much.
+    "geometric": lambda final: schedules.geometric(
+        jax.tree.map(lambda s: s / 2, final), begin=1, end=5, every=3
+    ),
     "custom": lambda final: schedules.custom(
         lambda step: jax.tree.map(lambda s: s * jnp.minimum(step, 4) / 4, final), 1, 5, 3
     ),
+    "cyclic": lambda final: schedules.cyclic(final, dense=1, sparse=2, begin=1, end=5),
 }
 STEPS = 6
 

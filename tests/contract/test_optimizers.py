@@ -1,5 +1,7 @@
 """Laws 4-8 over a table of optimizers and of what optax puts around or inside them."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ import jaxprune as jp
 from jaxprune import schedules
 from tests.contract import laws
 from tests.contract.tables import OPTIMIZERS, WRAPPERS, small_params
+from tests.contract.trainings import SPARSE, TRAININGS, takes
 from tests.helpers import TraceCount, assert_trees_equal
 
 STEPS = 6
@@ -106,6 +109,41 @@ def test_given_masks_hold_in_every_position(name):
     assert [m.tolist() for m in jax.tree.leaves(jp.get_masks(state))] == [
         m.tolist() for m in jax.tree.leaves(masks)
     ]
+
+
+def test_every_sparse_training_is_in_the_table():
+    assert set(jp.dynamic.__all__) | {"straight_through"} == set(TRAININGS)
+
+
+FAST = {
+    *(("rigl", "schedule_free"), ("set", "muon"), ("straight_through", "lbfgs")),
+    *(("rigl", "inside MultiSteps"), ("straight_through", "inside apply_if_finite")),
+}
+EVERY_TRAINING = [
+    pytest.param(*pair, marks=[pytest.mark.slow] * (pair not in FAST))
+    for pair in itertools.product(TRAININGS, [*OPTIMIZERS, *WRAPPERS])
+    if takes(*pair)
+]
+
+
+@pytest.mark.parametrize(("training", "name"), EVERY_TRAINING)
+def test_the_laws_hold_for_sparse_training_with_every_optimizer(training, name):
+    wrap = TRAININGS[training]
+    tx = WRAPPERS[name](wrap) if name in WRAPPERS else wrap(OPTIMIZERS[name]())
+    step, traces = stepper(lambda final: tx)
+    params, state = small_params(), tx.init(small_params())
+    for i in range(STEPS):
+        params, new_state = step(0.0, params, state)
+        laws.closed(state, new_state)
+        old, new = (jp.get_masks(s) for s in (state, new_state))
+        if training in SPARSE:
+            if i or name != "inside MultiSteps":  # which emits no update at first
+                laws.zero(params, new)
+            for a, b in zip(*map(jax.tree.leaves, (old, new)), strict=True):
+                assert int(a.sum()) == int(b.sum())
+        state = new_state
+    assert traces.count == TRACES.get(name, 1)
+    assert all(bool(jnp.isfinite(p).all()) for p in jax.tree.leaves(params))
 
 
 def test_a_micro_step_inside_and_an_emitted_update_around_multi_steps_count():

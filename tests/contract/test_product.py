@@ -11,27 +11,43 @@ import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune import criteria, scopes
+from jaxprune import scopes
 from tests.contract import laws
 from tests.contract.tables import (
     ALLOCATIONS,
     CRITERIA,
     FAMILIES,
+    MEMORIES,
+    ONE_PATTERN,
     PATTERNS,
     REFUSED,
     SCHEDULES,
     SCOPES,
     STEPS,
+    evidence,
+    make_criterion,
     small_params,
 )
-from tests.helpers import TraceCount
+from tests.helpers import TraceCount, slow_keep
 
 FINAL = 0.75
 PRODUCT = [
     names for names in itertools.product(CRITERIA, PATTERNS, SCOPES) if names[1:] not in REFUSED
 ]
 # Allocations rank by `per_leaf`, so that one criterion will do; the slow suite runs them all.
-FAST = [names for names in PRODUCT if names[0] == "magnitude" or names[2] not in ALLOCATIONS]
+FAST = [
+    names
+    for names in PRODUCT
+    if (names[0] == "magnitude" or names[2] not in ALLOCATIONS)
+    and (names[0] not in ONE_PATTERN or names[1] == "Weights")
+]
+SLOW = [pytest.param(*names, marks=pytest.mark.slow) for names in PRODUCT if names not in FAST]
+# For criteria that differ in nothing that a part sees, one combination is enough here.
+ALONE = [
+    names
+    for names in PRODUCT
+    if names[0] not in ONE_PATTERN or names[1:] == ("Weights", "per_leaf")
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda module: module.__name__)
@@ -74,7 +90,7 @@ def pruner(criterion, pattern, scope, schedule):
     return jp.prune(
         optax.sgd(0.25, momentum=0.5),
         schedule=schedule,
-        criterion=getattr(criteria, criterion),
+        criterion=make_criterion(criterion),
         pattern=PATTERNS[pattern],
         scope=scopes.per_leaf if scope in ALLOCATIONS else SCOPES[scope],
         key=jax.random.key(3),
@@ -86,14 +102,27 @@ def plans(scope):
     return {name: make(final) for name, make in SCHEDULES.items()}
 
 
+def fallen(plan, step):
+    """Say whether a plan asks for less than a step ago."""
+    now, then = (leaves_of(plan(at)) for at in (step, max(step - 1, 0)))
+    return any(a < b for a, b in zip(now, then, strict=True))
+
+
+def leaves_of(tree):
+    return [float(leaf) for leaf in jax.tree.leaves(tree)]
+
+
 def check_laws(names, step, init):
     """Take STEPS updates and hold each of them against the laws; `plan` says what was asked."""
     criterion, pattern, scope, plan = names
-    params = small_params()
+    params, memory = small_params(), None
     grads, state = grads_of(params), init
     for i in range(STEPS):
         new_params, new_state = step(params, state, grads)
         before, after = jp.get_masks(state), jp.get_masks(new_state)
+        memory = laws.remember(criterion, memory, params, grads)
+        if fallen(plan, i):  # all weights are free again
+            before = jax.tree.map(jnp.ones_like, before)
         laws.mirror(params, after)
         laws.monotone(before, after)
         laws.zero(new_params, after)
@@ -102,19 +131,19 @@ def check_laws(names, step, init):
             asked = laws.asked(plan(i))
             key = jax.random.fold_in(state.key, i)
             names = criterion, pattern, scope
-            laws.count_and_order(names, params, grads, key, asked, before, after)
+            laws.count_and_order(names, params, grads, key, asked, before, after, memory)
         else:
             laws.equal(before, after)
         params, state = new_params, new_state
 
 
-@pytest.mark.parametrize("criterion, pattern, scope", FAST)
+@pytest.mark.parametrize("criterion, pattern, scope", [*FAST, *SLOW])
 def test_the_laws_hold_for_every_combination_under_every_schedule(criterion, pattern, scope):
     table = plans(scope)
 
     def step(which, params, state, grads):
         tx = pruner(criterion, pattern, scope, Chosen(list(table.values()), which))
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, **evidence())
         return optax.apply_updates(params, updates), state
 
     traces = TraceCount(step)
@@ -127,7 +156,7 @@ def test_the_laws_hold_for_every_combination_under_every_schedule(criterion, pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("criterion, pattern, scope", PRODUCT)
+@pytest.mark.parametrize("criterion, pattern, scope", ALONE)
 def test_the_laws_hold_for_every_combination_compiled_on_its_own(
     criterion, pattern, scope, schedule
 ):
@@ -135,12 +164,64 @@ def test_the_laws_hold_for_every_combination_compiled_on_its_own(
     tx = pruner(criterion, pattern, scope, plan)
 
     def step(params, state, grads):
-        updates, state = tx.update(grads, state, params)
+        updates, state = tx.update(grads, state, params, **evidence())
         return optax.apply_updates(params, updates), state
 
     traces = TraceCount(step)
     check_laws((criterion, pattern, scope, plan), jax.jit(traces), tx.init(small_params()))
     assert traces.count == 1
+
+
+@pytest.mark.parametrize(
+    "criterion, scope", [names[::2] for names in FAST if names[1] == "Weights"]
+)
+def test_masks_of_single_weights_are_those_of_slow_numpy(criterion, scope):
+    params, key = small_params(), jax.random.key(5)
+    part = {path: w for path, w in laws.leaves(params).items() if w.ndim > 1}
+    grads = grads_of(params)
+    memory = laws.remember(criterion, None, params, grads)
+    offered = {"grads": grads, "key": key, **evidence()}
+    if criterion in MEMORIES:
+        offered["state"] = like(params, memory)
+    exact = {path: w.astype(np.float64) for path, w in part.items()}
+    scores = laws.slow_scores(criterion, exact, laws.leaves(grads), key, memory)
+    sparsities = SCOPES[scope](params, FINAL) if scope in ALLOCATIONS else FINAL
+    dense = {path: np.ones(w.shape, bool) for path, w in part.items()}
+    half = {path: np.random.default_rng(w.size).random(w.shape) < 0.5 for path, w in part.items()}
+    for within in (dense, half):
+        masks = jp.find_masks(
+            params,
+            sparsities,
+            criterion=make_criterion(criterion),
+            scope=scopes.per_leaf if scope in ALLOCATIONS else SCOPES[scope],
+            within=like(params, within),
+            **offered,
+        )
+        want = slow_masks(scope, scores, laws.asked(sparsities), within)
+        for path, mask in laws.leaves(masks).items():
+            np.testing.assert_array_equal(mask, want[path], err_msg=path)
+
+
+def like(params, by_path):
+    """Put arrays by path into the tree of the params, None elsewhere."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: by_path.get(jax.tree_util.keystr(path, simple=True, separator="/")), params
+    )
+
+
+def slow_masks(scope, scores, sparsity, within):
+    """Hold every competition on its own, one weight after the other."""
+    keep = {path: np.zeros(s.shape, bool) for path, s in scores.items()}
+    for competition in laws.competitions(scope, {path: s.shape for path, s in scores.items()}):
+        kept = len(competition) - round(sparsity(competition[0][0]) * len(competition))
+        found = slow_keep(
+            [scores[path].flat[u] for path, u in competition],
+            kept,
+            [within[path].flat[u] for path, u in competition],
+        )
+        for (path, u), stays in zip(competition, found, strict=True):
+            keep[path].flat[u] = stays
+    return keep
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -149,7 +230,7 @@ def test_channels_under_windows_are_refused_by_name(criterion, schedule):
     tx = jp.prune(
         optax.sgd(0.1),
         schedule=SCHEDULES[schedule](FINAL),
-        criterion=getattr(criteria, criterion),
+        criterion=make_criterion(criterion),
         pattern=PATTERNS["Channels"],
         scope=SCOPES["windows"],
         key=jax.random.key(0),

@@ -1,6 +1,7 @@
 """Law 9: replicas agree, and sharded trees give the masks of one device. On eight CPU devices."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxprune as jp
 from jaxprune import criteria, patterns, schedules, scopes
 from tests.contract import laws
+from tests.contract.trainings import TRAININGS
 from tests.helpers import assert_trees_equal
 
 DEVICES = 8
@@ -29,6 +31,12 @@ SETTINGS = {
     },
     "windows, packed": {"scope": scopes.windows(4), "packed": True},
 }
+
+
+def pruner(name, inner):
+    if name in TRAININGS:
+        return TRAININGS[name](inner)
+    return jp.prune(inner, schedule=RAMP, **SETTINGS[name])
 
 
 def network():
@@ -69,9 +77,9 @@ def assert_close(got, want):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["taylor across", "random channels"])
+@pytest.mark.parametrize("name", ["taylor across", "random channels", "rigl"])
 def test_replicas_under_pmap_agree_with_one_another_and_with_one_device(name):
-    tx = jp.prune(optax.sgd(0.05, momentum=0.9), schedule=RAMP, **SETTINGS[name])
+    tx = pruner(name, optax.sgd(0.05, momentum=0.9))
     want_params, want_masks = on_one_device(tx)
 
     @functools.partial(jax.pmap, axis_name="data")
@@ -93,10 +101,16 @@ def test_replicas_under_pmap_agree_with_one_another_and_with_one_device(name):
     assert_close(jax.tree.map(lambda p: p[0], params), want_params)
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "check_vma"),
+    [
+        *itertools.product([*SETTINGS, *TRAININGS], [True]),
+        *itertools.product(SETTINGS, [False]),
+        *(pytest.param(name, False, marks=pytest.mark.slow) for name in TRAININGS),
+    ],
+)
 def test_replicas_under_shard_map_agree_with_one_device(name, check_vma):
-    tx = jp.prune(optax.sgd(0.05, momentum=0.9), schedule=RAMP, **SETTINGS[name])
+    tx = pruner(name, optax.sgd(0.05, momentum=0.9))
     want_params, want_masks = on_one_device(tx)
 
     def step(params, state, x):
@@ -194,6 +208,42 @@ def test_masks_keep_the_sharding_of_their_parameter_through_training(scope, axis
             state = new
         masks = jax.tree.map(np.asarray, jp.get_masks(state))
     assert jp.sparsity(masks, network()) == 0.75
+
+
+@pytest.mark.parametrize(
+    ("name", "axis_type"),
+    [
+        ("rigl", AxisType.Auto),
+        ("rigl", AxisType.Explicit),
+        pytest.param("set", AxisType.Auto, marks=pytest.mark.slow),
+        pytest.param("set", AxisType.Explicit, marks=pytest.mark.slow),
+        pytest.param("straight_through", AxisType.Auto, marks=pytest.mark.slow),
+        ("straight_through", AxisType.Explicit),
+    ],
+)
+def test_sparse_training_of_a_sharded_tree_gives_the_masks_of_one_device(name, axis_type):
+    tx = TRAININGS[name](optax.sgd(0.0625, momentum=0.5))
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.tree.map(lambda p: p * p - 0.25, params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    def train(params):
+        state = tx.init(params)
+        for _ in range(STEPS):
+            params, new = step(params, state)
+            laws.closed(state, new)
+            state = new
+        return jax.tree.map(np.asarray, (params, jp.get_masks(state)))
+
+    mesh = mesh_of(axis_type)
+    with jax.set_mesh(mesh):
+        params, masks = train(sharded(network(), mesh))
+    want_params, want_masks = train(network())
+    assert_trees_equal(masks, want_masks)
+    assert_close(params, want_params)
 
 
 @pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])

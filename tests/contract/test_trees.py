@@ -12,7 +12,8 @@ import jaxprune as jp
 from jaxprune import schedules
 from tests.contract import laws
 from tests.contract.tables import ALLOCATIONS, PATTERNS, REFUSED, SCOPES, TREES
-from tests.helpers import assert_trees_equal
+from tests.contract.trainings import SPARSE, TRAININGS
+from tests.helpers import assert_trees_equal, assert_zero_where_removed
 
 PAIRS = [
     pair
@@ -79,6 +80,26 @@ def test_training_prunes_every_kind_of_tree(kind):
     assert all(isinstance(m, jax.Array) for m in jax.tree.leaves(masks))
     assert_trees_equal(jp.get_masks(jp.with_masks(state, masks)), masks)
     assert jp.summary(params, masks).total.sparsity == 0.5
+
+
+@pytest.mark.parametrize("kind", TREES)
+def test_sparse_training_takes_every_kind_of_tree(kind):
+    for name, wrap in TRAININGS.items():
+        params, tx = TREES[kind](), wrap(optax.adam(0.1))
+        with jax.disable_jit():
+            state = tx.init(params)
+            for _ in range(3):
+                before = state
+                updates, state = tx.update(params, state, params)
+                params = optax.apply_updates(params, updates)
+                laws.closed(before, state)
+        masks = jp.get_masks(state)
+        seen = params if name in SPARSE else jp.forward_params(params, state)
+        assert structure(seen) == structure(params)
+        assert_zero_where_removed(seen, masks)
+        kept = {p: int(m.sum()) for p, m in laws.leaves(jp.get_masks(before)).items()}
+        if name in SPARSE:
+            assert kept == {p: int(m.sum()) for p, m in laws.leaves(masks).items()}
 
 
 @pytest.mark.parametrize("kind", TREES)

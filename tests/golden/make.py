@@ -5,6 +5,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 
 import jaxprune as jp
 from jaxprune import criteria, patterns, scopes
@@ -35,7 +36,19 @@ def masks():
             w, scopes.erk(w, 0.75), pattern=patterns.Blocks((2, 2))
         ),
         "channels 0.5": jp.find_masks(w, 0.5, pattern=patterns.Channels(-1)),
+        "rigl 0.75 after two events": train(
+            jp.dynamic.rigl(optax.sgd(0.25), sparsity=0.75, begin=0, end=4, every=2), w, grads
+        ),
     }
+
+
+def train(tx, w, grads):
+    """Give the masks after three steps along the same gradients."""
+    state = tx.init(w)
+    for _ in range(3):
+        updates, state = tx.update(grads, state, w)
+        w = optax.apply_updates(w, updates)
+    return jp.get_masks(state)
 
 
 def rows(tree):

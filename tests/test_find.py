@@ -1,0 +1,193 @@
+"""Tests of find_masks in rounds, and of SynFlow, which is what rounds are for."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune import criteria, patterns, scopes
+from tests.helpers import TraceCount, assert_trees_equal, tree_of_weights
+
+
+def flow(params, x):
+    hidden = jnp.tanh(x @ params["Dense_0"]["kernel"] + params["Dense_0"]["bias"][None])
+    return hidden @ params["Dense_1"]["kernel"]
+
+
+SYNFLOW = {"criterion": criteria.synflow, "apply_fn": flow, "batch": jnp.ones((1, 12))}
+
+
+def loop(params, sparsity, rounds, *, within=None, **parts):
+    """One search after the other, each among what the last one left."""
+    masks = within
+    for i in range(1, rounds + 1):
+        now = jax.tree.map(
+            lambda s, i=i: s if i == rounds else 1 - (1 - s) ** (i / rounds), sparsity
+        )
+        left = params if masks is None else jp.apply_masks(params, masks)
+        masks = jp.find_masks(left, now, within=masks, **parts)
+    return masks
+
+
+def removed(masks):
+    return [int((~m).sum()) for m in jax.tree.leaves(masks)]
+
+
+@pytest.mark.parametrize(
+    "sparsity, parts",
+    [
+        (0.9, {"scope": scopes.across}),
+        (0.5, {"scope": scopes.windows(4)}),
+        (0.7, {"pattern": patterns.Channels(-1)}),
+        (scopes.erk, {}),
+    ],
+)
+def test_rounds_are_a_loop_of_searches_among_what_is_left(key, sparsity, parts):
+    params = tree_of_weights(key)
+    sparsity = sparsity(params, 0.9) if sparsity is scopes.erk else sparsity
+    masks = jp.find_masks(params, sparsity, rounds=5, **parts, **SYNFLOW)
+    assert_trees_equal(masks, loop(params, sparsity, 5, **parts, **SYNFLOW))
+
+
+def test_rounds_stay_within_earlier_masks_from_the_first_score_on(key):
+    params = tree_of_weights(key)
+    within = jp.find_masks(params, 0.3, criterion=criteria.random, key=key)
+    parts = {"scope": scopes.across, **SYNFLOW}
+    masks = jp.find_masks(params, 0.8, rounds=4, within=within, **parts)
+    assert_trees_equal(masks, loop(params, 0.8, 4, within=within, **parts))
+    revived = jax.tree.map(lambda new, old: (new & ~old).any(), masks, within)
+    assert not any(jax.tree.leaves(revived)) and sum(removed(masks)) == round(0.8 * 128)
+
+
+def test_channel_masks_may_be_what_rounds_of_weights_stay_within(key):
+    params = tree_of_weights(key)
+    within = jp.find_masks(params, 0.5, pattern=patterns.Channels(-1))
+    masks = jp.find_masks(params, 0.75, rounds=3, within=within, **SYNFLOW)
+    assert_trees_equal(masks, loop(params, 0.75, 3, within=within, **SYNFLOW))
+    assert removed(masks) == [72, 24]
+
+
+def test_another_score_among_what_is_left_makes_another_choice(key):
+    params = tree_of_weights(key)
+    once, often = (
+        jp.find_masks(params, 0.9, rounds=rounds, scope=scopes.across, **SYNFLOW)
+        for rounds in (1, 20)
+    )
+    assert sum(removed(once)) == sum(removed(often)) == round(0.9 * 128)
+    assert removed(once) != removed(often)
+
+
+def test_one_round_is_the_default(key):
+    params = tree_of_weights(key)
+    assert_trees_equal(
+        jp.find_masks(params, 0.6, rounds=1, **SYNFLOW), jp.find_masks(params, 0.6, **SYNFLOW)
+    )
+
+
+def test_rounds_change_nothing_where_scores_do_not_depend_on_what_is_left(key):
+    params = tree_of_weights(key)
+    assert_trees_equal(jp.find_masks(params, 0.7, rounds=7), jp.find_masks(params, 0.7))
+
+
+def test_the_last_round_removes_exactly_what_python_says(key):
+    params = {"w": jax.random.normal(key, (37, 10))}
+    offered = {"apply_fn": lambda p, x: x @ p["w"], "batch": jnp.ones((1, 37))}
+    find = lambda s: jp.find_masks(params, s, criterion=criteria.synflow, rounds=6, **offered)
+    traced = jax.jit(find)
+    for sparsity in (0.0, 1.0, 0.1, 1 / 3, 0.7, 0.99, 0.999):
+        want = [round(sparsity * 370)]
+        assert removed(find(sparsity)) == removed(traced(sparsity)) == want
+
+
+def test_rounds_compile_once_for_all_sparsities(key):
+    count = TraceCount(lambda params, **_: jax.tree.map(jnp.abs, params))
+    for sparsity in (0.1, 0.5, 0.9, 1.0):
+        jp.find_masks(tree_of_weights(key), sparsity, criterion=count, rounds=10)
+    assert count.count <= 2  # once for the shapes, once for the loop, whatever the rounds
+
+
+@pytest.mark.parametrize("bad", [0, -1, 2.0, True, None, "many"])
+def test_rounds_that_are_no_number_of_rounds_are_refused(bad):
+    wrong = ValueError if isinstance(bad, int) else TypeError
+    with pytest.raises(wrong, match=r"`find_masks` got rounds=.*integer from 1 on; 100"):
+        jp.find_masks({"w": jnp.ones((2, 2))}, 0.5, rounds=bad)
+
+
+# SynFlow, Tanaka 2020: no layer is emptied while another choice of the same size avoids it. The
+# highest compression at which one can is the number of weights over the number of layers.
+
+WIDTHS = (784, 100, 100, 100, 100, 100, 10)
+WEIGHTS = sum(a * b for a, b in itertools.pairwise(WIDTHS))
+LAYERS = len(WIDTHS) - 1
+
+
+def mlp(key):
+    """Six layers as at initialisation, zeros for the biases."""
+    keys = jax.random.split(key, LAYERS)
+    make = jax.nn.initializers.lecun_normal()
+    return [
+        {"kernel": make(k, shape), "bias": jnp.zeros(shape[1])}
+        for k, shape in zip(keys, itertools.pairwise(WIDTHS), strict=True)
+    ]
+
+
+def mlp_apply(params, x):
+    for i, layer in enumerate(params):
+        x = x @ layer["kernel"] + layer["bias"][None]
+        x = jax.nn.relu(x) if i < LAYERS - 1 else x
+    return x
+
+
+def mlp_loss(params, batch):
+    x, y = batch
+    logs = jax.nn.log_softmax(mlp_apply(params, x))
+    return -jnp.mean(jnp.take_along_axis(logs, y[:, None], axis=1))
+
+
+def kept(masks):
+    return [int(layer["kernel"].sum()) for layer in masks]
+
+
+def connected(masks):
+    """Say whether a path of kept weights leads from an input to an output."""
+    reached = np.ones(WIDTHS[0], bool)
+    for layer in masks:
+        reached = np.asarray(layer["kernel"])[reached].any(axis=0)
+    return bool(reached.any())
+
+
+FLOW = {"criterion": criteria.synflow, "apply_fn": mlp_apply, "batch": jnp.zeros((1, 784))}
+KEPT = {"10x": WEIGHTS // 10, "100x": WEIGHTS // 100, "1000x": WEIGHTS // 1000}
+KEPT |= {"two a layer": 2 * LAYERS, "one more than the least": LAYERS + 1, "the least": LAYERS}
+
+
+@pytest.mark.parametrize("size", KEPT)
+@pytest.mark.parametrize("seed", range(3))
+def test_synflow_in_100_rounds_empties_no_layer_up_to_the_maximal_compression(seed, size):
+    params, sparsity = mlp(jax.random.key(seed)), 1 - KEPT[size] / WEIGHTS
+    masks = jp.find_masks(params, sparsity, scope=scopes.across, rounds=100, **FLOW)
+    assert sum(kept(masks)) == KEPT[size] and min(kept(masks)) >= 1
+    assert connected(masks)
+    positive = jax.tree.map(jnp.abs, jp.apply_masks(params, masks))
+    assert jax.grad(lambda x: mlp_apply(positive, x).sum())(jnp.ones((1, 784))).max() > 0
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_magnitude_at_initialisation_empties_a_layer_at_a_tenfold_compression(seed):
+    masks = jp.find_masks(mlp(jax.random.key(seed)), 0.9, scope=scopes.across)
+    assert min(kept(masks)) == 0 and not connected(masks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_snip_grasp_and_one_round_of_synflow_empty_layers_too(key, seed):
+    params = mlp(jax.random.key(seed))
+    batch = jax.random.normal(key, (128, 784)), jax.random.randint(key, (128,), 0, 10)
+    loss = {"loss_fn": mlp_loss, "batch": batch}
+    snip, grasp = ({"criterion": c, **loss} for c in (criteria.snip, criteria.grasp))
+    for fold, parts in [(10, FLOW), (1000, snip), (1000, grasp)]:
+        masks = jp.find_masks(params, 1 - 1 / fold, scope=scopes.across, **parts)
+        assert min(kept(masks)) == 0 and not connected(masks)

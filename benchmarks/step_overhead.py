@@ -142,6 +142,8 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
         "prune, packed": jp.prune(adam, schedule=between, packed=True),
         "hold": jp.hold(adam),
         "hold, packed": jp.hold(adam, packed=True),
+        "rigl": jp.dynamic.rigl(adam, sparsity=SPARSITY, begin=0, end=STEPS, every=STEPS // 2),
+        "straight_through": jp.straight_through(adam, schedule=between),
         "event": jp.prune(adam, schedule=always),
         "event, packed": jp.prune(adam, schedule=always, packed=True),
     }
@@ -150,11 +152,20 @@ def optimizers() -> dict[str, optax.GradientTransformation]:
 def start(tx: optax.GradientTransformation, params: Any) -> Any:
     """Optimizer state in the middle of the schedule, with the masks that belong there."""
     state = tx.init(params)
-    if not isinstance(state, jp.PruneState):
+    if not isinstance(state, jp.PruneState | jp.StraightThroughState):
         return state
     sparsity = float(jp.schedules.cubic(SPARSITY, begin=0, end=STEPS, every=1)(STEPS // 2))
     state = jp.with_masks(state, jp.find_masks(params, sparsity))
-    return state._replace(count=jnp.int32(STEPS // 2 + 1))
+    return jax.tree.map(
+        lambda node: node._replace(count=jnp.int32(STEPS // 2 + 1)) if pruner(node) else node,
+        state,
+        is_leaf=pruner,
+    )
+
+
+def pruner(node: Any) -> bool:
+    """True for the state that counts the updates."""
+    return isinstance(node, jp.PruneState)
 
 
 def stepper(
@@ -168,7 +179,12 @@ def stepper(
 
     def step(carry: Any, batch: Any) -> tuple[Any, None]:
         params, state = carry
-        updates, state = tx.update(jax.grad(loss)(params, batch), state, params)
+        seen = (
+            jp.forward_params(params, state)
+            if isinstance(state, jp.StraightThroughState)
+            else params
+        )
+        updates, state = tx.update(jax.grad(loss)(seen, batch), state, params)
         return (optax.apply_updates(params, updates), state), None
 
     return step

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from jaxprune._event import (
     PruneState,
@@ -50,16 +49,15 @@ def straight_through(
 
     The gradient is taken at ``forward_params(params, opt_state)`` and moves all weights, also
     those that the forward pass does not see: a weight that was removed by mistake grows back.
-    When the schedule is due, the inner update comes first and then masks are found anew among
-    all of the updated weights. The sparse network is ``forward_params`` at the end of training::
+    At update t (from 0), if the schedule is due, masks are found anew among all of the weights
+    handed to that update. The sparse network is ``forward_params`` at the end of training::
 
         schedule = jp.schedules.constant(0.9, end=10_000, every=10)
         tx = jp.straight_through(optax.adam(1e-3), schedule=schedule)
         grads = jax.grad(loss)(jp.forward_params(params, opt_state), batch)
         updates, opt_state = tx.update(grads, opt_state, params)
 
-    The forward pass is dense until the first event. Updates cannot be differentiated in reverse
-    mode (they pass through a loop).
+    The forward pass is dense until the first event.
 
     Args:
       inner: any optax optimizer; it sees dense gradients and dense weights.
@@ -89,7 +87,7 @@ def straight_through(
       >>> updates, state = tx.update(grads, state, params)
       >>> params = optax.apply_updates(params, updates)
       >>> params["kernel"], jp.forward_params(params, state)["kernel"]
-      (Array([[6., 3.]], dtype=float32), Array([[6., 0.]], dtype=float32))
+      (Array([[6., 3.]], dtype=float32), Array([[0., 3.]], dtype=float32))
 
     References:
       Bengio et al., `Estimating or Propagating Gradients Through Stochastic Neurons
@@ -122,18 +120,14 @@ def straight_through(
         before = state.masked
         stored = store(search.fit(before.masks, params))
         grads = check_grads(grads, params, prunable(params, where=where))
-        updates, inner_state = inner.update(grads, before.inner_state, params, **extra)
         memory = search.remember(before.criterion_state, params, grads)
         evidence = search.evidence(before, memory, grads, extra)
-
-        def renew(now: tuple[Any, optax.Updates]) -> tuple[Any, optax.Updates]:
-            moved = optax.apply_updates(params, now[1])
-            found = store(search.find(before.count, moved, None, evidence))
-            return found, lax.optimization_barrier(now[1])
-
-        # The updates pass through the loop, and the barrier keeps XLA from leading them around it:
-        # what reads the params before and beside the loop would cost a copy of them at every step.
-        stored, updates = if_due(schedule.due(before.count), renew, (stored, updates))
+        stored = if_due(
+            schedule.due(before.count),
+            lambda _: store(search.find(before.count, params, None, evidence)),
+            stored,
+        )
+        updates, inner_state = inner.update(grads, before.inner_state, params, **extra)
         after = PruneState(
             count=optax.safe_increment(before.count),
             masks=stored,

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
 
-from benchmarks import selection, step_overhead, training_speed
+from benchmarks import events, selection, step_overhead, training_speed
 from benchmarks.common import interleave, paired_ratio
 
 
@@ -47,11 +47,24 @@ def test_selection_refuses_contestants_that_disagree():
 def test_step_overhead_compares_wrapped_with_bare(tmp_path):
     out = tmp_path / "step_overhead.json"
     config = step_overhead.Config(
-        workloads=("toy",), contestants=("prune", "event"), blocks=2, block_seconds=0.001, out=out
+        workloads=("toy",),
+        contestants=("prune", "rigl", "event"),
+        blocks=2,
+        block_seconds=0.001,
+        out=out,
     )
     step_overhead.main(config)
     (case,) = json.loads(out.read_text())["cases"]
-    assert set(case["ratios"]) == {"prune / bare", "event / bare", "event / prune"}
+    assert set(case["ratios"]) == {"prune / bare", "rigl / bare", "event / bare", "event / prune"}
+
+
+@pytest.mark.slow
+def test_events_compares_every_wrapper_with_a_magnitude_event(tmp_path):
+    out = tmp_path / "events.json"
+    events.main(events.Config(weights=64, layers=1, turns=2, out=out))
+    ratios = json.loads(out.read_text())["ratios"]
+    assert {"prune", "rigl", "set", "straight_through"} < set(ratios)
+    assert ratios["prune"]["event"]["median"] == 1.0
 
 
 def test_training_speed_compares_or_says_that_torch_is_missing(tmp_path, capsys):

@@ -77,13 +77,18 @@ def gap(row: Record, other: Record) -> tuple[float, float]:
 
 
 def as_good(rows: list[Record], sparsity: float) -> list[Record]:
-    """Rows of a sparsity whose mean gap to the best is within the spread of that gap over seeds.
+    """Rows of a sparsity whose mean gap to the best is within one standard error of that mean.
 
-    The best is one of them, and the first.
+    The best is one of them, and the first. A spread would not do: who fails on one seed in five has
+    a large one, and is not as good.
     """
     best, *others = at_sparsity(rows, sparsity)
+    free = max(len(best["accuracy"]["seeds"]) - 1, 1)
     gaps = [gap(best, other) for other in others]
-    return [best, *(other for other, (mean, std) in zip(others, gaps, strict=True) if mean <= std)]
+    return [
+        best,
+        *(o for o, (mean, std) in zip(others, gaps, strict=True) if mean <= std / free**0.5),
+    ]
 
 
 def cheapest(rows: list[Record], sparsity: float, *, within: float = 0.01) -> Record:
@@ -126,7 +131,7 @@ def answer(rows: list[Record], *, dataset: str, steps: int) -> str:
         *_free(rows),
         *_regrowing(rows),
         "",
-        "As good as the best is what falls behind it by no more than one standard deviation, over "
+        "As good as the best is what falls behind it by no more than one standard error, over "
         "the seeds, of the difference. Cheapest is what needs the fewest training FLOPs (in "
         "percent of dense) among all within one point of the best. Collapsed has lost a whole "
         "layer in some seed, or half of the dense accuracy.",

@@ -601,3 +601,65 @@ def test_a_loss_that_is_no_scalar_is_refused():
             loss_fn=lambda p, _: p["w"],
             batch=0.0,
         )
+
+
+def test_taylor_of_float16_does_not_underflow():
+    params = {"w": jnp.array([1e-4, 2e-4], jnp.float16)}
+    scores = criteria.taylor(params, grads={"w": jnp.full(2, 1e-4, jnp.float16)})["w"]
+    assert 0 < scores[0] < scores[1]
+
+
+def test_a_step_that_is_not_finite_is_forgotten():
+    params = {"w": jnp.array([1.0, 2.0])}
+    for criterion in (criteria.movement, criteria.fisher_ema(0.5)):
+        first = criterion.update(criterion.init(params), params, {"w": jnp.array([1.0, 1.0])})
+        second = criterion.update(first, params, {"w": jnp.array([jnp.nan, jnp.inf])})
+        np.testing.assert_array_equal(second["w"], first["w"])
+
+
+def test_moments_with_holes_of_another_optimizer_are_evidence_too():
+    """`multi_transform` leaves MaskedNode where a leaf belongs to another optimizer."""
+    params = {"kernel": jnp.array([[1.0, 2.0]]), "bias": jnp.ones(2)}
+    rest = {"kernel": "matrix", "bias": "rest"}
+    tx = optax.multi_transform({"matrix": optax.adam(0.1), "rest": optax.sgd(0.1)}, rest)
+    _, state = tx.update(params, tx.init(params), params)
+    masks = jp.find_masks(
+        params, 0.5, criterion=criteria.fisher, second_moment=optax.tree.get(state, "nu")
+    )
+    assert masks["kernel"].tolist() == [[False, True]]
+
+
+def test_scores_that_protect_by_infinity_are_no_fault_of_a_function_that_is_not_asked():
+    protect = lambda p, **_: jax.tree.map(lambda w: jnp.where(w > 1, jnp.inf, w), p)
+    params = {"w": jnp.array([[1.0, 2.0]])}
+    masks = jp.find_masks(params, 0.5, criterion=protect, loss_fn=lambda p, b: 0.0)
+    assert masks["w"].tolist() == [[False, True]]
+
+
+@pytest.mark.parametrize("criterion", [criteria.snip, criteria.grasp])
+def test_a_loss_that_is_no_scalar_is_refused_by_name(criterion):
+    with pytest.raises(TypeError, match=rf"`{criterion.__name__}` got a `loss_fn` that returns"):
+        criterion({"w": jnp.ones(2)}, loss_fn=lambda p, b: p["w"] * b, batch=1.0)
+
+
+def test_a_criterion_that_cannot_take_what_prune_offers_is_told_apart_from_its_factory():
+    tx = jp.prune(
+        optax.sgd(0.1), schedule=jp.schedules.constant(0.5), criterion=criteria.fisher_ema
+    )
+    params = {"w": jnp.ones((2, 2))}
+    with pytest.raises(TypeError, match=r"`fisher_ema` takes no `grads`.*call it"):
+        tx.update(params, tx.init(params), params)
+
+
+def test_extra_arguments_of_an_optimizer_may_be_named_as_ours():
+    seen = []
+
+    def update(updates, state, params=None, *, step, **_):
+        seen.append(step)
+        return updates, state
+
+    inner = optax.GradientTransformationExtraArgs(lambda _: (), update)
+    tx = jp.prune(inner, schedule=jp.schedules.constant(0.5))
+    params = {"w": jnp.ones((2, 2))}
+    tx.update(params, tx.init(params), params, step=3, where="here", within=None)
+    assert seen == [3]

@@ -10,7 +10,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune import criteria, patterns, scopes
+from jaxprune import criteria, dynamic, patterns, scopes
 from tests.contract.laws import leaves, units
 from tests.contract.tables import OPTIMIZERS, PATTERNS, WRAPPERS, small_params
 from tests.helpers import assert_trees_equal, slow_keep
@@ -622,3 +622,48 @@ def test_updates_that_do_not_fit_are_refused(name):
         tx.update(short, state, short)
     with pytest.raises(ValueError, match=r"`masks` does not fit: 'b/kernel'"):
         tx.update(wide, state, wide)
+
+
+def test_no_more_weights_move_than_there_are_even_among_millions():
+    for kept in (10, 2_200_000, 8_388_608, 20_000_001):
+        moving = int(dynamic._floor(1.0, jnp.int32(kept)))
+        assert kept - 1 <= moving <= kept
+    assert dynamic._floor(jnp.float32(0.3), jnp.array([10, 100, 101])).tolist() == [3, 30, 30]
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        optax.lbfgs(),
+        optax.lbfgs(linesearch=None),
+        optax.chain(optax.scale_by_lbfgs(), optax.scale(-0.1)),
+    ],
+)
+def test_l_bfgs_is_refused_by_name_with_or_without_its_line_search(inner):
+    with pytest.raises(TypeError, match=r"`rigl` resets.*ScaleByLBFGSState.*`optax.adamw`"):
+        rigl(inner).init(W)
+
+
+def test_an_optimizer_that_starts_elsewhere_than_at_zero_starts_there_again():
+    """Rprop multiplies its step sizes: from zero they would never move a weight again."""
+    tx = rigl(optax.rprop(0.1), begin=0, drop_fraction=1.0)
+    state = tx.init(W)
+    updates, state = tx.update({"kernel": jnp.array([[1.0, 1.0, 8.0, 9.0]])}, state, W)
+    params = optax.apply_updates(W, updates)
+    assert jp.get_masks(state)["kernel"].tolist() == [[False, False, True, True]]
+    assert params["kernel"].tolist() == [[0.0, 0.0, 0.0, 0.0]]
+    for _ in range(2):  # it moves by how the sign of the gradient goes on
+        updates, state = tx.update({"kernel": jnp.ones((1, 4))}, state, params)
+        params = optax.apply_updates(params, updates)
+    assert (np.asarray(updates["kernel"])[0, 2:] < 0).all()
+
+
+@pytest.mark.parametrize("drop_fraction", ["a lot", None])
+def test_a_drop_fraction_that_is_no_number_is_refused(drop_fraction):
+    with pytest.raises(TypeError, match=r"`rigl\(drop_fraction=.*is no number"):
+        rigl(optax.sgd(0.1), drop_fraction=drop_fraction)
+
+
+def test_a_traced_sparsity_is_refused_with_the_way_out():
+    with pytest.raises(TypeError, match=r"`rigl` got a traced sparsity.*tree"):
+        jax.jit(lambda s: rigl(optax.sgd(0.1), sparsity=s).init(W))(0.5)

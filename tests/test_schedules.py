@@ -248,3 +248,9 @@ def test_custom_refuses_what_cannot_be_called():
 def test_custom_refuses_a_function_that_leaves_the_range(bad):
     with pytest.raises(ValueError, match=r"`custom` got .*outside \[0, 1\]"):
         schedules.custom(lambda step: bad, 0, 3, 1)
+
+
+def test_constant_may_look_again_until_an_end():
+    schedule = schedules.constant(0.5, begin=2, end=7, every=3)
+    assert [step for step in range(10) if schedule.due(step)] == [2, 5, 7]
+    assert [float(schedule(step)) for step in (0, 1, 2, 9)] == [0.0, 0.0, 0.5, 0.5]

@@ -256,3 +256,34 @@ def test_masks_of_sharded_params_are_packed_and_applied(axis_type):
         masks = jp.find_masks(params, 0.5)
         laws.zero(jp.apply_masks(params, masks), masks)
         assert jp.sparsity(masks, params) == 0.5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "magnitude per leaf",
+        "rigl",
+        pytest.param("set", marks=pytest.mark.slow),
+        pytest.param("straight_through", marks=pytest.mark.slow),
+        pytest.param("windows, packed", marks=pytest.mark.slow),
+    ],
+)
+def test_a_seed_on_each_device_of_shard_map_trains_as_it_would_alone(name):
+    """Params that differ from device to device, and are known to (`check_vma`)."""
+    tx = pruner(name, optax.sgd(0.0625))
+    seeds = jax.tree.map(lambda p: jnp.stack([p + i / 8 for i in range(DEVICES)]), network())
+
+    def train(params):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(jax.grad(loss)(params, data()), state, params)
+            params = optax.apply_updates(params, updates)
+        return jp.get_masks(state)
+
+    def one_each(seeds):
+        masks = train(jax.tree.map(lambda p: p[0], seeds))
+        return jax.tree.map(lambda m: m[None], masks)
+
+    mesh = jax.make_mesh((DEVICES,), ("seed",), axis_types=(AxisType.Auto,))
+    spread = jax.shard_map(one_each, mesh=mesh, in_specs=P("seed"), out_specs=P("seed"))
+    assert_trees_equal(jax.jit(spread)(seeds), jax.jit(jax.vmap(train))(seeds))

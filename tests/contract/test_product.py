@@ -39,7 +39,7 @@ FAST = [
     names
     for names in PRODUCT
     if (names[0] == "magnitude" or names[2] not in ALLOCATIONS)
-    and (names[0] not in ONE_PATTERN or names[1] == "Weights")
+    and (names[0] not in ONE_PATTERN or names[1:] == ("Weights", "across"))
 ]
 SLOW = [pytest.param(*names, marks=pytest.mark.slow) for names in PRODUCT if names not in FAST]
 # For criteria that differ in nothing that a part sees, one combination is enough here.

@@ -11,7 +11,6 @@ from jax import lax
 
 from jaxprune._find import (
     check_evidence,
-    check_masks,
     check_scope,
     criterion_name,
     find,
@@ -28,7 +27,7 @@ from jaxprune._tree import (
     prunable,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
-from jaxprune.masks import Packed, pack, unpack
+from jaxprune.masks import Packed, check_masks, pack, unpack
 from jaxprune.scopes._count import settle
 
 

@@ -70,10 +70,11 @@ def find_masks(
 
     Raises:
       ValueError: the sparsity is outside [0, 1], nothing is prunable, a pattern or scope does not
-        fit a leaf, ``within`` or evidence does not mirror ``params``, ``rounds`` is no integer
-        from 1 on, or a function in the evidence leads to scores that are not finite, such as a
-        loss that is NaN (not seen inside a trace).
-      TypeError: the criterion lacks evidence.
+        fit a leaf, ``within`` or evidence does not mirror ``params``, ``rounds`` is below 1, or a
+        function in the evidence leads to scores that are not finite, such as a loss that is NaN
+        (not seen inside a trace).
+      TypeError: the criterion lacks evidence or cannot take what is offered, its ``loss_fn`` gives
+        no scalar, or ``rounds`` is no integer.
 
     Example:
       >>> import jax.numpy as jnp

@@ -246,6 +246,7 @@ def _drop_and_grow(
 
         def renew(now: tuple[Masks, optax.Updates, optax.OptState]) -> Any:
             stored, updates, inner_state = now
+            # From what the loop carries: the masks beside it would be copied at every step.
             old = check_masks(unpack(stored), params, "masks")
             moved = optax.apply_updates(params, updates)
             new = drop_and_grow(

@@ -238,7 +238,7 @@ def _drop_and_grow(
     ) -> tuple[optax.Updates, PruneState]:
         check_params(params)
         old = check_masks(unpack(state.masks), params, "masks")
-        part = map_leaves(lambda p, m: None if m is None else p, params, old)
+        part = narrow(params, old)
         grads = check_grads(grads, params, part)
         key = None if state.key is None else jax.random.fold_in(state.key, state.count)
         updates, inner_state = inner.update(live(grads, old), state.inner_state, params, **extra)

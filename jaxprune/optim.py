@@ -19,7 +19,7 @@ from jaxprune._event import (
     live,
     storage,
 )
-from jaxprune._tree import align, is_hole, is_matrix, map_leaves
+from jaxprune._tree import align, is_hole, is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
 from jaxprune.masks import check_masks, dense_masks, pack, unpack
@@ -188,8 +188,7 @@ def _wrap(
         check_params(params)
         stored, criterion_state = refresh(updates, state, params, extra)
         masks = check_masks(unpack(stored), params, "masks")
-        part = map_leaves(lambda p, m: None if m is None else p, params, masks)
-        grads = live(check_grads(updates, params, part), masks)
+        grads = live(check_grads(updates, params, narrow(params, masks)), masks)
         updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
         new_state = PruneState(
             count=optax.safe_increment(state.count),

@@ -2,6 +2,7 @@
 
 from jaxprune import criteria as criteria
 from jaxprune import dynamic as dynamic
+from jaxprune import graph as graph
 from jaxprune import patterns as patterns
 from jaxprune import schedules as schedules
 from jaxprune import scopes as scopes
@@ -11,8 +12,15 @@ from jaxprune._find import make_masks as make_masks
 from jaxprune._tree import by_path as by_path
 from jaxprune._tree import is_matrix as is_matrix
 from jaxprune._tree import prunable as prunable
+from jaxprune.graph import count_flops as count_flops
+from jaxprune.graph import find_blocks as find_blocks
+from jaxprune.graph import find_groups as find_groups
+from jaxprune.groups import Group as Group
+from jaxprune.groups import Groups as Groups
+from jaxprune.groups import Member as Member
 from jaxprune.masks import Packed as Packed
 from jaxprune.masks import apply_masks as apply_masks
+from jaxprune.masks import combine_masks as combine_masks
 from jaxprune.masks import dense_masks as dense_masks
 from jaxprune.masks import pack as pack
 from jaxprune.masks import sparsity as sparsity
@@ -27,6 +35,12 @@ from jaxprune.report import overlap as overlap
 from jaxprune.report import summary as summary
 from jaxprune.rewind import Level as Level
 from jaxprune.rewind import imp as imp
+from jaxprune.shrink import cut_list as cut_list
+from jaxprune.shrink import masks_within_budget as masks_within_budget
+from jaxprune.shrink import shrink as shrink
+from jaxprune.shrink import shrink_state as shrink_state
+from jaxprune.shrink import size_of as size_of
+from jaxprune.shrink import verify_shrink as verify_shrink
 from jaxprune.straight_through import StraightThroughState as StraightThroughState
 from jaxprune.straight_through import forward_params as forward_params
 from jaxprune.straight_through import straight_through as straight_through
@@ -34,7 +48,10 @@ from jaxprune.straight_through import straight_through as straight_through
 __version__ = "0.1.0"
 
 __all__ = (
+    "Group",
+    "Groups",
     "Level",
+    "Member",
     "Overlap",
     "Packed",
     "PruneState",
@@ -42,16 +59,23 @@ __all__ = (
     "Summary",
     "apply_masks",
     "by_path",
+    "combine_masks",
+    "count_flops",
     "criteria",
+    "cut_list",
     "dense_masks",
     "dynamic",
+    "find_blocks",
+    "find_groups",
     "find_masks",
     "forward_params",
     "get_masks",
+    "graph",
     "hold",
     "imp",
     "is_matrix",
     "make_masks",
+    "masks_within_budget",
     "overlap",
     "pack",
     "patterns",
@@ -59,9 +83,13 @@ __all__ = (
     "prune",
     "schedules",
     "scopes",
+    "shrink",
+    "shrink_state",
+    "size_of",
     "sparsity",
     "straight_through",
     "summary",
     "unpack",
+    "verify_shrink",
     "with_masks",
 )

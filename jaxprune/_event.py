@@ -14,6 +14,7 @@ from jaxprune._find import (
     check_scope,
     criterion_name,
     find,
+    fit_parts,
     rank,
     required_evidence,
 )
@@ -78,6 +79,11 @@ class Search:
                 f"is no default. Pass `key=jax.random.key(...)` to `{self.user}`."
             )
         check_scope(self.scope, getattr(self.schedule, "final", None))
+
+    def on(self, params: Params) -> "Search":
+        """Settle what the pattern covers of these params."""
+        pattern, where = fit_parts(self.pattern, self.where, params)
+        return dataclasses.replace(self, pattern=pattern, where=where)
 
     def first_masks(self, params: Params) -> Masks:
         """Make masks that keep all, of the shape that events find."""

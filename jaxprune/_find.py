@@ -1,5 +1,6 @@
 """Masks found: weights scored, units ranked, in one go or in rounds."""
 
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -22,10 +23,13 @@ from jaxprune._tree import (
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Scope, Scores, Sparsity, Where
 from jaxprune.criteria import magnitude
+from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks, check_masks
-from jaxprune.patterns import Channels, Weights
+from jaxprune.patterns import Channels, Coupled, Weights
 from jaxprune.scopes import per_leaf
 from jaxprune.scopes._count import fix, is_fixed, is_number
+from jaxprune.scopes._rank import keep_largest
+from jaxprune.scopes._spread import is_tree
 from jaxprune.scopes._windows import Windows
 
 
@@ -128,6 +132,7 @@ def _find_jit(
     functions: tuple[tuple[str, Callable[..., Any]], ...],
 ) -> tuple[Masks, Any]:
     """Find masks, and tell for each leaf whether the scores of its finite weights were finite."""
+    pattern, where = fit_parts(pattern, where, params)
     _check_pair(pattern, scope)  # before scores are computed for nothing
     evidence = {**evidence, **dict(functions)}
 
@@ -246,13 +251,76 @@ def rank(
             "cannot be ranked. Scores are floating arrays: convert it, or put None where a leaf "
             "is not prunable."
         )
+    if isinstance(pattern, Coupled) and is_tree(sparsity):
+        raise ValueError(
+            "`Coupled` ranks units that own parts of many leaves, but got a tree of sparsities. "
+            "Pass one number; `max_sparsity` bounds what a group may lose."
+        )
     units = lax.stop_gradient(pattern.pool(scores))
     if within is None:
-        return pattern.expand(scope(units, sparsity), like=scores)
+        keep = scope(units, sparsity)
+        return pattern.expand(_enough(pattern, units, keep, None), like=scores)
     within = check_masks(within, scores, "within")
     alive = living(pattern, scores, within)
-    found = pattern.expand(scope(units, sparsity, within=alive), like=scores)
+    keep = scope(units, sparsity, within=alive)
+    found = pattern.expand(_enough(pattern, units, keep, alive), like=scores)
     return map_leaves(lambda new, old: new if old is None else new & old, found, within)
+
+
+def _enough(pattern: Pattern, units: Any, keep: Any, alive: Any) -> Any:
+    """Let groups of coupled units keep as many as they need, the best of those alive."""
+    if not isinstance(pattern, Coupled):
+        return keep
+    living = [None] * len(units) if alive is None else jax.tree.leaves(alive)
+    groups = {group.name: group for group in pattern.groups}
+    counts = []
+    for name, here in zip(sorted(units), living, strict=True):
+        kept = jnp.maximum(jnp.sum(keep[name], dtype=jnp.int32), pattern.least(groups[name]))
+        rounded = -(-kept // pattern.round_to) * pattern.round_to
+        most = units[name].size if here is None else jnp.sum(here, dtype=jnp.int32)
+        counts.append(jnp.minimum(rounded, most))
+    rankings = tuple((i,) for i in range(len(units)))
+    best = keep_largest([units[name] for name in sorted(units)], counts, rankings, living)
+    return dict(zip(sorted(units), best, strict=True))
+
+
+@dataclasses.dataclass(frozen=True)
+class _At:
+    """A ``where`` that takes the leaves at some paths."""
+
+    paths: frozenset[str]
+
+    def __call__(self, path: str, array: Any) -> bool:
+        del array
+        return path in self.paths
+
+
+def fit_parts(pattern: Pattern, where: Where, params: Params) -> tuple[Pattern, Where]:
+    """Settle what a pattern of coupled groups covers: all members of the groups that may go.
+
+    The default ``where`` lets all of them go; another one protects a group if it refuses a member.
+    """
+    if not isinstance(pattern, Coupled):
+        return pattern, where
+    leaves = dict(leaves_with_path(params))
+    free = []
+    for group in pattern.groups:
+        missing = [m.path for m in group.members if m.path not in leaves]
+        if missing:
+            raise ValueError(
+                f"The params have nothing at {list_paths(missing)}, which the group "
+                f"{group.name!r} owns a part of; their paths are {list_paths(list(leaves))}. Use "
+                "the groups of these params: `groups.at(prefix)` gives those of a subtree."
+            )
+        if where is is_matrix or all(where(m.path, leaves[m.path]) for m in group.members):
+            free.append(group)
+    if not free:
+        raise ValueError(
+            f"`where` refuses a member of each of the {len(pattern.groups)} groups, so that "
+            "nothing could be removed. Let it take all members of a group, biases and scales too."
+        )
+    paths = frozenset(m.path for group in free for m in group.members)
+    return dataclasses.replace(pattern, groups=Groups(free, pattern.groups.frozen)), _At(paths)
 
 
 def living(pattern: Pattern, scores: Scores, masks: Masks) -> Any:
@@ -340,9 +408,10 @@ def check_scope(scope: Scope, sparsity: Sparsity) -> None:
 
 
 def _check_pair(pattern: Pattern, scope: Scope) -> None:
-    if isinstance(scope, Windows) and isinstance(pattern, Channels):
+    if isinstance(scope, Windows) and isinstance(pattern, Channels | Coupled):
+        name = type(pattern).__name__
         raise ValueError(
-            f"`windows(m={scope.m})` ranks neighbours along an axis, and `Channels` leaves no "
+            f"`windows(m={scope.m})` ranks neighbours along an axis, and `{name}` leaves no "
             "neighbours to rank. Use it with `Weights` or `Blocks`, or rank channels with "
             "`per_leaf` or `across`."
         )

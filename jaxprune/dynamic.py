@@ -25,7 +25,7 @@ from jaxprune._tree import is_hole, is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
 from jaxprune.criteria import magnitude, random
 from jaxprune.masks import check_masks, unpack
-from jaxprune.patterns import Weights
+from jaxprune.patterns import Coupled, Weights
 from jaxprune.scopes import erk, per_leaf
 from jaxprune.scopes._rank import count_true, keep_largest
 from jaxprune.scopes._spread import is_tree
@@ -205,6 +205,11 @@ def _drop_and_grow(
 ) -> optax.GradientTransformationExtraArgs:
     check_inner(inner, user)
     check_sparsity(sparsity, user)
+    if isinstance(pattern, Coupled):
+        raise ValueError(
+            f"`{user}` grows what it drops within a leaf, and `Coupled` groups own parts of many "
+            "leaves. Use `jp.prune` for them, or `pattern=jp.patterns.Channels(-1)` here."
+        )
     if isinstance(sparsity, jax.core.Tracer):
         raise TypeError(
             f"`{user}` got a traced sparsity, which `jp.scopes.erk` cannot share out among the "

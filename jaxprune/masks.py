@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune._tree import (
     align,
+    is_hole,
     is_matrix,
     leaves_with_path,
     list_paths,
@@ -42,6 +43,49 @@ def apply_masks(params: Params, masks: Masks) -> Params:
     return map_leaves(
         lambda p, m: p if m is None else jnp.where(m, p, jnp.zeros((), p.dtype)), params, masks
     )
+
+
+def combine_masks(*masks: Masks) -> Masks:
+    """Combine masks: a weight stays where all of them keep it.
+
+    For channels and blocks found apart, say. None stands for a leaf that a mask says nothing of;
+    where all are None the leaf is left alone.
+
+    Args:
+      *masks: masks of the same tree.
+
+    Returns:
+      Masks like the first, each axis full where any of them is.
+
+    Raises:
+      ValueError: there are no masks, or they do not mirror one another.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> rows, columns = jnp.array([[True], [False]]), jnp.array([[True, False]])
+      >>> combine_masks({"w": rows, "b": None}, {"w": columns, "b": None})
+      {'b': None, 'w': Array([[ True, False],
+             [False, False]], dtype=bool)}
+    """
+    if not masks:
+        raise ValueError("`combine_masks()` got nothing to combine. Pass trees of masks.")
+    first, *others = masks
+    for other in others:
+        mirror = align(other, first)
+        if mirror is None:
+            one, two = (list_paths(list(dict(leaves_with_path(m)))) for m in (first, other))
+            raise ValueError(
+                f"`combine_masks` got masks of {one} and of {two}. Pass masks of one tree; None "
+                "stands for a leaf without a mask."
+            )
+        first = jax.tree.map(_both, first, mirror, is_leaf=is_hole)
+    return first
+
+
+def _both(a: Any, b: Any) -> Any:
+    if is_hole(a) or is_hole(b):
+        return b if is_hole(a) else a
+    return a & b
 
 
 def dense_masks(params: Params, *, where: Where = is_matrix) -> Masks:

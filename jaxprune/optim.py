@@ -84,11 +84,11 @@ def prune(
              [ 1.5,  0. ]], dtype=float32)
     """
     check_inner(inner, "prune")
-    search = Search("prune", schedule, criterion, pattern, scope, where, key)
+    parts = Search("prune", schedule, criterion, pattern, scope, where, key)
     store = storage(packed)
 
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
-        now = state.count
+        now, search = state.count, parts.on(params)
         memory = search.remember(state.criterion_state, params, grads)
         evidence = search.evidence(state, memory, grads, extra)
         falls = search.falls(now)
@@ -102,8 +102,8 @@ def prune(
 
     return _wrap(
         inner,
-        init_masks=search.first_masks,
-        init_criterion=search.first_memory,
+        init_masks=lambda params: parts.on(params).first_masks(params),
+        init_criterion=lambda params: parts.on(params).first_memory(params),
         refresh=refresh,
         key=key,
         packed=packed,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._errors import check_sparsity
-from jaxprune._find import check_evidence, find_masks, rank, required_evidence
+from jaxprune._find import check_evidence, find_masks, fit_parts, rank, required_evidence
 from jaxprune._tree import (
     align,
     check_regexes_match,
@@ -115,6 +115,7 @@ def imp(
     asks_for_start = "params_init" in required_evidence(criterion)
     if evidence is None:
         check_evidence(criterion, {"params_init": params_init} if asks_for_start else {})
+    pattern, where = fit_parts(pattern, where, params_init)
     part = prunable(params_init, where=where)
     rules = [(compile_regex(regex, "imp(rates)"), r) for regex, r in (rates or {}).items()]
     check_regexes_match(tuple(rates or {}), part, "imp(rates)")

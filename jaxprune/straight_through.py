@@ -96,10 +96,11 @@ def straight_through(
     """
     check_inner(inner, "straight_through")
     inner = optax.with_extra_args_support(inner)
-    search = Search("straight_through", schedule, criterion, pattern, scope, where, key)
+    parts = Search("straight_through", schedule, criterion, pattern, scope, where, key)
     store = storage(packed)
 
     def init(params: Params) -> StraightThroughState:
+        search = parts.on(params)
         return StraightThroughState(
             PruneState(
                 count=jnp.zeros([], jnp.int32),
@@ -117,9 +118,9 @@ def straight_through(
         **extra: Any,
     ) -> tuple[optax.Updates, StraightThroughState]:
         check_params(params)
-        before = state.masked
+        before, search = state.masked, parts.on(params)
         stored = store(search.fit(before.masks, params))
-        grads = check_grads(grads, params, prunable(params, where=where))
+        grads = check_grads(grads, params, prunable(params, where=search.where))
         memory = search.remember(before.criterion_state, params, grads)
         evidence = search.evidence(before, memory, grads, extra)
         stored = if_due(

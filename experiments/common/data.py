@@ -10,6 +10,7 @@ import numpy as np
 MNIST_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
 MNIST_SHA256 = "731c5ac602752760c8e48fbffcf8c3b850d9dc2a2aedcf2cc48468fc17b673d1"
 MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
+SYMBOLS = 97  # the printable characters of ASCII, the end of a line, and one for all others
 
 
 class Split(NamedTuple):
@@ -25,6 +26,14 @@ class Dataset(NamedTuple):
     train: Split
     validation: Split
     test: Split
+
+
+class Text(NamedTuple):
+    """Characters in their order, as codes below ``SYMBOLS``, each int32 `[n]`."""
+
+    train: np.ndarray
+    validation: np.ndarray
+    test: np.ndarray
 
 
 def load_digits() -> Dataset:
@@ -73,6 +82,26 @@ def load_mnist(path: Path | None = None) -> Dataset:
         validation=_split(images["train"][-held_out:], arrays["y_train"][-held_out:]),
         test=_split(images["test"], arrays["y_test"]),
     )
+
+
+def load_text() -> Text:
+    """Load the help on Python's language that comes with Python itself; about 450,000 characters.
+
+    The first eight tenths train, the next one validates, the last one tests. The text, and with it
+    what is measured on it, differs a little from one version of Python to the next.
+    """
+    from pydoc_data.topics import topics
+
+    codes = encode("\n".join(topics[name] for name in sorted(topics)))
+    return Text(*np.split(codes, [8 * len(codes) // 10, 9 * len(codes) // 10]))
+
+
+def encode(text: str) -> np.ndarray:
+    """Turn characters into codes below ``SYMBOLS``, int32 `[n]`."""
+    points = np.frombuffer(text.encode("utf-32-le"), "<i4")
+    printable = (points >= ord(" ")) & (points <= ord("~"))
+    others = np.where(points == ord("\n"), SYMBOLS - 2, SYMBOLS - 1)
+    return np.where(printable, points - ord(" "), others).astype(np.int32)
 
 
 def _download_mnist() -> Path:

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from experiments.common import comparison, results
+from experiments.common import comparison, results, tradeoff
 from experiments.common.runs import Record
 
 # Okabe and Ito's colours, which all eyes can tell apart.
@@ -31,6 +31,8 @@ STYLES = {
     "grasp": ("#009E73", "^"),
     "synflow": ("#0072B2", "s"),
 }
+
+SHARES = (1, 2, 5, 10, 20, 30, 50, 75, 100)  # ticks of an axis in percent of dense
 
 
 def accuracy_figure(rows: list[Record], *, steps: int, early_step: int) -> Figure:
@@ -136,6 +138,96 @@ def draw_dense(axes: Axes, rows: list[Record]) -> None:
     """Draw the accuracy of the dense network across the axes."""
     dense = 100 * comparison.row_at(rows, "dense", 0.0)["accuracy"]["mean"]
     axes.axhline(dense, color="0.35", linestyle="--", linewidth=1, label="dense")
+
+
+def tradeoff_figure(rows: list[Record]) -> Figure:
+    """Draw accuracy, and below it latency, against FLOPs: a column a network."""
+    names = tradeoff.models(rows)
+    figure = Figure(figsize=(1 + 4.8 * len(names), 7.6), layout="constrained")
+    panels = figure.subplots(2, len(names), squeeze=False, height_ratios=(1.25, 1))
+    for column, name in enumerate(names):
+        above, below = panels[:, column]
+        draw_tradeoff(above, rows, name)
+        draw_latency(below, rows, name)
+        above.set_title(name)
+        above.legend(loc="lower right", frameon=False)
+        below.legend(loc="lower right", frameon=False)
+    panels[0, 0].set_ylabel("test accuracy [%]")
+    panels[1, 0].set_ylabel("latency [% of dense]")
+    return figure
+
+
+def draw_tradeoff(axes: Axes, rows: list[Record], model: str) -> None:
+    """Draw accuracy against FLOPs: a line a method, broken where layers are removed."""
+    base = tradeoff.dense(rows, model)
+    axes.axhline(100 * base["accuracy"]["mean"], color="0.35", linestyle="--", linewidth=1)
+    for method in tradeoff.methods(rows):
+        colour, marker = STYLES[method]
+        for kind, style, face in (("channels", "-", colour), ("layers", ":", "white")):
+            found = [base, *tradeoff.line(rows, model, method, kind)]
+            flops = [100 * row["flops_ratio"] for row in found]
+            mean = [100 * row["accuracy"]["mean"] for row in found]
+            std = [100 * row["accuracy"]["std"] for row in found]
+            if len(found) > 1:
+                axes.plot(flops, mean, style, color=colour, linewidth=1.5)
+                axes.errorbar(
+                    flops[1:],
+                    mean[1:],
+                    yerr=std[1:],
+                    fmt=marker,
+                    color=colour,
+                    markerfacecolor=face,
+                    markersize=6,
+                    elinewidth=1,
+                    capsize=2,
+                    label=f"{method}, {kind}",
+                )
+    axes.plot(100, 100 * base["accuracy"]["mean"], "D", color="0.35", markersize=6, label="dense")
+    _share_axis(axes, [100 * row["flops_ratio"] for row in rows if row["model"] == model])
+    _plain(axes)
+
+
+def draw_latency(axes: Axes, rows: list[Record], model: str) -> None:
+    """Draw latency against FLOPs, and where they would be the same."""
+    small = [row for row in rows if row["model"] == model and row["method"] != "dense"]
+    shares = [100, *(100 * row["flops_ratio"] for row in small)]
+    ends = np.array([min(shares) / 1.3, 100])
+    axes.plot(ends, ends, color="0.35", linewidth=1, label="as the FLOPs say")
+    axes.plot(ends, 1.4 * ends, color="0.35", linewidth=1, linestyle=":", label="1.4 times that")
+    for kind, colour, marker in (("channels", "#0072B2", "o"), ("layers", "#D55E00", "s")):
+        found = [row for row in small if row[f"{kind}_removed"]]
+        flops = [100 * row["flops_ratio"] for row in found]
+        ratios = [row["latency_ratio"] for row in found]
+        mid, low, high = (
+            np.array([100 * ratio[part] for ratio in ratios]) for part in ("median", "low", "high")
+        )
+        if found:
+            axes.errorbar(
+                flops,
+                mid,
+                yerr=[mid - low, high - mid],
+                fmt=marker,
+                color=colour,
+                markersize=5,
+                elinewidth=1,
+                capsize=2,
+                label=f"{kind} removed",
+            )
+    _share_axis(axes, shares)
+    axes.set_yscale("log")
+    ticks = [tick for tick in SHARES if tick >= min(shares) / 1.3]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
+    _plain(axes)
+
+
+def _share_axis(axes: Axes, shares: list[float]) -> None:
+    ticks = [tick for tick in SHARES if tick >= min(shares) / 1.3]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(min(shares) / 1.3, 115)
+    axes.set_xlabel("FLOPs [% of dense]")
 
 
 def sparsity_axis(axes: Axes, sparsities: list[float]) -> None:

@@ -1,5 +1,7 @@
 """Networks that the experiments train."""
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -85,3 +87,116 @@ def halve(maps: jax.Array) -> jax.Array:
     """Max-pool 2x2 windows of maps `[batch, height, width, channels]` of even height and width."""
     batch, height, width, channels = maps.shape
     return maps.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+
+class ResidualNet(nn.Module):
+    """Residual CNN with batch normalisation, for square grey images.
+
+    A stem, then stages of residual blocks. The first block of every stage but the first halves the
+    image and goes around itself by a strided 1x1 convolution; all others by the identity.
+
+    Attributes:
+      widths: channels of each stage.
+      classes: number of logits.
+      blocks: residual blocks of a stage.
+      stride: of the stem; 2 halves the image before anything else.
+    """
+
+    widths: tuple[int, ...]
+    classes: int
+    blocks: int = 2
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, images: jax.Array, train: bool = False) -> jax.Array:
+        """Map images `[batch, pixels]` to logits `[batch, classes]`.
+
+        Where ``train``, batches are normalised by themselves and move the running statistics.
+        """
+        side = math.isqrt(images.shape[-1])
+        maps = images.reshape(-1, side, side, 1)
+        maps = ConvNorm(self.widths[0], stride=self.stride, name="stem")(maps, train)
+        maps = nn.relu(maps)
+        for stage, width in enumerate(self.widths):
+            for block in range(self.blocks):
+                stride = 2 if stage and not block else 1
+                maps = ResidualBlock(width, stride, name=f"block_{stage}_{block}")(maps, train)
+        return nn.Dense(self.classes, name="out")(maps.mean((1, 2)))
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions and a way around them.
+
+    Attributes:
+      width: channels of the output, and between the convolutions.
+      stride: of the first convolution; other than 1, the way around is a 1x1 convolution.
+    """
+
+    width: int
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, maps: jax.Array, train: bool) -> jax.Array:
+        """Map feature maps `[batch, height, width, channels]` to such."""
+        inner = nn.relu(ConvNorm(self.width, stride=self.stride, name="conv_0")(maps, train))
+        inner = ConvNorm(self.width, name="conv_1")(inner, train)
+        if self.stride != 1:
+            maps = ConvNorm(self.width, size=1, stride=self.stride, name="around")(maps, train)
+        return nn.relu(maps + inner)
+
+
+class ConvNorm(nn.Module):
+    """Square convolution without bias, then batch normalisation.
+
+    Attributes:
+      features: channels of the output.
+      size: height and width of the kernel.
+      stride: of the kernel.
+    """
+
+    features: int
+    size: int = 3
+    stride: int = 1
+
+    @nn.compact
+    def __call__(self, maps: jax.Array, train: bool) -> jax.Array:
+        """Map feature maps `[batch, height, width, channels]` to such."""
+        size, stride = (self.size, self.size), (self.stride, self.stride)
+        maps = nn.Conv(self.features, size, stride, use_bias=False, name="conv")(maps)
+        # Trainings are short: a running mean over hundreds of steps would lag behind.
+        return nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(maps)
+
+
+class Transformer(nn.Module):
+    """Causal pre-LN transformer over characters, with learned positions.
+
+    Attributes:
+      symbols: size of the alphabet.
+      context: characters of an input.
+      width: channels between the layers.
+      layers: pairs of an attention and a feed-forward branch.
+      heads: of every attention.
+    """
+
+    symbols: int
+    context: int
+    width: int = 64
+    layers: int = 4
+    heads: int = 4
+
+    @nn.compact
+    def __call__(self, codes: jax.Array, train: bool = False) -> jax.Array:
+        """Map codes `[batch, context]` to logits of the next one, `[batch, context, symbols]`."""
+        del train  # nothing here depends on it
+        positions = self.param(
+            "positions", nn.initializers.normal(0.02), (1, self.context, self.width)
+        )
+        stream = nn.Embed(self.symbols, self.width, name="symbols")(codes) + positions
+        mask = nn.make_causal_mask(codes)
+        for i in range(self.layers):
+            normed = nn.LayerNorm(name=f"norm_{i}_0")(stream)
+            stream += nn.SelfAttention(self.heads, name=f"attention_{i}")(normed, mask)
+            normed = nn.LayerNorm(name=f"norm_{i}_1")(stream)
+            inner = nn.gelu(nn.Dense(4 * self.width, name=f"up_{i}")(normed))
+            stream += nn.Dense(self.width, name=f"down_{i}")(inner)
+        return nn.Dense(self.symbols, name="out")(nn.LayerNorm(name="norm")(stream))

@@ -10,6 +10,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 Record = dict[str, Any]
+Cut = dict[str, dict[int, list[int]]]  # path: axis: indices that stay
 
 
 def write(path: Path, content: bytes | str) -> None:
@@ -113,6 +114,26 @@ def save_start(folder: Path, seed: int, start: Any) -> None:
 def load_start(folder: Path, seed: int) -> Any:
     """Load the weights that :func:`save_start` saved."""
     return unflatten_dict(_load(_start(folder, seed))["start"], sep="/")
+
+
+def save_network(path: Path, variables: Any, cut: Cut) -> None:
+    """Save a small network: its variables, and which indices of the dense ones they are."""
+    kept = {
+        f"{name}:{axis}": np.asarray(indices, np.int32)
+        for name, axes in cut.items()
+        for axis, indices in axes.items()
+    }
+    _save(path, variables=_arrays(variables), cut=kept)
+
+
+def load_network(path: Path) -> tuple[Any, Cut]:
+    """Load the variables and the cut that :func:`save_network` saved."""
+    saved = _load(path)
+    cut: Cut = {}
+    for place, indices in saved.get("cut", {}).items():
+        name, _, axis = place.rpartition(":")
+        cut.setdefault(name, {})[int(axis)] = indices.tolist()
+    return unflatten_dict(saved["variables"], sep="/"), cut
 
 
 def _start(folder: Path, seed: int) -> Path:

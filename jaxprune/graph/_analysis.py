@@ -1,0 +1,367 @@
+"""The walk over a jaxpr: what every axis of every value is coupled with."""
+
+import dataclasses
+import functools
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core
+
+from jaxprune.graph._coupling import Coupling, Ids, Why
+from jaxprune.graph._take import take
+
+
+class Axis(NamedTuple):
+    """An axis that can be cut.
+
+    Attributes:
+      ids: one id for each index along the axis.
+      zero: whether what lies at a removed index is zero in the masked network.
+    """
+
+    ids: Ids
+    zero: bool
+
+
+Axes = tuple[Axis | None, ...]  # one for each axis of a value; None where it cannot be cut
+Known = Callable[[], np.ndarray]  # computes a value that does not depend on inputs
+
+
+class Rule(NamedTuple):
+    """What is known of a primitive.
+
+    Attributes:
+      couple: says how the axes of its results hang together with those of its operands, joins and
+        freezes what has to be; ``(Site) -> [Axes of each result]``.
+      cut: evaluates it on cut operands; ``(CutSite, *values) -> [result, ...]``. None where the
+        primitive computes the right thing as it is.
+    """
+
+    couple: Callable[["Site"], Sequence[Axes]]
+    cut: Callable[..., Sequence[Any]] | None = None
+
+
+@dataclasses.dataclass
+class Frame:
+    """The axes of all values of one jaxpr at one place where it is called."""
+
+    jaxpr: Any  # core.Jaxpr; `Any`, as jax does not say what its values are
+    axes: dict[core.Var, Axes]
+    known: dict[core.Var, Known]
+    inner: dict[int, list["Frame"]]  # frames of the jaxprs inside of an equation, by its number
+    consts: Sequence[Any] = ()  # values of its first inputs, where they are constants
+    caller: "Site | None" = None  # the equation that calls it
+    skip: dict[int, int] = dataclasses.field(default_factory=dict)  # equation: operand to pass on
+    drop: set[int] = dataclasses.field(default_factory=set)  # results that nobody wants
+    scale: dict[int, float] = dataclasses.field(default_factory=dict)  # equation: factor
+
+    def of(self, atom: Any) -> Axes:
+        """Axes of a variable or literal."""
+        return self.axes[atom] if isinstance(atom, core.Var) else (None,) * len(atom.aval.shape)
+
+    @property
+    def outs(self) -> list[Axes]:
+        return [self.of(v) for v in self.jaxpr.outvars]
+
+
+@dataclasses.dataclass
+class Analysis:
+    """What all frames of a walk share."""
+
+    rules: Mapping[str, Rule]
+    coupling: Coupling = dataclasses.field(default_factory=Coupling)
+    layers: list[Ids] = dataclasses.field(default_factory=list)  # axes that scans run along
+    scans: list["Site"] = dataclasses.field(default_factory=list)  # the scans of those axes
+    exact: bool = True  # whether to note where cutting differs from masking
+    deriving: bool = False  # whether this is the derivative of a custom function
+    warned: set[str] = dataclasses.field(default_factory=set)
+
+    def fresh(self, shape: Sequence[Any], zero: bool = False) -> Axes:
+        """Axes of a value that nothing is known of. An axis of one index is never cut."""
+        return tuple(
+            Axis(self.coupling.fresh(n), zero) if isinstance(n, int) and n > 1 else None
+            for n in shape
+        )
+
+    def walk(
+        self,
+        jaxpr: Any,
+        ins: Sequence[Axes],
+        known: Sequence[Known | None] | None = None,
+        caller: "Site | None" = None,
+    ) -> Frame:
+        """Give axes to every value of a jaxpr, from those of its inputs."""
+        consts = list(jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else []
+        jaxpr = hoist(jaxpr) if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
+        ins = [*(self.fresh(np.shape(c)) for c in consts), *ins]
+        frame = Frame(jaxpr, dict(zip(jaxpr.invars, ins, strict=True)), {}, {}, consts, caller)
+        fixed = [
+            None if isinstance(c, jax.core.Tracer) else functools.partial(np.asarray, c)
+            for c in consts
+        ]
+        for var, value in zip(jaxpr.invars, [*fixed, *(known or ())], strict=False):
+            if value is not None:
+                frame.known[var] = value
+        for number, eqn in enumerate(jaxpr.eqns):
+            site = Site(self, frame, number, eqn)
+            rule = self.rules.get(eqn.primitive.name, Rule(_unknown))
+            for var, axes in zip(eqn.outvars, rule.couple(site), strict=True):
+                frame.axes[var] = axes
+            site.remember()
+        return frame
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """One equation during the walk, and what its rule may do."""
+
+    analysis: Analysis
+    frame: Frame
+    number: int
+    eqn: Any
+    alive: np.ndarray | None = None  # of every root of the coupling, once it is known
+
+    @property
+    def params(self) -> dict[str, Any]:
+        return self.eqn.params
+
+    @property
+    def ins(self) -> list[Axes]:
+        """Axes of each operand."""
+        return [self.frame.of(v) for v in self.eqn.invars]
+
+    def shape(self, i: int = 0) -> tuple[int, ...]:
+        """Shape of an operand."""
+        return self.eqn.invars[i].aval.shape
+
+    def out_shape(self, i: int = 0) -> tuple[int, ...]:
+        """Shape of a result."""
+        return self.eqn.outvars[i].aval.shape
+
+    def kept(self, axes: Axes) -> list[np.ndarray | None]:
+        """For each axis the indices that are left, None where it is never cut."""
+        if self.alive is None:
+            raise RuntimeError("nothing is cut while axes are still being coupled")
+        return kept_indices(self.analysis.coupling, self.alive, axes)
+
+    def kept_ins(self) -> list[list[np.ndarray | None]]:
+        """For each operand the indices that are left of each axis."""
+        return [self.kept(axes) for axes in self.ins]
+
+    def kept_outs(self) -> list[list[np.ndarray | None]]:
+        """For each result the indices that are left of each axis."""
+        return [self.kept(self.frame.of(v)) for v in self.eqn.outvars]
+
+    def small_shape(self, i: int = 0) -> tuple[int, ...]:
+        """Shape of a result once it is cut."""
+        sizes = zip(self.out_shape(i), self.kept_outs()[i], strict=True)
+        return tuple(n if kept is None else len(kept) for n, kept in sizes)
+
+    def bind(self, *values: Any, **params: Any) -> list[Any]:
+        """Evaluate the primitive, with some of its params replaced."""
+        out = self.eqn.primitive.bind(*values, **{**self.params, **params})
+        return list(out) if self.eqn.primitive.multiple_results else [out]
+
+    def name(self) -> str:
+        """The primitive and the line that called it."""
+        site: Site | None = self
+        line = None
+        while site is not None and line is None:  # what jax caches has lost who called it
+            line, site = source_line(site.eqn), site.frame.caller
+        return f"`{self.eqn.primitive.name}` at {line or 'an unknown line'}"
+
+    def join(self, *axes: Axis | None) -> Ids | None:
+        """Couple axes of the same size index by index; one that cannot be cut holds all."""
+        held = [axis for axis in axes if axis is None]
+        free = [axis for axis in axes if axis is not None]
+        if held:
+            for axis in free:
+                self.freeze(axis, lambda: f"{self.name()} joins it with an axis that stays whole")
+            return None
+        for axis in free[1:]:
+            self.analysis.coupling.join(free[0].ids, axis.ids)
+        return free[0].ids if free else None
+
+    def contract(self, *axes: Axis | None) -> None:
+        """Couple axes that are summed over, and note if what is removed was not zero."""
+        ids = self.join(*axes)
+        if ids is not None and not any(axis.zero for axis in axes if axis is not None):
+            self.blur(ids, lambda: f"{self.name()} sums what is not zero where a unit is removed")
+
+    def freeze(self, axis: Axis | None, why: Why | None = None) -> None:
+        """Forbid to cut an axis."""
+        if axis is not None:
+            why = why or (lambda: f"{self.name()} needs the whole axis")
+            self.analysis.coupling.freeze(axis.ids, why)
+
+    def blur(self, ids: Ids, why: Why) -> None:
+        """Note that cutting an axis differs from masking it."""
+        if self.analysis.exact:
+            self.analysis.coupling.blur(ids, why)
+
+    def fresh(self, shape: Sequence[Any], zero: bool = False) -> Axes:
+        """Axes of a value that nothing is known of."""
+        return self.analysis.fresh(shape, zero)
+
+    def product(self, rows: Axis, columns: Axis) -> Axis:
+        """Lay two axes out along one, the first of them outermost."""
+        cells = self.analysis.coupling.fresh(len(rows.ids) * len(columns.ids))
+        self.analysis.coupling.product(cells, rows.ids, columns.ids)
+        return Axis(cells, rows.zero and columns.zero)
+
+    def inner(self, i: int = 0) -> Callable[..., list[Any]]:
+        """The function of a jaxpr inside of the equation, on cut operands."""
+        frame, alive = self.frame.inner[self.number][i], self.alive
+        if alive is None:
+            raise RuntimeError("nothing is computed while axes are still being coupled")
+        return lambda *values: evaluate(self.analysis, frame, alive, values)
+
+    def walk(
+        self, jaxpr: Any, ins: Sequence[Axes], known: Sequence[Known | None] | None = None
+    ) -> Frame:
+        """Walk a jaxpr inside of the equation; its frame is kept, in the order of the calls."""
+        frame = self.analysis.walk(jaxpr, ins, known, self)
+        self.frame.inner.setdefault(self.number, []).append(frame)
+        return frame
+
+    def forget(self) -> None:
+        """Throw away the frames of this equation: they are walked again."""
+        self.frame.inner.pop(self.number, None)
+
+    def known(self) -> list[Known | None]:
+        """For each operand what computes it, if it depends on no input."""
+        return [
+            self.frame.known.get(v)
+            if isinstance(v, core.Var)
+            else functools.partial(np.asarray, v.val)
+            for v in self.eqn.invars
+        ]
+
+    def value(self, i: int) -> np.ndarray | None:
+        """The value of an operand, if it depends on no input."""
+        value = self.known()[i]
+        return None if value is None else value()
+
+    def is_zero(self, i: int) -> bool:
+        """Tell whether an operand is a zero that is written in the program."""
+        value = self.eqn.invars[i]
+        known = not isinstance(value, core.Var) or value in self.frame.known
+        return known and value.aval.size == 1 and not np.any(self.value(i))
+
+    def remember(self) -> None:
+        """Let small results that depend on no input be computed where somebody asks for them."""
+        known = self.known()
+        small = all(v.aval.size <= 65536 for v in self.eqn.outvars if hasattr(v.aval, "size"))
+        if not small or any(k is None for k in known) or self.number in self.frame.inner:
+            return
+        if self.eqn.effects or self.eqn.primitive.name in ("random_bits", "random_seed"):
+            return
+
+        @functools.cache
+        def compute() -> list[np.ndarray]:
+            with jax.ensure_compile_time_eval():
+                values = [k() for k in known if k is not None]
+                out = self.eqn.primitive.bind(*values, **self.params)
+            return [np.asarray(x) for x in (out if self.eqn.primitive.multiple_results else [out])]
+
+        for i, var in enumerate(self.eqn.outvars):
+            self.frame.known[var] = functools.partial(lambda i: compute()[i], i)
+
+
+def evaluate(
+    analysis: Analysis, frame: Frame, alive: np.ndarray, values: Sequence[Any]
+) -> list[Any]:
+    """Compute the results of a frame from operands that have been cut.
+
+    What no result depends on is left out: a residual branch that is skipped, for one.
+    """
+    kept = functools.partial(kept_indices, analysis.coupling, alive)
+    first = zip(frame.consts, frame.jaxpr.invars, strict=False)
+    consts = [take(c, kept(frame.of(v))) for c, v in first]
+    env = dict(zip(frame.jaxpr.invars, [*consts, *values], strict=True))
+
+    def read(atom: Any) -> Any:
+        return env[atom] if isinstance(atom, core.Var) else atom.val
+
+    for number in _needed(frame):
+        eqn = frame.jaxpr.eqns[number]
+        if number in frame.skip:
+            env[eqn.outvars[0]] = read(eqn.invars[frame.skip[number]])
+            continue
+        site = Site(analysis, frame, number, eqn, alive)
+        cut = analysis.rules.get(eqn.primitive.name, Rule(_unknown)).cut or _as_it_is
+        outs = cut(site, *map(read, eqn.invars))
+        if number in frame.scale:
+            outs = [x * jnp.asarray(frame.scale[number], x.dtype) for x in outs]
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [None if i in frame.drop else read(v) for i, v in enumerate(frame.jaxpr.outvars)]
+
+
+def _needed(frame: Frame) -> list[int]:
+    """Numbers of the equations that results depend on, in order."""
+    outs = [v for i, v in enumerate(frame.jaxpr.outvars) if i not in frame.drop]
+    needed = {v for v in outs if isinstance(v, core.Var)}
+    numbers = []
+    for number in reversed(range(len(frame.jaxpr.eqns))):
+        eqn = frame.jaxpr.eqns[number]
+        if needed.intersection(eqn.outvars) or eqn.effects:
+            read = [eqn.invars[frame.skip[number]]] if number in frame.skip else eqn.invars
+            needed.update(v for v in read if isinstance(v, core.Var))
+            numbers.append(number)
+    return numbers[::-1]
+
+
+def kept_indices(coupling: Coupling, alive: np.ndarray, axes: Axes) -> list[np.ndarray | None]:
+    """For each axis the indices that are left, None where it is never cut."""
+    return [a if a is None else np.nonzero(alive[coupling.find(a.ids)])[0] for a in axes]
+
+
+def _as_it_is(at: Site, *values: Any) -> list[Any]:
+    return at.bind(*values)
+
+
+def hoist(closed: core.ClosedJaxpr) -> core.Jaxpr:
+    """Make the constants of a jaxpr its first inputs."""
+    inner = closed.jaxpr
+    if not inner.constvars:
+        return inner
+    return inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars])
+
+
+def _unknown(at: Site) -> list[Axes]:
+    """Hold whatever an unknown primitive touches, and say so where that matters."""
+    for axes in at.ins:
+        for axis in axes:
+            at.freeze(axis, lambda: f"{at.name()} is unknown to jaxprune")
+    touched = any(axis is not None for axes in at.ins for axis in axes)
+    if touched and at.name() not in at.analysis.warned:
+        at.analysis.warned.add(at.name())
+        warnings.warn(
+            f"{at.name()} is a primitive without a rule: whatever it touches cannot be pruned. "
+            f"Pass `rules={{{at.eqn.primitive.name!r}: jp.graph.Rule(...)}}` to teach it.",
+            stacklevel=2,
+        )
+    return [(None,) * len(getattr(v.aval, "shape", ())) for v in at.eqn.outvars]
+
+
+# Where frames of a traceback lie that are not the user's: jax, the standard library, this one.
+_LIBRARIES = (
+    *(str(Path(m.__file__ or "").parent) for m in (jax, functools)),
+    str(Path(__file__).parents[1]),
+    "<frozen",
+)
+
+
+def source_line(eqn: Any) -> str | None:
+    """Name the file and line of whoever called a primitive, libraries left out."""
+    traceback = eqn.source_info.traceback
+    for frame in [] if traceback is None else traceback.frames:
+        name = frame.file_name
+        if not name.startswith(_LIBRARIES) and "site-packages" not in name:
+            return f"{Path(name).name}:{frame.line_num}"
+    return None

@@ -1,0 +1,246 @@
+"""Rules for primitives that call other programs: jit, loops, branches, custom derivatives."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.extend import core
+
+from jaxprune.graph._analysis import Axes, Axis, Frame, Rule, Site
+
+
+def call(name: str) -> Rule:
+    """Rule of a plain call of the jaxpr in a parameter."""
+
+    def couple(at: Site) -> list[Axes]:
+        frame = at.walk(at.params[name], at.ins, at.known())
+        for var, inside in zip(at.eqn.outvars, frame.jaxpr.outvars, strict=True):
+            if isinstance(inside, core.Var) and inside in frame.known:
+                at.frame.known[var] = frame.known[inside]
+        return frame.outs
+
+    return Rule(couple, lambda at, *values: at.inner()(*values))
+
+
+def cut_remat(at: Site, *values: Any) -> list[Any]:
+    """Keep forgetting what the program wanted to be computed again."""
+    again = jax.checkpoint(
+        at.inner(), prevent_cse=at.params["prevent_cse"], policy=at.params["policy"]
+    )
+    return again(*values)
+
+
+def _both(at: Site, a: Axes, b: Axes) -> Axes:
+    """Axes of what is the one value now and the other then."""
+    joined = []
+    for i, j in zip(a, b, strict=True):
+        ids = at.join(i, j)
+        zero = all(axis is not None and axis.zero for axis in (i, j))
+        joined.append(None if ids is None else Axis(ids, zero))
+    return tuple(joined)
+
+
+def _until_stable(at: Site, jaxpr: Any, consts: Any, carry: list[Axes], xs: Any) -> Frame:
+    """Walk the body of a loop until what it carries is what it started with."""
+    while True:
+        at.forget()
+        frame = at.walk(jaxpr, [*consts, *carry, *xs])
+        after = [_both(at, a, b) for a, b in zip(carry, frame.outs, strict=False)]
+        if [_pattern(a) for a in after] == [_pattern(a) for a in carry]:
+            return frame
+        carry[:] = after
+
+
+def _pattern(axes: Axes) -> list[bool | None]:
+    return [None if axis is None else axis.zero for axis in axes]
+
+
+def scan(at: Site) -> list[Axes]:
+    """Join what is carried round; the axis that the scan runs along can lose layers."""
+    n, k = at.params["num_consts"], at.params["num_carry"]
+    consts, carry, xs = at.ins[:n], list(at.ins[n : n + k]), at.ins[n + k :]
+    frame = _until_stable(at, at.params["jaxpr"], consts, carry, [x[1:] for x in xs])
+    ys = frame.outs[k:]
+    lead = [x[0] for x in xs]
+    if xs and at.params["length"] > 1:
+        lead += [axes[0] for _ in ys for axes in [at.fresh((at.params["length"],))]]
+        ids = at.join(*lead)
+    else:
+        ids = None
+    if ids is None:
+        return [*carry, *((None, *y) for y in ys)]
+    at.analysis.layers.append(ids)
+    at.analysis.scans.append(at)
+    return [*carry, *((Axis(ids, False), *y) for y in ys)]
+
+
+def cut_scan(at: Site, *values: Any) -> list[Any]:
+    n, k = at.params["num_consts"], at.params["num_carry"]
+    consts, init, xs = values[:n], list(values[n : n + k]), list(values[n + k :])
+    body = at.inner()
+
+    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
+        outs = body(*consts, *carry, *x)
+        return outs[:k], outs[k:]
+
+    length = xs[0].shape[0] if xs else at.params["length"]
+    reverse, unroll = at.params["reverse"], min(at.params["unroll"], max(length, 1))
+    carry, ys = lax.scan(step, init, xs, length=length, reverse=reverse, unroll=unroll)
+    return [*carry, *ys]
+
+
+def while_(at: Site) -> list[Axes]:
+    m, n = at.params["cond_nconsts"], at.params["body_nconsts"]
+    carry = list(at.ins[m + n :])
+    _until_stable(at, at.params["body_jaxpr"], at.ins[m : m + n], carry, [])
+    at.walk(at.params["cond_jaxpr"], [*at.ins[:m], *carry])
+    return carry
+
+
+def cut_while(at: Site, *values: Any) -> list[Any]:
+    m, n = at.params["cond_nconsts"], at.params["body_nconsts"]
+    body, cond = at.inner(0), at.inner(1)
+    return lax.while_loop(
+        lambda carry: cond(*values[:m], *carry)[0],
+        lambda carry: body(*values[m : m + n], *carry),
+        list(values[m + n :]),
+    )
+
+
+def cond(at: Site) -> list[Axes]:
+    known = at.known()[1:]
+    outs, *others = [at.walk(b, at.ins[1:], known).outs for b in at.params["branches"]]
+    for other in others:
+        outs = [_both(at, a, b) for a, b in zip(outs, other, strict=True)]
+    return outs
+
+
+def cut_cond(at: Site, index: Any, *values: Any) -> list[Any]:
+    branches = [at.inner(i) for i in range(len(at.params["branches"]))]
+    return lax.switch(index, branches, *values)
+
+
+def custom_jvp(at: Site) -> list[Axes]:
+    """A function with a derivative of its own: both are analysed, and cut together."""
+    outs = at.walk(at.params["call_jaxpr"], at.ins, at.known()).outs
+    inexact, results = _inexact(at.eqn.invars), _inexact(at.eqn.outvars)
+    function = _alone(at)
+
+    def derivative(primals: list[Any], tangents: list[Any]) -> list[Any]:
+        moved = lambda *x: _where(inexact, x, primals)  # noqa: E731
+        at_point = [p for p, i in zip(primals, inexact, strict=True) if i]
+        outs = jax.jvp(lambda *x: _only(results, function(*moved(*x))), at_point, tangents)
+        return outs[1]
+
+    _walk_derivative(at, derivative, _only(inexact, at.ins), _only(results, outs))
+    return outs
+
+
+def cut_custom_jvp(at: Site, *values: Any) -> list[Any]:
+    if len(at.frame.inner[at.number]) == 1:
+        return at.inner(0)(*values)
+    inexact, results = _inexact(at.eqn.invars), _inexact(at.eqn.outvars)
+    function = jax.custom_jvp(at.inner(0))
+
+    @function.defjvp
+    def derivative(primals: Any, tangents: Any) -> tuple[list[Any], list[Any]]:
+        outs = function(*primals)
+        moved = iter(at.inner(1)(*primals, *_only(inexact, tangents)))
+        still = [np.zeros(jnp.shape(out), jax.dtypes.float0) for out in outs]
+        return outs, [next(moved) if i else s for i, s in zip(results, still, strict=True)]
+
+    return function(*values)
+
+
+def custom_vjp(at: Site) -> list[Axes]:
+    """Likewise for a derivative that runs backwards."""
+    outs = at.walk(at.params["call_jaxpr"], at.ins, at.known()).outs
+    inexact, results = _inexact(at.eqn.invars), _inexact(at.eqn.outvars)
+    function = _alone(at)
+
+    def derivative(primals: list[Any], cotangents: list[Any]) -> list[Any]:
+        at_point = [p for p, i in zip(primals, inexact, strict=True) if i]
+        pulled = jax.vjp(
+            lambda *x: _only(results, function(*_where(inexact, x, primals))), *at_point
+        )[1]
+        return list(pulled(cotangents))
+
+    _walk_derivative(at, derivative, _only(results, outs), _only(inexact, at.ins))
+    return outs
+
+
+def cut_custom_vjp(at: Site, *values: Any) -> list[Any]:
+    inexact, results = _inexact(at.eqn.invars), _inexact(at.eqn.outvars)
+    inner = at.inner(0)
+    if len(at.frame.inner[at.number]) == 1:
+        return inner(*values)
+    function = jax.custom_vjp(inner)
+
+    def forward(*primals: Any) -> tuple[list[Any], tuple[Any, ...]]:
+        return inner(*primals), primals
+
+    def backward(primals: tuple[Any, ...], cotangents: Sequence[Any]) -> tuple[Any, ...]:
+        pulled = iter(at.inner(1)(*primals, *_only(results, cotangents)))
+        return tuple(next(pulled) if i else None for i in inexact)
+
+    function.defvjp(forward, backward)
+    return function(*values)
+
+
+def _walk_derivative(
+    at: Site, derivative: Any, seeds: Sequence[Axes], wanted: Sequence[Axes]
+) -> None:
+    """Trace a derivative at the full shapes, and let its results be cut as what they belong to.
+
+    The derivative may call the function again; there the function is taken as it is written.
+    """
+    if at.analysis.deriving:
+        return
+    primals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in at.eqn.invars]
+    forward = at.eqn.primitive.name.startswith("custom_jvp")
+    given = at.eqn.invars if forward else at.eqn.outvars
+    tangents = _only(
+        _inexact(given), [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in given]
+    )
+    traced = jax.make_jaxpr(derivative)(primals, tangents)
+    exact, at.analysis.exact, at.analysis.deriving = at.analysis.exact, False, True
+    frame = at.walk(traced, [*at.ins, *seeds])
+    at.analysis.exact, at.analysis.deriving = exact, False
+    for a, b in zip(frame.outs, wanted, strict=True):
+        _both(at, a, b)
+
+
+def _alone(at: Site) -> Any:
+    """The function of one equation, with its derivative."""
+    return lambda *values: at.eqn.primitive.bind(
+        *values, **at.eqn.primitive.get_bind_params(at.params)
+    )
+
+
+def _inexact(atoms: Sequence[Any]) -> list[bool]:
+    return [bool(jnp.issubdtype(v.aval.dtype, jnp.inexact)) for v in atoms]
+
+
+def _only(which: Sequence[bool], values: Sequence[Any]) -> list[Any]:
+    return [x for x, w in zip(values, which, strict=True) if w]
+
+
+def _where(which: Sequence[bool], new: Sequence[Any], old: Sequence[Any]) -> list[Any]:
+    left = iter(new)
+    return [next(left) if w else x for x, w in zip(old, which, strict=True)]
+
+
+RULES = {
+    **{name: call("jaxpr") for name in ("jit", "pjit")},
+    **{name: call("call_jaxpr") for name in ("closed_call", "core_call")},
+    **{name: Rule(call("jaxpr").couple, cut_remat) for name in ("remat", "remat2", "checkpoint")},
+    "scan": Rule(scan, cut_scan),
+    "while": Rule(while_, cut_while),
+    "cond": Rule(cond, cut_cond),
+    "custom_jvp_call": Rule(custom_jvp, cut_custom_jvp),
+    "custom_vjp_call": Rule(custom_vjp, cut_custom_vjp),
+    "custom_vjp_call_jaxpr": Rule(custom_vjp, cut_custom_vjp),
+}

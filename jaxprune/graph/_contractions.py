@@ -1,0 +1,153 @@
+"""Rules for sums and products of axes: dots, convolutions, reductions."""
+
+from typing import Any
+
+from jaxprune.graph._analysis import Axes, Axis, Rule, Site
+
+
+def dot_general(at: Site) -> list[Axes]:
+    """Contract pairs of axes; batch axes pass through together, free ones alone."""
+    (left, right), (left_batch, right_batch) = at.params["dimension_numbers"]
+    a, b = at.ins
+    for i, j in zip(left, right, strict=True):
+        at.contract(a[i], b[j])
+    out: list[Axis | None] = []
+    for i, j in zip(left_batch, right_batch, strict=True):
+        ids = at.join(a[i], b[j])
+        zero = any(axis is not None and axis.zero for axis in (a[i], b[j]))
+        out.append(None if ids is None else Axis(ids, zero))
+    out += [axis for i, axis in enumerate(a) if i not in (*left, *left_batch)]
+    out += [axis for j, axis in enumerate(b) if j not in (*right, *right_batch)]
+    return [tuple(out)]
+
+
+def conv(at: Site) -> list[Axes]:
+    """Contract input channels, in groups if there are any; positions stay whole."""
+    numbers, groups = at.params["dimension_numbers"], at.params["feature_group_count"]
+    x, kernel = at.ins
+    batch, channels, *space = numbers.lhs_spec
+    outputs, inputs, *window = numbers.rhs_spec
+    for axis in [x[i] for i in space] + [kernel[i] for i in window]:
+        at.freeze(axis)
+    if at.params["batch_group_count"] != 1:
+        for axis in (x[batch], kernel[outputs]):
+            at.freeze(axis)
+    if groups == 1:
+        at.contract(x[channels], kernel[inputs])
+    else:
+        _grouped(at, x[channels], kernel[inputs], kernel[outputs], groups)
+    out: list[Axis | None] = [None] * len(x)
+    out[numbers.out_spec[0]] = x[batch] if at.params["batch_group_count"] == 1 else None
+    out[numbers.out_spec[1]] = kernel[outputs]
+    return [tuple(out)]
+
+
+def _grouped(
+    at: Site, x: Axis | None, inputs: Axis | None, outputs: Axis | None, groups: int
+) -> None:
+    """Lay channels out as (group, channel of the group) on both sides."""
+    if x is None or outputs is None:
+        for axis in (x, inputs, outputs):
+            at.freeze(axis)
+        return
+    coupling = at.analysis.coupling
+    group = coupling.fresh(groups)
+    sides: tuple[tuple[Axis, Axis | None], ...] = ((x, inputs), (outputs, None))
+    for axis, inside in sides:
+        size = len(axis.ids) // groups
+        if size == 1:
+            coupling.join(axis.ids, group)
+        elif axis is x and inside is None:
+            at.freeze(axis)
+        else:
+            ids = coupling.fresh(size) if inside is None else inside.ids
+            coupling.product(axis.ids, group, ids)
+    if not any(axis is not None and axis.zero for axis in (x, inputs)):
+        at.blur(x.ids, lambda: f"{at.name()} sums what is not zero where a unit is removed")
+
+
+def cut_conv(at: Any, x: Any, kernel: Any) -> list[Any]:
+    """Count the groups that are left."""
+    numbers, groups = at.params["dimension_numbers"], at.params["feature_group_count"]
+    if groups > 1:
+        inputs = kernel.shape[numbers.rhs_spec[1]]
+        groups = x.shape[numbers.lhs_spec[1]] // inputs
+    return at.bind(x, kernel, feature_group_count=groups)
+
+
+def reduce_sum(at: Site) -> list[Axes]:
+    """Sum over axes: exact if what is removed was zero."""
+    for i in at.params["axes"]:
+        at.contract(at.ins[0][i])
+    return [tuple(axis for i, axis in enumerate(at.ins[0]) if i not in at.params["axes"])]
+
+
+def reduce_whole(at: Site) -> list[Axes]:
+    """Reduce axes to which every index matters, removed or not."""
+    for i in at.params["axes"]:
+        at.freeze(at.ins[0][i])
+    kept = [axis for i, axis in enumerate(at.ins[0]) if i not in at.params["axes"]]
+    return [tuple(kept)] * len(at.eqn.outvars)
+
+
+def along(name: str) -> Rule:
+    """Rule of a primitive that runs along one axis and leaves the others as they are."""
+
+    def couple(at: Site) -> list[Axes]:
+        rank = len(at.ins[0])
+        place = at.params[name] % rank
+        out: list[Axis | None] = []
+        for i in range(rank):
+            ids = at.join(*(axes[i] for axes in at.ins))
+            if i == place and ids is not None:
+                at.freeze(Axis(ids, False))
+            zero = all(axis is not None and axis.zero for axis in (axes[i] for axes in at.ins))
+            out.append(None if i == place or ids is None else Axis(ids, zero))
+        return [tuple(out)] * len(at.eqn.outvars)
+
+    return Rule(couple)
+
+
+def top_k(at: Site) -> list[Axes]:
+    """Hold the last axis."""
+    at.freeze(at.ins[0][-1])
+    return [(*at.ins[0][:-1], None)] * len(at.eqn.outvars)
+
+
+def windows(at: Site) -> list[Axes]:
+    """Pass axes on that no window runs over."""
+    params, (x, *others) = at.params, at.ins
+    size = params["window_dimensions"]
+    rank = len(x)
+    strides = params.get("window_strides") or (1,) * rank
+    padding = params.get("padding") or ((0, 0),) * rank
+    dilation = [params.get(n) or (1,) * rank for n in ("base_dilation", "window_dilation")]
+    out: list[Axis | None] = []
+    for i in range(rank):
+        plain = size[i] == strides[i] == dilation[0][i] == 1 and tuple(padding[i]) == (0, 0)
+        if not plain:
+            at.freeze(x[i])
+        out.append(x[i] if plain else None)
+    for other in others:  # initial values are scalars; a source of select-and-scatter is not
+        for i, axis in enumerate(other):
+            if out[i] is None:
+                at.freeze(axis)
+            else:
+                at.join(out[i], axis)
+    return [tuple(out)] * len(at.eqn.outvars)
+
+
+RULES = {
+    "dot_general": Rule(dot_general),
+    "conv_general_dilated": Rule(conv, cut_conv),
+    "reduce_sum": Rule(reduce_sum),
+    **{f"reduce_{name}": Rule(reduce_whole) for name in ("max", "min", "prod", "and", "or", "xor")},
+    "argmax": Rule(reduce_whole),
+    "argmin": Rule(reduce_whole),
+    **{f"cum{name}": along("axis") for name in ("sum", "prod", "max", "min", "logsumexp")},
+    "sort": along("dimension"),
+    "top_k": Rule(top_k),
+    **{f"reduce_window_{name}": Rule(windows) for name in ("max", "min", "sum")},
+    "reduce_window": Rule(windows),
+    "select_and_scatter_add": Rule(windows),
+}

@@ -1,0 +1,64 @@
+"""Means over axes that were cut: divide by what is left instead of by what there was."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+from jax.extend import core
+
+from jaxprune.graph._analysis import Frame, Site, kept_indices
+from jaxprune.graph._network import Network
+
+_PASSING = ("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "copy")
+
+
+def rescale(net: Network, alive: np.ndarray) -> None:
+    """Note at each division of a sum by its number of terms how much smaller that is now.
+
+    The number is written in the program (jaxprs are made for one shape), mostly right behind the
+    sum; casts and reshapes may lie between. A variance may divide by one less.
+    """
+    for frame in _frames(net.frame):
+        for number, eqn in enumerate(frame.jaxpr.eqns):
+            if eqn.primitive.name != "reduce_sum":
+                continue
+            axes = frame.of(eqn.invars[0])
+            kept = kept_indices(net.analysis.coupling, alive, axes)
+            shape = eqn.invars[0].aval.shape
+            places = eqn.params["axes"]
+            n = math.prod(shape[i] for i in places)
+            left = math.prod(shape[i] if kept[i] is None else len(kept[i]) for i in places)
+            if left != n:
+                for division, divisor in _divisions(net, frame, number):
+                    for less in (0, 1):
+                        if divisor == n - less and left > less:
+                            frame.scale[division] = (n - less) / (left - less)
+
+
+def _frames(frame: Frame) -> Iterator[Frame]:
+    yield frame
+    for inner in frame.inner.values():
+        for one in inner:
+            yield from _frames(one)
+
+
+def _divisions(net: Network, frame: Frame, number: int) -> Iterator[tuple[int, float]]:
+    """Divisions of a result by a known number, or products with one, as the number divided by."""
+    values = set(frame.jaxpr.eqns[number].outvars)
+    for later in range(number + 1, len(frame.jaxpr.eqns)):
+        eqn = frame.jaxpr.eqns[later]
+        ours = [isinstance(v, core.Var) and v in values for v in eqn.invars]
+        if not any(ours):
+            continue
+        name = eqn.primitive.name
+        if name in _PASSING:
+            values.update(eqn.outvars)
+        elif name in ("div", "mul"):
+            site = Site(net.analysis, frame, later, eqn)
+            other = 1 if ours[0] else 0
+            if name == "div" and other == 0:
+                continue
+            value = site.value(other) if eqn.invars[other].aval.size == 1 else None
+            if value is not None and float(value.reshape(())) != 0:
+                number_ = float(value.reshape(()))
+                yield later, number_ if name == "div" else 1 / number_

@@ -1,0 +1,180 @@
+"""Groups of coupled channels, read from the analysis of a network."""
+
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jaxprune._types import Params, Where
+from jaxprune.graph._analysis import Rule
+from jaxprune.graph._network import Network, network
+from jaxprune.groups import Group, Groups, Member
+
+
+def find_groups(
+    fn: Any,
+    params: Params,
+    *inputs: Any,
+    rules: Mapping[str, Rule] | None = None,
+    frozen: Where | None = None,
+) -> Groups:
+    """Find which indices of which parameters live and die together, in any JAX function.
+
+    Traces ``fn(params, *inputs)`` and follows every axis of every value through the program:
+    channels, neurons, heads and head dimensions, residual streams, experts' hidden units. Nothing
+    is computed, so shapes will do, and no module is looked at: flax, equinox, haiku and plain
+    functions are all the same. Axes of inputs and outputs stay whole, except that outputs that are
+    new values of the state (statistics of BatchNorm in training) follow their state.
+
+    Args:
+      fn: function of params and inputs; what is no array among them (a flag, a function) is fixed.
+      params: the whole tree of variables, arrays or ``jax.ShapeDtypeStruct``.
+      *inputs: inputs in the shapes that ``fn`` takes, arrays or ``jax.ShapeDtypeStruct``.
+      rules: rules for further primitives by name, as ``jp.graph.Rule``; they go before ours.
+      frozen: predicate of path and array: parameters of which nothing may be removed.
+
+    Returns:
+      Groups of two units or more. ``print`` shows them, with what is frozen and why.
+
+    Raises:
+      Exception: whatever ``fn`` raises for these inputs, with a note of what it was called with.
+
+    Warns:
+      UserWarning: a primitive without a rule (it freezes what it touches), parameters that are
+        never read, arrays of integers or complex numbers among the params.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> mlp = lambda p, x: jax.nn.relu(x @ p["w"] + p["b"]) @ p["v"]
+      >>> params = {"w": jnp.ones((3, 8)), "b": jnp.ones(8), "v": jnp.ones((8, 2))}
+      >>> print(find_groups(mlp, params, jax.ShapeDtypeStruct((1, 3), jnp.float32))[0])
+      w:1: 8 units
+        b axis 0
+        v axis 0
+        w axis 1
+
+    References:
+      Fang et al., `DepGraph: Towards Any Structural Pruning <https://arxiv.org/abs/2301.12900>`_,
+      2023, for dependency groups. They come from the jaxpr here, index by index.
+    """
+    return groups_of(network(fn, params, inputs, rules=rules, frozen=frozen))
+
+
+def groups_of(net: Network) -> Groups:
+    """The groups of a network that has been analysed."""
+    triples = owned(net)
+    coupling = net.analysis.coupling
+    layers = layer_roots(net)
+    found = []
+    for slots, roots, parts in _by_signature(triples, coupling.kinds()):
+        single = len(slots) == 1 and parts[0].shape[1] == 1
+        if len(roots) < 2 or single or np.isin(roots, layers).any():
+            continue
+        members = tuple(
+            Member(*triples.places[slot], part) for slot, part in zip(slots, parts, strict=True)
+        )
+        reason = coupling.why_inexact(roots)
+        found.append(Group("", members, len(roots), not reason, reason))
+    return Groups(named(found, net), _frozen(net, layers))
+
+
+def layer_roots(net: Network) -> np.ndarray:
+    """Units of the axes that scans run along: layers, not channels."""
+    ids = net.analysis.layers
+    return net.analysis.coupling.find(np.concatenate(ids)) if ids else np.zeros(0, np.int64)
+
+
+class Owned(NamedTuple):
+    """Which unit owns which index of which axis: one entry for each such triple.
+
+    ``slot`` numbers the places (path, axis); entries are sorted by slot.
+    """
+
+    slot: np.ndarray
+    position: np.ndarray
+    root: np.ndarray
+    places: list[tuple[str, int]]
+
+
+def owned(net: Network) -> Owned:
+    places: list[tuple[str, int]] = []
+    parts = []
+    for path, axes in zip(net.paths, net.axes, strict=True):
+        for i, axis in enumerate(axes):
+            if axis is not None:
+                index, root = net.analysis.coupling.units(axis.ids)
+                parts.append((np.full(len(index), len(places)), index, root))
+                places.append((path, i))
+    columns = [np.concatenate(c) if parts else np.zeros(0, int) for c in zip(*parts, strict=True)]
+    slot, index, root = columns or [np.zeros(0, int)] * 3
+    return Owned(slot, index, root, places)
+
+
+def _by_signature(
+    owned: Owned, kinds: np.ndarray
+) -> Iterator[tuple[list[int], np.ndarray, list[np.ndarray]]]:
+    """Yield units that own as many indices of the same axes: slots, units, indices of each slot."""
+    label, next_label = kinds.copy(), len(kinds) + 1
+    bounds = np.searchsorted(owned.slot, np.arange(len(owned.places) + 1))
+    for low, high in itertools.pairwise(bounds):
+        if low == high:
+            continue
+        roots, count = np.unique(owned.root[low:high], return_counts=True)
+        pairs = np.stack([label[roots], count])
+        numbers = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
+        label[roots] = next_label + numbers
+        next_label += len(roots)
+    if not len(owned.root):
+        return
+    labels = label[owned.root]
+    # Units in the order in which their first parameter lists them.
+    order = np.lexsort((owned.position, owned.slot, labels))
+    for part in np.split(order, np.nonzero(np.diff(labels[order]))[0] + 1):
+        roots, first = np.unique(owned.root[part], return_index=True)
+        ranking = np.argsort(first)
+        roots = roots[ranking]
+        place = np.empty(len(ranking), np.int64)
+        place[ranking] = np.arange(len(ranking))
+        slots, members = [], []
+        for piece in np.split(part, np.nonzero(np.diff(owned.slot[part]))[0] + 1):
+            unit = place[np.searchsorted(np.sort(roots), owned.root[piece])]
+            by_unit = piece[np.lexsort((owned.position[piece], unit))]
+            slots.append(int(owned.slot[piece[0]]))
+            members.append(owned.position[by_unit].reshape(len(roots), -1))
+        yield slots, roots, members
+
+
+def named(groups: list[Group], net: Network) -> list[Group]:
+    """Name each group by the member that makes its units: a last axis of a matrix, mostly."""
+    rank = dict(zip(net.paths, map(len, net.shapes), strict=True))
+
+    def makes(member: Member) -> tuple[bool, int]:
+        last = member.axis == rank[member.path] - 1
+        return rank[member.path] >= 2 and last, rank[member.path]
+
+    taken: dict[str, int] = {}
+    out = []
+    for group in groups:
+        best = max(group.members, key=makes)
+        name = f"{best.path}:{best.axis}"
+        taken[name] = taken.get(name, 0) + 1
+        number = f"~{taken[name]}" if taken[name] > 1 else ""
+        out.append(Group(name + number, group.members, group.size, group.exact, group.reason))
+    return out
+
+
+def _frozen(net: Network, layers: np.ndarray) -> list[tuple[str, int, int, str]]:
+    coupling = net.analysis.coupling
+    out = []
+    for path, axes in zip(net.paths, net.axes, strict=True):
+        for i, axis in enumerate(axes):
+            if axis is None:
+                continue
+            held = coupling.frozen(axis.ids)
+            if held.any():
+                n = 0 if held.all() else int(held.sum())
+                out.append((path, i, n, coupling.why_frozen(axis.ids[held])))
+            elif np.isin(coupling.find(axis.ids), layers).all():
+                out.append((path, i, 0, "layers of a scan; `jp.find_blocks` finds them"))
+    return out

@@ -1,0 +1,197 @@
+"""A function traced: its jaxpr, analysed, with the paths of its parameters."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._tree import is_floating, list_paths, path_str
+from jaxprune._types import Where
+from jaxprune.graph._analysis import Analysis, Axes, Frame, Rule
+from jaxprune.graph._rules import RULES
+
+
+class Network(NamedTuple):
+    """A traced function and what its analysis found.
+
+    Attributes:
+      analysis: the relations between all axes.
+      frame: the axes of every value of the jaxpr.
+      paths: path of each array of the params, in order; they are the first inputs.
+      shapes: their shapes.
+      shapes_and_types: the same with dtypes.
+      axes: their axes.
+      outputs: tree of the results.
+    """
+
+    analysis: Analysis
+    frame: Frame
+    paths: list[str]
+    shapes: list[tuple[int, ...]]
+    shapes_and_types: list[jax.ShapeDtypeStruct]
+    axes: list[Axes]
+    outputs: Any
+
+
+def is_array(leaf: Any) -> bool:
+    """True for what is traced; all else, such as a flag or a function, is held fixed."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def split_static(tree: Any) -> tuple[list[Any], Any]:
+    """Take the arrays out of a tree; what is left puts them back in with ``join_static``."""
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    return arrays, (treedef, tuple(_Hole if is_array(leaf) else leaf for leaf in leaves))
+
+
+def join_static(arrays: Sequence[Any], static: Any) -> Any:
+    """Put arrays back where ``split_static`` took them from."""
+    treedef, leaves = static
+    left = iter(arrays)
+    return jax.tree.unflatten(treedef, [next(left) if x is _Hole else x for x in leaves])
+
+
+class _Hole:
+    """Where an array was."""
+
+
+def network(
+    fn: Any,
+    params: Any,
+    inputs: Sequence[Any],
+    *,
+    rules: Mapping[str, Rule] | None = None,
+    frozen: Where | None = None,
+    exact: bool = True,
+    complain: bool = True,
+) -> Network:
+    """Trace ``fn(params, *inputs)`` and analyse it.
+
+    ``exact`` asks for the places where cutting differs from masking, ``complain`` for warnings of
+    what is strange about the params.
+    """
+    with_paths = [
+        (path_str(path), leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+        if is_array(leaf)
+    ]
+    arrays, static = split_static((params, *inputs))
+    specs = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in arrays]
+
+    def flat(*arrays: Any) -> Any:
+        params, *inputs = join_static(arrays, static)
+        return fn(params, *inputs)
+
+    closed, outputs = _traced(flat, specs, len(with_paths))
+    analysis = Analysis({**RULES, **(rules or {})}, exact=exact)
+    axes = [_param_axes(analysis, path, leaf, frozen, complain) for path, leaf in with_paths]
+    inside = [*axes, *((None,) * len(spec.shape) for spec in specs[len(axes) :])]
+    if not complain:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            frame = analysis.walk(closed, inside)
+    else:
+        frame = analysis.walk(closed, inside)
+    paths = [path for path, _ in with_paths]
+    if complain:
+        _warn_of_unread(frame, with_paths)
+    first = specs[: len(paths)]
+    mirrors = mirrored_outputs(outputs, paths, first)
+    _close_outputs(analysis, frame, [None if m is None else axes[m] for m in mirrors])
+    analysis.coupling.solve()
+    return Network(analysis, frame, paths, [s.shape for s in first], first, axes, outputs)
+
+
+def _traced(flat: Any, specs: Sequence[Any], n: int) -> tuple[Any, Any]:
+    try:
+        return jax.make_jaxpr(flat, return_shape=True)(*specs)
+    except Exception as error:
+        given = ", ".join(f"{s.dtype}{list(s.shape)}" for s in specs[n:]) or "no inputs"
+        error.add_note(
+            f"jaxprune traced `fn(params, *inputs)` with {n} parameter arrays and {given}. Pass "
+            "inputs of the shapes that `fn` takes, arrays or jax.ShapeDtypeStruct."
+        )
+        raise
+
+
+def _param_axes(
+    analysis: Analysis, path: str, leaf: Any, frozen: Where | None, complain: bool
+) -> Axes:
+    """Axes of a parameter. What is removed of it is zero in the masked network."""
+    axes = analysis.fresh(jnp.shape(leaf), zero=True)
+    floating = is_floating(leaf)
+    if floating and not (frozen is not None and frozen(path, leaf)):
+        return axes
+    why = f"{path!r} is {leaf.dtype}" if not floating else f"{path!r} is protected"
+    for axis in axes:
+        if axis is not None:
+            analysis.coupling.freeze(axis.ids, why)
+    number = jnp.issubdtype(leaf.dtype, np.number)
+    if complain and number and not floating and len(jnp.shape(leaf)):
+        warnings.warn(
+            f"{path!r} is {leaf.dtype}{list(leaf.shape)}: only floating arrays are pruned, so its "
+            "axes stay whole, and whatever is joined with them.",
+            stacklevel=4,
+        )
+    return axes
+
+
+def _warn_of_unread(frame: Frame, params: Sequence[tuple[str, Any]]) -> None:
+    """Name the parameters that nothing depends on: no group can hold them."""
+    read = {v for eqn in frame.jaxpr.eqns for v in eqn.invars if not hasattr(v, "val")}
+    read |= {v for v in frame.jaxpr.outvars if not hasattr(v, "val")}
+    first = frame.jaxpr.invars[len(frame.consts) :]
+    unread = [
+        path
+        for (path, leaf), v in zip(params, first, strict=False)
+        if v not in read and is_floating(leaf)
+    ]
+    if unread:
+        warnings.warn(
+            f"`fn` never reads {list_paths(unread)}: nothing couples them, so that they are in no "
+            "group. Leave them out of `params`, or pass the function that uses them.",
+            stacklevel=4,
+        )
+
+
+def _close_outputs(analysis: Analysis, frame: Frame, states: Sequence[Axes | None]) -> None:
+    """Results stay whole, but for new values of the state: they are cut as the state is."""
+    for out, state in zip(frame.outs, states, strict=True):
+        for j, axis in enumerate(out):
+            mine = None if state is None else state[j]
+            if axis is not None and mine is not None:
+                analysis.coupling.join(axis.ids, mine.ids)
+            elif axis is not None:
+                analysis.coupling.freeze(axis.ids, f"it is axis {j} of an output")
+            elif mine is not None:
+                analysis.coupling.freeze(mine.ids, "its new value stays whole")
+
+
+def mirrored_outputs(outputs: Any, paths: Sequence[str], specs: Sequence[Any]) -> list[int | None]:
+    """For each result the number of the parameter whose new value it is, if any.
+
+    That is one of the same shape and dtype whose path ends as its own does; a function returns
+    ``(logits, {"batch_stats": ...})``, or only what is below ``batch_stats``.
+    """
+    found: list[int | None] = []
+    for path, out in jax.tree_util.tree_leaves_with_path(outputs):
+        words = path_str(path).split("/")
+        best = None
+        for number, (other, spec) in enumerate(zip(paths, specs, strict=True)):
+            theirs = other.split("/")
+            common = 0
+            while common < min(len(words), len(theirs)) and (
+                words[-1 - common] == theirs[-1 - common]
+            ):
+                common += 1
+            # All but a leading place in a tuple, or a leading collection, has to agree.
+            whole = common >= max(len(words) - 1, 1) or common == len(theirs)
+            named = any(not word.isdigit() for word in words[len(words) - common :])
+            if whole and named and spec.shape == out.shape and spec.dtype == out.dtype:
+                best = max(best or (0, 0), (common, -number))
+        found.append(None if best is None else -best[1])
+    return found

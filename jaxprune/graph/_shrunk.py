@@ -1,0 +1,156 @@
+"""The small function: the program of the large one, evaluated on parameters that were cut."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._tree import path_str
+from jaxprune.graph._analysis import Rule, evaluate, kept_indices
+from jaxprune.graph._blocks import drop_blocks
+from jaxprune.graph._counts import rescale
+from jaxprune.graph._network import (
+    Network,
+    is_array,
+    join_static,
+    mirrored_outputs,
+    network,
+    split_static,
+)
+
+Kept = Mapping[str, Mapping[int, np.ndarray]]  # path: axis: indices that stay
+
+
+def small_function(
+    fn: Any, params: Any, kept: Kept, *, counts: str, rules: Mapping[str, Rule] | None
+) -> Callable[..., Any]:
+    """Make the function that takes small params. ``params`` say what the whole ones look like."""
+    whole = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) if is_array(x) else x, params
+    )
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def run(arrays: Sequence[Any], static: Any) -> Any:
+        small, *inputs = join_static(arrays, static)
+        net = network(fn, whole, inputs, rules=rules, exact=False, complain=False)
+        dropped = drop_blocks(net, {path for path, cut in kept.items() if _is_empty(cut)})
+        alive = _alive(net, kept, dropped)
+        if counts == "rescaled":
+            rescale(net, alive)
+        values, _ = split_static((small, *inputs))
+        outs = evaluate(net.analysis, net.frame, alive, values)
+        if net.frame.drop:  # new values of a state that went with its block: none, as the old
+            states = mirrored_outputs(net.outputs, net.paths, net.shapes_and_types)
+            outs = [
+                values[s] if s is not None and i in net.frame.drop else x
+                for i, (x, s) in enumerate(zip(outs, states, strict=True))
+            ]
+        return jax.tree.unflatten(jax.tree.structure(net.outputs), outs)
+
+    def small_fn(params: Any, *inputs: Any) -> Any:
+        _check_small(params, whole, kept)
+        arrays, static = split_static((params, *inputs))
+        return run(arrays, static)
+
+    return small_fn
+
+
+def _is_empty(cut: Mapping[int, np.ndarray]) -> bool:
+    return any(len(indices) == 0 for indices in cut.values())
+
+
+def _alive(net: Network, kept: Kept, dropped: set[str]) -> np.ndarray:
+    """Say of every root whether it is alive; refuse cuts that the function contradicts."""
+    coupling = net.analysis.coupling
+    pairs = []
+    for path, axes in zip(net.paths, net.axes, strict=True):
+        if path in dropped:
+            continue
+        for i, axis in enumerate(axes):
+            if axis is None:
+                continue
+            index, root = coupling.units(axis.ids)
+            gone = np.ones(len(axis.ids), bool)
+            gone[kept.get(path, {}).get(i, np.arange(len(axis.ids)))] = False
+            pairs.append((root, gone[index]))
+    roots = np.concatenate([r for r, _ in pairs]) if pairs else np.zeros(0, np.int64)
+    gone = np.concatenate([g for _, g in pairs]) if pairs else np.zeros(0, bool)
+    stays = np.unique(roots[~gone])
+    dead = np.setdiff1d(roots[gone], stays)
+    alive = coupling.alive(dead)
+    _check_cut(net, kept, dropped, alive)
+    return alive
+
+
+def _check_cut(net: Network, kept: Kept, dropped: set[str], alive: np.ndarray) -> None:
+    coupling = net.analysis.coupling
+    for path, axes in zip(net.paths, net.axes, strict=True):
+        if path in dropped:
+            continue
+        want = kept_indices(coupling, alive, axes)
+        for i, axis in enumerate(axes):
+            if axis is None:
+                if i in kept.get(path, {}):
+                    raise ValueError(
+                        f"Axis {i} of {path!r} has a single index, which cannot be removed."
+                    )
+                continue
+            size = len(axis.ids)
+            have = kept.get(path, {}).get(i, np.arange(size))
+            left: Any = want[i]
+            if np.array_equal(have, left):
+                continue
+            index = int(np.setxor1d(have, left)[0])
+            why = coupling.why_frozen(axis.ids[index : index + 1])
+            if why:
+                reason = f"that index cannot be removed: {why}"
+            else:
+                reason = f"what it is coupled with stays: {_coupled_with(net, axis.ids[index])}"
+            if index in have:
+                reason = "all that it is coupled with is gone"
+            raise ValueError(
+                f"The masks {'keep' if index in have else 'remove'} index {index} of axis {i} of "
+                f"{path!r}, but {reason}. Make masks with `pattern=jp.patterns.Coupled(groups)` "
+                "for groups of this very function, or carry them over to all members with "
+                "`groups.spread(masks, params)`."
+            )
+
+
+def _coupled_with(net: Network, one: Any) -> str:
+    """Name other places of a unit, for a message."""
+    coupling = net.analysis.coupling
+    mine = set(coupling.units(np.array([one]))[1].tolist())
+    places = []
+    for path, axes in zip(net.paths, net.axes, strict=True):
+        for i, axis in enumerate(axes):
+            if axis is not None and mine & set(coupling.units(axis.ids)[1].tolist()):
+                places.append(f"{path!r} axis {i}")
+    return ", ".join(places[:6]) + (" and more" if len(places) > 6 else "")
+
+
+def _check_small(params: Any, whole: Any, kept: Kept) -> None:
+    """Refuse params of other shapes than the cut leaves."""
+    got: Any = jax.tree.structure(params)
+    wanted: Any = jax.tree.structure(whole)
+    if got != wanted:
+        raise ValueError(
+            f"The small function wants params of the structure {wanted}, but got {got}. Pass "
+            "those that `jp.shrink` gave, or that were trained from them."
+        )
+    wrong = []
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), full in zip(leaves, jax.tree.leaves(whole), strict=True):
+        if is_array(full):
+            name, want = path_str(path), list(full.shape)
+            for axis, indices in kept.get(name, {}).items():
+                want[axis] = len(indices)
+            if tuple(want) != jnp.shape(leaf):
+                wrong.append(f"{name!r} has shape {jnp.shape(leaf)}, wanted {tuple(want)}")
+    if wrong:
+        raise ValueError(
+            f"The small function got params that it was not cut for: {'; '.join(wrong[:6])}. Pass "
+            "those that `jp.shrink` gave, or that were trained from them."
+        )

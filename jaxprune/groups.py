@@ -1,0 +1,371 @@
+"""Groups: which indices of which parameters live and die together, as plain data."""
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._tree import leaves_with_path, list_paths, map_with_path
+from jaxprune._types import Masks, Params
+
+Cut = dict[str, dict[int, list[int]]]  # path: axis: indices that stay
+Kept = dict[str, list[np.ndarray | None]]  # path: for each axis indices that stay, None for all
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Member:
+    """What a group owns of one axis of one parameter.
+
+    Attributes:
+      path: path of the parameter.
+      axis: axis of the parameter.
+      indices: integers `[size, k]`: unit ``u`` of the group owns ``indices[u]`` of the axis.
+
+    Example:
+      >>> Member("hidden/kernel", 1, np.arange(6).reshape(3, 2)).indices[1]  # the second of 3 heads
+      array([2, 3])
+    """
+
+    path: str
+    axis: int
+    indices: np.ndarray
+
+    def __post_init__(self) -> None:
+        indices = np.array(self.indices)
+        indices.setflags(write=False)
+        object.__setattr__(self, "indices", indices)
+
+    @cached_property
+    def key(self) -> tuple[Any, ...]:
+        """What tells members apart."""
+        digest = hashlib.sha256(np.ascontiguousarray(self.indices, np.int64).tobytes()).digest()
+        return self.path, self.axis, self.indices.shape, digest
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Member) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Units that can be removed one by one, each with everything that it owns.
+
+    Attributes:
+      name: path and axis of the member that makes the units, unique among groups.
+      members: what the group owns of each parameter axis.
+      size: number of units.
+      exact: whether the network without a unit computes what it computes with the unit's
+        parameters set to zero.
+      reason: if not, which operation makes the difference.
+      kind: ``"units"``, or ``"block"`` for a part of the network that can be left out as a whole.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    size: int
+    exact: bool = True
+    reason: str = ""
+    kind: str = "units"
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash((self.name, self.members, self.size, self.exact, self.reason, self.kind))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __str__(self) -> str:
+        what = "a block" if self.kind == "block" else f"{self.size} units"
+        exact = "" if self.exact else f", not exact: {self.reason}"
+        lines = [f"{self.name}: {what}{exact}"]
+        for member in self.members[:12]:
+            each = "" if member.indices.shape[1] == 1 else f", {member.indices.shape[1]} a unit"
+            lines.append(f"  {member.path} axis {member.axis}{each}")
+        more = len(self.members) - 12
+        return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
+
+
+class Groups(tuple[Group, ...]):
+    """The groups of a network, as ``find_groups`` and ``find_blocks`` give them.
+
+    Attributes:
+      frozen: for each parameter axis of which some index cannot be removed: path, axis, how many
+        indices, and the operation that is the reason.
+
+    Example:
+      >>> member = Member("hidden/kernel", 1, np.arange(3)[:, None])
+      >>> print(Groups([Group("hidden/kernel:1", (member,), 3)]))
+      hidden/kernel:1: 3 units
+        hidden/kernel axis 1
+    """
+
+    frozen: tuple[tuple[str, int, int, str], ...]
+
+    def __new__(cls, groups: Iterable[Group] = (), frozen: Iterable[Any] = ()) -> "Groups":
+        """Make the tuple, with what is frozen beside it."""
+        made = super().__new__(cls, groups)
+        made.frozen = tuple(frozen)
+        return made
+
+    def __hash__(self) -> int:
+        return super().__hash__()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Groups) and super().__eq__(other)
+
+    def __str__(self) -> str:
+        frozen = [
+            f"  {path} axis {axis}: {f'{n} indices, ' if n else ''}{why}"
+            for path, axis, n, why in self.frozen
+        ]
+        groups = [str(group) for group in self] or ["no groups"]
+        return "\n".join([*groups, *(["frozen:", *frozen] if frozen else [])])
+
+    def __repr__(self) -> str:
+        return f"Groups({', '.join(f'{group.name} x {group.size}' for group in self)})"
+
+    def at(self, prefix: str) -> "Groups":
+        """Give the groups as a subtree sees them: ``groups.at("params")`` for an optimizer.
+
+        Members outside of the subtree are left out, and groups that have none left.
+        """
+        start = prefix.rstrip("/") + "/"
+
+        def strip(group: Group) -> Group:
+            members = [
+                dataclasses.replace(m, path=m.path.removeprefix(start))
+                for m in group.members
+                if m.path.startswith(start)
+            ]
+            name = group.name.removeprefix(start)
+            return dataclasses.replace(group, name=name, members=tuple(members))
+
+        stripped = [strip(group) for group in self]
+        frozen = [(p.removeprefix(start), *rest) for p, *rest in self.frozen if p.startswith(start)]
+        found = Groups([group for group in stripped if group.members], frozen)
+        if self and not found:
+            paths = sorted({m.path for group in self for m in group.members})
+            raise ValueError(
+                f"`groups.at({prefix!r})` finds no member below it. The paths are "
+                f"{list_paths(paths)}."
+            )
+        return found
+
+    def cut(self, masks: Masks) -> "Groups":
+        """Give the same groups in the small network that ``masks`` leave.
+
+        Units that are gone are left out, indices are those in the small parameters.
+        """
+        kept = kept_indices(masks)
+        return Groups([g for group in self for g in _shrunk(group, kept)], self.frozen)
+
+    def keep(self, masks: Masks) -> dict[str, np.ndarray]:
+        """Tell for each group which of its units are left: `[size]` bools by its name.
+
+        Raises:
+          ValueError: masks that remove an index of a group but not all that lives with it.
+        """
+        kept = kept_indices(masks)
+        alive = {group.name: _alive(group, kept) for group in self}
+        self._check(alive, kept)
+        return alive
+
+    def spread(self, masks: Masks, params: Params) -> Masks:
+        """Carry masks of some members over to all others.
+
+        Args:
+          masks: masks of members, by the paths of ``params``; subtrees may be left out.
+          params: the whole tree, such as params and running statistics.
+
+        Returns:
+          Masks like ``params``, None for what belongs to no group and has no mask.
+        """
+        given = dict(leaves_with_path(masks))
+        paths = {path for path, _ in leaves_with_path(params)}
+        _check_known(given, paths)
+        full = expand(self, self.keep(masks), params)
+        return map_with_path(lambda path, w, mine: given.get(path, mine), params, full)
+
+    def without(self, names: Iterable[str], params: Params) -> Masks:
+        """Masks that remove the groups of the given names whole: blocks in an order of your own."""
+        names = list(names)
+        unknown = [name for name in names if name not in {group.name for group in self}]
+        if unknown:
+            raise ValueError(
+                f"There is no group {list_paths(unknown)}; the names are "
+                f"{list_paths([group.name for group in self])}."
+            )
+        keep = {group.name: np.full(group.size, group.name not in names) for group in self}
+        return expand(self, keep, params)
+
+    def isomorphic(self) -> dict[str, str]:
+        """Name for each group the first group that has the same kind of members.
+
+        Numbers in paths are left out of account, so that the layers of a stack are one class.
+        """
+        classes: dict[Any, str] = {}
+        return {group.name: classes.setdefault(_shape_of(group), group.name) for group in self}
+
+    def _check(
+        self, alive: dict[str, np.ndarray], kept: dict[str, list[np.ndarray | None]]
+    ) -> None:
+        """Refuse masks that remove what no unit that is gone owns."""
+        owned = _removed(self, alive)
+        for group in self:
+            for m in group.members:
+                axes = kept.get(m.path)
+                if axes is None or is_dropped(axes):
+                    continue
+                every, left = m.indices.ravel(), axes[m.axis]
+                gone = np.isin(every, owned.get((m.path, m.axis), []))
+                removed = np.zeros(every.shape, bool) if left is None else ~np.isin(every, left)
+                wrong = every[gone != removed]
+                if len(wrong):
+                    word = "keep" if gone[every == wrong[0]].any() else "remove"
+                    raise ValueError(
+                        f"The masks {word} index {wrong[0]} of axis {m.axis} of {m.path!r}, which "
+                        f"contradicts the rest of its group {group.name!r}: "
+                        f"{list_paths(sorted({n.path for n in group.members}), 6)}. Make them with "
+                        "`pattern=jp.patterns.Coupled(groups)`, or carry them over with "
+                        "`groups.spread(masks, params)`."
+                    )
+
+
+def _removed(groups: Sequence[Group], alive: dict[str, Any]) -> dict[tuple[str, int], np.ndarray]:
+    """Indices of each axis that go with units that are gone."""
+    gone: dict[tuple[str, int], list[np.ndarray]] = {}
+    for group in groups:
+        dead = ~np.asarray(alive[group.name])
+        for m in group.members if dead.any() else ():
+            gone.setdefault((m.path, m.axis), []).append(m.indices[dead].ravel())
+    return {place: np.concatenate(indices) for place, indices in gone.items()}
+
+
+def _alive(group: Group, kept: Kept) -> np.ndarray:
+    """A unit is gone where every index that it owns is gone from every member with a mask."""
+    alive = np.zeros(group.size, bool)
+    seen = False
+    for m in group.members:
+        axes = kept.get(m.path)
+        if axes is None or (group.kind != "block" and is_dropped(axes)):
+            continue
+        seen = True
+        indices = axes[m.axis]
+        alive |= True if indices is None else np.isin(m.indices, indices).any(1)
+    return alive if seen else np.ones(group.size, bool)
+
+
+def _shrunk(group: Group, kept: Kept) -> list[Group]:
+    alive = _alive(group, kept)
+    members = []
+    for m in group.members:
+        axes = kept.get(m.path)
+        if axes is not None and is_dropped(axes):
+            continue
+        left = None if axes is None else axes[m.axis]
+        indices = m.indices[alive]
+        if left is not None and indices.size:
+            stay = np.isin(indices, left)  # another group may have taken some of each unit
+            indices = np.searchsorted(left, indices[stay]).reshape(len(indices), -1)
+        members.append(dataclasses.replace(m, indices=indices))
+    size = int(alive.sum())
+    return [dataclasses.replace(group, members=tuple(members), size=size)] * bool(size and members)
+
+
+def is_dropped(axes: Sequence[np.ndarray | None]) -> bool:
+    """True for a leaf of which nothing stays: it belongs to a block that is left out."""
+    return any(indices is not None and len(indices) == 0 for indices in axes)
+
+
+def _shape_of(group: Group) -> tuple[Any, ...]:
+    """What a group looks like: members with the numbers taken out of their paths."""
+    bare = lambda path: "".join("#" if c.isdigit() else c for c in path)  # noqa: E731
+    return group.kind, tuple((bare(m.path), m.axis, m.indices.shape[1]) for m in group.members)
+
+
+def expand(groups: Sequence[Group], keep: dict[str, Any], like: Params) -> Masks:
+    """Masks that keep the given units: an axis full where a group cuts it, 1 elsewhere.
+
+    Works on traced ``keep``. Leaves without a member are None.
+    """
+    vectors: dict[tuple[str, int], jax.Array] = {}
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_with_path(like)}
+    for group in groups:
+        units = jnp.asarray(keep[group.name])
+        for m in group.members:
+            if m.path not in shapes:
+                raise ValueError(
+                    f"The group {group.name!r} has a member {m.path!r} that `params` lack; their "
+                    f"paths are {list_paths(list(shapes))}. Use the groups of this tree: "
+                    "`groups.at(prefix)` gives those of a subtree."
+                )
+            size = shapes[m.path][m.axis] if m.axis < len(shapes[m.path]) else -1
+            if size <= int(m.indices.max(initial=-1)):
+                raise ValueError(
+                    f"The group {group.name!r} owns index {m.indices.max()} of axis {m.axis} of "
+                    f"{m.path!r}, but its shape is {shapes[m.path]}. Find the groups of these "
+                    "params, or move groups along with `groups.cut(masks)`."
+                )
+            owner = np.full(size, group.size)  # what nobody owns stays
+            owner[m.indices] = np.arange(group.size)[:, None]
+            vector = jnp.append(units, True)[owner]
+            here = (m.path, m.axis)
+            vectors[here] = vectors[here] & vector if here in vectors else vector
+
+    def mask(path: str, leaf: Any) -> Any:
+        axes = [i for i in range(jnp.ndim(leaf)) if (path, i) in vectors]
+        if not axes:
+            return None
+        parts = [
+            jnp.expand_dims(vectors[path, i], [j for j in range(jnp.ndim(leaf)) if j != i])
+            for i in axes
+        ]
+        whole = parts[0]
+        for part in parts[1:]:
+            whole = whole & part
+        return whole
+
+    return map_with_path(mask, like)
+
+
+def kept_indices(masks: Masks) -> Kept:
+    """Read from each mask which indices of each axis stay; None for an axis that is not cut.
+
+    Raises:
+      ValueError: a mask removes single weights rather than whole indices of its axes.
+    """
+    kept: Kept = {}
+    for path, leaf in leaves_with_path(masks):
+        mask = np.asarray(leaf)
+        if not mask.any():  # everything goes: a block that is dropped
+            kept[path] = [np.arange(0)] * mask.ndim
+            continue
+        axes = [tuple(j for j in range(mask.ndim) if j != i) for i in range(mask.ndim)]
+        vectors = [mask.any(axis=others) for others in axes]
+        whole = np.ones(mask.shape, bool)
+        for i, vector in enumerate(vectors):
+            whole &= np.expand_dims(vector, axes[i])
+        if not np.array_equal(whole, mask):
+            raise ValueError(
+                f"The mask of {path!r} removes {int(whole.sum() - mask.sum())} single weights of "
+                "rows and columns that stay; only whole indices of an axis can be cut out. Find "
+                "masks with `pattern=jp.patterns.Coupled(groups)`."
+            )
+        kept[path] = [None if v.all() else np.nonzero(v)[0] for v in vectors]
+    return kept
+
+
+def _check_known(given: dict[str, Any], paths: set[str]) -> None:
+    unknown = [path for path in given if path not in paths]
+    if unknown:
+        raise ValueError(
+            f"The masks name {list_paths(unknown)}, which the params lack; their paths are "
+            f"{list_paths(sorted(paths))}. Nest the masks as the params are."
+        )

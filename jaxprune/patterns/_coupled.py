@@ -1,0 +1,119 @@
+"""Coupled channels, heads and layers: whole groups of parameter slices."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune._tree import leaves_with_path
+from jaxprune._types import Masks, Params, Scores, Units
+from jaxprune.groups import Group, Groups, expand
+from jaxprune.patterns._reduce import check_reduce
+
+
+@dataclasses.dataclass(frozen=True)
+class Coupled:
+    """Slices of several parameters that ``find_groups`` found coupled live or die together.
+
+    A unit is one channel, head or block with everything that it owns: weights on both sides,
+    biases, norm scales, running statistics. So all members of a group are masked, whatever
+    ``is_matrix`` says of them; an explicit ``where`` that refuses a member protects its group. The
+    last unit of a group never goes: a group keeps one more than the sparsity says if it has to.
+
+    Attributes:
+      groups: what is coupled, as ``find_groups`` or ``find_blocks`` gives it.
+      reduce: how a unit is scored from its weights: ``"mean"``, ``"sum"`` or ``"norm"``.
+      round_to: groups keep a multiple of so many units, or all that they have; for friendly widths.
+      max_sparsity: no group loses a larger fraction of its units.
+      normalize: divide the scores of a group by their mean, so that groups compare as equals.
+
+    Raises:
+      TypeError: ``groups`` are no groups, or ``round_to`` is no integer.
+      ValueError: there are no groups, ``reduce`` is unknown, ``round_to`` is below 1 or
+        ``max_sparsity`` outside [0, 1]; when used, params that the groups do not belong to.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> mlp = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
+      >>> params = {"w": jnp.array([[1.0, 3.0, 2.0]]), "v": jnp.ones((3, 1))}
+      >>> groups = jp.find_groups(mlp, params, jnp.ones((1, 1)))
+      >>> jp.find_masks(params, 0.3, pattern=Coupled(groups))
+      {'v': Array([[False],
+             [ True],
+             [ True]], dtype=bool), 'w': Array([[False,  True,  True]], dtype=bool)}
+    """
+
+    groups: Groups
+    reduce: str = "mean"
+    round_to: int = 1
+    max_sparsity: float = 1.0
+    normalize: bool = False
+
+    def __post_init__(self) -> None:
+        groups = self.groups
+        if not isinstance(groups, tuple | list) or not all(isinstance(g, Group) for g in groups):
+            raise TypeError(
+                f"`Coupled(groups={groups!r})` needs groups. Find them with "
+                "`jp.find_groups(fn, params, *inputs)`."
+            )
+        object.__setattr__(self, "groups", Groups(groups, getattr(groups, "frozen", ())))
+        if not groups:
+            raise ValueError(
+                "`Coupled` got no groups, so that nothing could be removed. Print what "
+                "`jp.find_groups` gives: it says what is frozen, and by which operation."
+            )
+        check_reduce(self.reduce, "Coupled")
+        if not isinstance(self.round_to, int) or isinstance(self.round_to, bool):
+            raise TypeError(f"`Coupled(round_to={self.round_to!r})` needs an integer, such as 8.")
+        if self.round_to < 1:
+            raise ValueError(f"`Coupled(round_to={self.round_to})` is below 1. Use 8, or 1.")
+        if not 0 <= self.max_sparsity <= 1:
+            raise ValueError(
+                f"`Coupled(max_sparsity={self.max_sparsity})` is outside [0, 1]. It is the largest "
+                "fraction that a group may lose: 0.9 keeps a tenth."
+            )
+
+    def pool(self, scores: Scores) -> Units:
+        """Score each unit over all its members: for each group a vector of its size, by name."""
+        leaves = dict(leaves_with_path(scores))
+        return {group.name: self._pool(group, leaves) for group in self.groups}
+
+    def expand(self, keep: Units, *, like: Params) -> Masks:
+        """Masks that keep the given units; None for leaves that belong to no group."""
+        return expand(self.groups, keep, like)
+
+    def owns(self, path: str, array: Any) -> bool:
+        """Say whether a leaf is a member of a group: a ``where`` for ``hold`` and the like."""
+        del array
+        return any(path == member.path for group in self.groups for member in group.members)
+
+    def least(self, group: Group) -> int:
+        """How many units a group keeps at any sparsity."""
+        allowed = math.ceil(round((1 - self.max_sparsity) * group.size, 9))
+        return max(allowed, 0 if group.kind == "block" else 1)
+
+    def _pool(self, group: Group, leaves: dict[str, jax.Array]) -> jax.Array:
+        total, n = jnp.zeros(group.size, jnp.float32), 0
+        for m in group.members:
+            if m.path not in leaves:
+                raise ValueError(
+                    f"There are no scores at {m.path!r}, a member of the group {group.name!r}. "
+                    "Score all members, or use the groups of this tree: `groups.at(prefix)` gives "
+                    "those of a subtree."
+                )
+            s = leaves[m.path]
+            s = s.astype(jnp.promote_types(s.dtype, jnp.float32))
+            s = s * s if self.reduce == "norm" else s
+            others = tuple(i for i in range(s.ndim) if i != m.axis)
+            total = total + jnp.sum(jnp.sum(s, axis=others)[m.indices], axis=1)
+            n += m.indices.shape[1] * math.prod(s.shape[i] for i in others)
+        if self.reduce == "mean":
+            total = total / n
+        elif self.reduce == "norm":
+            total = jnp.sqrt(total)
+        if self.normalize:
+            total = total / jnp.maximum(jnp.mean(jnp.abs(total)), jnp.finfo(total.dtype).tiny)
+        return total

@@ -1,0 +1,356 @@
+"""What masks removed is cut out: of the function, its parameters and the optimizer's state."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune._tree import is_hole, leaves_with_path, list_paths, path_str
+from jaxprune._types import Masks, Params
+from jaxprune.graph import Rule, small_function
+from jaxprune.graph._network import is_array, mirrored_outputs
+from jaxprune.graph._take import take
+from jaxprune.groups import Cut, Groups, is_dropped, kept_indices
+from jaxprune.masks import apply_masks
+
+
+def shrink(
+    fn: Callable[..., Any],
+    params: Params,
+    masks: Masks | None = None,
+    *,
+    cut: Mapping[str, Any] | None = None,
+    groups: Groups | None = None,
+    counts: str = "masked",
+    rules: Mapping[str, Rule] | None = None,
+) -> tuple[Callable[..., Any], Params]:
+    """Cut what masks remove out of a function and its parameters.
+
+    The small function computes what the function computes with the removed slices set to zero,
+    with arrays that are smaller. It traces ``fn`` anew for every shape of inputs and evaluates its
+    program on the small parameters, so that other batch sizes work, ``jit``, ``grad``, ``vmap`` and
+    ``jax.export`` too; derivative rules of custom functions are kept.
+
+    Args:
+      fn: function of params and inputs, of any library.
+      params: the whole parameters, the tree that ``fn`` takes.
+      masks: masks of ``Coupled`` groups of this function, of blocks, or both combined; None where
+        nothing is cut. Subtrees may be left out.
+      cut: instead of masks, what ``cut_list`` says, perhaps read from JSON.
+      groups: carry the masks over to all members of these groups first, such as from params to the
+        running statistics beside them.
+      counts: what a mean over cut channels divides by, in LayerNorm and the like: ``"masked"``
+        keeps the old number, which equals the masked network; ``"rescaled"`` takes the number that
+        is left, which equals the module built at the smaller width.
+      rules: rules for further primitives, as for ``find_groups``.
+
+    Returns:
+      ``(small_fn, small_params)``. ``small_params`` is a tree of the same structure; parameters of
+      a block that is left out have size 0. What is wrong with masks for this very function is told
+      when ``small_fn`` is first called, since only then the inputs are known.
+
+    Raises:
+      ValueError: masks of single weights, masks of unknown paths, both or none of ``masks`` and
+        ``cut``, ``counts`` unknown. When called: masks that contradict what is coupled, a group
+        emptied, params of other shapes.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> mlp = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
+      >>> params = {"w": jnp.array([[1.0, 3.0, 2.0]]), "v": jnp.ones((3, 1))}
+      >>> groups = jp.find_groups(mlp, params, jnp.ones((1, 1)))
+      >>> masks = jp.find_masks(params, 0.3, pattern=jp.patterns.Coupled(groups))
+      >>> small_fn, small_params = shrink(mlp, params, masks)
+      >>> small_params["w"], small_fn(small_params, jnp.ones((1, 1)))
+      (Array([[3., 2.]], dtype=float32), Array([[5.]], dtype=float32))
+    """
+    if counts not in ("masked", "rescaled"):
+        raise ValueError(
+            f"`shrink(counts={counts!r})` is unknown. Use 'masked' to equal the masked network, "
+            "or 'rescaled' to equal the module built at the smaller width."
+        )
+    if (masks is None) == (cut is None):
+        raise ValueError("`shrink` takes either `masks` or `cut`, one of them.")
+    if masks is not None:
+        cut = cut_list(params, masks if groups is None else groups.spread(masks, params))
+    kept = _read_cut(cut or {}, params)
+    return (
+        small_function(fn, params, kept, counts=counts, rules=rules),
+        _cut_tree(params, kept),
+    )
+
+
+def cut_list(params: Params, masks: Masks) -> Cut:
+    """Say which indices of which axes masks keep: what ``shrink`` needs, in plain numbers.
+
+    Args:
+      params: the whole parameters.
+      masks: masks that remove whole indices of axes; subtrees may be left out.
+
+    Returns:
+      For each path that is cut a dict from axis to the kept indices. It goes through JSON and
+      back into ``shrink(fn, params, cut=...)``.
+
+    Raises:
+      ValueError: masks of single weights, of unknown paths or of shapes that do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> cut_list({"w": jnp.ones((2, 3))}, {"w": jnp.array([[True, False, True]])})
+      {'w': {1: [0, 2]}}
+    """
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_with_path(params)}
+    given = leaves_with_path(masks)
+    unknown = [path for path, _ in given if path not in shapes]
+    if unknown:
+        raise ValueError(
+            f"The masks name {list_paths(unknown)}, which the params lack; their paths are "
+            f"{list_paths(list(shapes))}. Nest the masks as the params are."
+        )
+    for path, mask in given:
+        fits = jnp.ndim(mask) == len(shapes[path]) and all(
+            m in (1, n) for m, n in zip(jnp.shape(mask), shapes[path], strict=True)
+        )
+        if not fits or np.asarray(mask).dtype != bool:
+            raise ValueError(
+                f"The mask of {path!r} is {np.asarray(mask).dtype}{list(jnp.shape(mask))}, which "
+                f"does not fit its shape {list(shapes[path])}. Masks are bool, of the same rank, "
+                "each axis full or 1."
+            )
+    found: Cut = {}
+    for path, axes in kept_indices(masks).items():
+        if is_dropped(axes):
+            found[path] = {0: []}
+        elif any(indices is not None for indices in axes):
+            found[path] = {i: k.tolist() for i, k in enumerate(axes) if k is not None}
+    return found
+
+
+def _read_cut(cut: Mapping[str, Any], params: Params) -> dict[str, dict[int, np.ndarray]]:
+    """Check a cut list; JSON has turned the axes into strings."""
+    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_with_path(params)}
+    kept: dict[str, dict[int, np.ndarray]] = {}
+    for path, axes in cut.items():
+        for axis, indices in axes.items():
+            i, k = int(axis), np.asarray(indices, np.int64).reshape(-1)
+            n = shapes[path][i] if path in shapes and i < len(shapes[path]) else None
+            if n is None or (len(k) and (k[0] < 0 or k[-1] >= n or (np.diff(k) <= 0).any())):
+                raise ValueError(
+                    f"The cut keeps {indices} of axis {axis} of {path!r}, but the params have "
+                    f"{shapes.get(path, 'no such path')}. Pass increasing indices, as "
+                    "`jp.cut_list` gives them for these params."
+                )
+            kept.setdefault(path, {})[i] = k
+    return kept
+
+
+def _cut_tree(tree: Any, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _cut_leaf(leaf, kept.get(path_str(path), {})), tree
+    )
+
+
+def _cut_leaf(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
+    if not is_array(leaf):
+        return leaf
+    if not axes:
+        return jnp.copy(leaf)  # so that donating the small ones leaves the whole ones alone
+    return take(jnp.asarray(leaf), [axes.get(i) for i in range(leaf.ndim)])
+
+
+def shrink_state(
+    tx: optax.GradientTransformation, opt_state: optax.OptState, params: Params, masks: Masks
+) -> optax.OptState:
+    """Cut an optimizer state as ``shrink`` cuts the parameters, to go on training the small ones.
+
+    Moments and all else that lies beside a parameter is cut as it is; counts and keys stay. The
+    structure is that of ``tx.init(small_params)``. A pruner around the optimizer is cut too: its
+    masks become those of the small network.
+
+    Args:
+      tx: the optimizer that made the state.
+      opt_state: its state for the whole params.
+      params: the whole params.
+      masks: the masks that ``shrink`` gets, of these params.
+
+    Returns:
+      The state for the small params.
+
+    Raises:
+      ValueError: masks that do not fit, as for ``cut_list``.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> params = {"w": jnp.ones((2, 3))}
+      >>> tx = optax.adam(0.1)
+      >>> masks = {"w": jnp.array([[True, False, True]])}
+      >>> shrink_state(tx, tx.init(params), params, masks)[0].mu["w"].shape
+      (2, 2)
+    """
+    kept = _read_cut(cut_list(params, masks), params)
+    cuts = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _Axes(kept.get(path_str(path), {}), jnp.shape(leaf)), params
+    )
+
+    def cut(leaf: Any, axes: _Axes) -> Any:
+        if is_hole(leaf) or jnp.ndim(leaf) != len(axes.shape):
+            return leaf
+        fits = {i: k for i, k in axes.kept.items() if leaf.shape[i] == axes.shape[i]}
+        return _cut_leaf(leaf, fits)
+
+    return optax.tree.map_params(tx, cut, opt_state, cuts, is_leaf=is_hole)
+
+
+class _Axes:
+    """What to keep of a parameter: a leaf, whatever the tree around it."""
+
+    def __init__(self, kept: Mapping[int, np.ndarray], shape: tuple[int, ...]) -> None:
+        self.kept, self.shape = kept, shape
+
+
+def verify_shrink(
+    fn: Callable[..., Any],
+    params: Params,
+    masks: Masks,
+    *inputs: Any,
+    groups: Groups | None = None,
+    counts: str = "masked",
+    rules: Mapping[str, Rule] | None = None,
+) -> float:
+    """Measure how far the small function is from the masked one.
+
+    Args:
+      fn: function of params and inputs.
+      params: the whole params.
+      masks: masks, as for ``shrink``.
+      *inputs: inputs to compare on.
+      groups: as for ``shrink``.
+      counts: as for ``shrink``.
+      rules: as for ``shrink``.
+
+    Returns:
+      The largest difference between outputs, as a fraction of the largest of the masked ones.
+      New values of the state are compared where they stay.
+
+    Raises:
+      ValueError: as for ``shrink``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> mlp = lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
+      >>> params = {"w": jnp.array([[1.0, 3.0]]), "v": jnp.ones((2, 1))}
+      >>> masks = {"w": jnp.array([[True, False]]), "v": jnp.array([[True], [False]])}
+      >>> verify_shrink(mlp, params, masks, jnp.ones((1, 1)))
+      0.0
+    """
+    if groups is not None:
+        masks = groups.spread(masks, params)
+    small_fn, small_params = shrink(fn, params, masks, counts=counts, rules=rules)
+    small = small_fn(small_params, *inputs)
+    large = fn(apply_masks(params, _over(masks, params)), *inputs)
+    kept = _read_cut(cut_list(params, masks), params)
+    arrays = [(path, leaf) for path, leaf in leaves_with_path(params) if is_array(leaf)]
+    paths, specs = [path for path, _ in arrays], [leaf for _, leaf in arrays]
+    worst, scale = 0.0, 0.0
+    outs = zip(
+        jax.tree.leaves(large),
+        jax.tree.leaves(small),
+        mirrored_outputs(jax.eval_shape(lambda: large), paths, specs),
+        strict=True,
+    )
+    for whole, less, state in outs:
+        cut_whole = _cut_leaf(whole, kept.get(paths[state], {}) if state is not None else {})
+        if cut_whole.size and jnp.issubdtype(cut_whole.dtype, jnp.inexact):
+            worst = max(worst, float(jnp.max(jnp.abs(cut_whole - less))))
+            scale = max(scale, float(jnp.max(jnp.abs(cut_whole))))
+        elif not np.array_equal(cut_whole, less):
+            worst = max(worst, 1.0)
+    return worst / scale if scale else worst
+
+
+def _over(masks: Masks, params: Params) -> Masks:
+    """Masks for all of the params, None where subtrees were left out."""
+    given = dict(leaves_with_path(masks))
+    return jax.tree_util.tree_map_with_path(lambda path, _: given.get(path_str(path)), params)
+
+
+def masks_within_budget(
+    find: Callable[[float], Masks], cost: Callable[[Masks], float], budget: float
+) -> Masks:
+    """Find the lowest sparsity whose masks cost no more than a budget, by bisection.
+
+    The cost is whatever counts: a fraction of the parameters or of the FLOPs that are left,
+    milliseconds, bytes. It has to fall as the sparsity grows.
+
+    Args:
+      find: makes masks of a sparsity in [0, 1].
+      cost: says what masks cost.
+      budget: the most that they may cost.
+
+    Returns:
+      Masks of the lowest sparsity, to within 1/1024, that cost at most ``budget``.
+
+    Raises:
+      ValueError: even at sparsity 1 they cost more.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> params = {"kernel": jnp.arange(10.0).reshape(1, 10)}
+      >>> masks = masks_within_budget(
+      ...     lambda s: jp.find_masks(params, s), lambda m: 1 - jp.sparsity(m, params), 0.35)
+      >>> jp.sparsity(masks, params)
+      0.7
+    """
+    masks = find(0.0)
+    if cost(masks) <= budget:
+        return masks
+    best = find(1.0)
+    least = cost(best)
+    if least > budget:
+        raise ValueError(
+            f"`masks_within_budget` cannot reach a budget of {budget:g}: at sparsity 1 the cost is "
+            f"still {least:g}. Raise the budget, or let more be removed: other groups, blocks, a "
+            "higher `max_sparsity`."
+        )
+    low, high = 0.0, 1.0
+    for _ in range(10):
+        middle = (low + high) / 2
+        masks = find(middle)
+        if cost(masks) <= budget:
+            best, high = masks, middle
+        else:
+            low = middle
+    return best
+
+
+def size_of(params: Params, masks: Masks) -> int:
+    """Count the parameters that are left once masks are cut out.
+
+    Args:
+      params: the whole params.
+      masks: masks that remove whole indices of axes.
+
+    Returns:
+      The number of entries of all arrays of the small params.
+
+    Raises:
+      ValueError: as for ``cut_list``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> size_of({"w": jnp.ones((2, 3))}, {"w": jnp.array([[True, False, True]])})
+      4
+    """
+    cut = cut_list(params, masks)
+    total = 0
+    for path, leaf in leaves_with_path(params):
+        shape: Sequence[int] = [
+            len(cut.get(path, {}).get(i, range(n))) for i, n in enumerate(jnp.shape(leaf))
+        ]
+        total += int(np.prod(shape, dtype=np.int64)) if is_array(leaf) else 0
+    return total

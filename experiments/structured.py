@@ -35,7 +35,7 @@ MODELS = {
 TRAININGS = {
     "digits": {"steps": 300, "fine_tune_steps": 300, "batch_size": 64, "learning_rate": 3e-3},
     "mnist": {"steps": 1500, "fine_tune_steps": 1000, "batch_size": 64, "learning_rate": 3e-3},
-    "text": {"steps": 600, "fine_tune_steps": 300, "batch_size": 32, "learning_rate": 6e-3},
+    "text": {"steps": 500, "fine_tune_steps": 250, "batch_size": 32, "learning_rate": 6e-3},
 }
 CRITERIA = {
     "taylor": jp.criteria.taylor,
@@ -52,11 +52,12 @@ class Config:
     """Cut channels or layers out of trained networks, and see what is lost and what is gained.
 
     A CNN with residual blocks and batch normalisation classifies images, a transformer predicts
-    the next character of a text. Each is trained, then pruned by one_shot (everything at once) or
-    iterative (in rounds, each a fixed share of what is left), and fine-tuned. All end after the
-    same number of steps on the same batches, the dense network too. What is removed is cut out: the
-    last round, which for one_shot is all of the fine-tuning, trains a network that is small, and
-    so is what is measured. A run that was stopped goes on with the same command.
+    the next character of a text. Each is trained, then pruned and fine-tuned: one_shot removes
+    everything before the first step of the fine-tuning, iterative a share of what is left in each
+    of some rounds over its first quarter. All end after the same number of steps on the same
+    batches, the dense network too. What is removed is cut out, so that most of the fine-tuning
+    trains a small network, and a small network is measured. A run that was stopped goes on with
+    the same command.
 
     Attributes:
       models: which networks.
@@ -70,8 +71,8 @@ class Config:
       criterion: what channels and layers are ranked by.
       scope: whether all groups of channels lose the same share, or their channels compete.
       seeds: how many seeds, counted from 0.
-      steps: training steps of a dense network (digits 300, mnist 1500, text 600).
-      fine_tune_steps: steps after that, whether pruned or not (digits 300, mnist 1000, text 300).
+      steps: training steps of a dense network (digits 300, mnist 1500, text 500).
+      fine_tune_steps: steps after that, whether pruned or not (digits 300, mnist 1000, text 250).
       batch_size: examples of a training step (images 64, text 32).
       out: run folder (results/structured_DATASET).
 
@@ -206,8 +207,8 @@ def _problems(settings: Config) -> list[str]:
         ("steps", s.steps is None or s.steps > 0, "must be positive"),
         (
             "fine_tune_steps",
-            s.fine_tune_steps is None or s.fine_tune_steps >= s.rounds,
-            f"must be {s.rounds} or more, one for each of the rounds",
+            s.fine_tune_steps is None or s.fine_tune_steps >= 4 * s.rounds,
+            f"must be {4 * s.rounds} or more, so that a quarter has one for each of the rounds",
         ),
         ("batch_size", s.batch_size is None or s.batch_size > 0, "must be positive"),
         (
@@ -369,12 +370,13 @@ def fine_tune(
     """Go on with the training, and prune on the way.
 
     Between its rounds iterative pruning holds masks on the whole network, whose program is there
-    already. After the last round, what they remove is cut out of network and optimizer, and the
-    small network goes on, for three quarters of the steps: it is the one that has to recover.
+    already. With the last round, after a quarter of the steps, what they remove is cut out of the
+    network and of the optimizer's state, and the small network goes on.
     """
     rates = loop.learning_rates(task.learning_rate, len(order))
     rounds = {"dense": 0, "one_shot": 1, "iterative": settings.rounds}[run.method]
-    *between, last = np.split(np.arange(len(order)), [len(order) // 4 if rounds > 1 else 0])
+    starts = np.linspace(0, len(order) // 4, rounds).astype(int)
+    parts = np.split(np.arange(len(order)), starts[1:])
 
     def go_on(learn: loop.Learn, part: np.ndarray, variables: Any, state: Any, **held: bool) -> Any:
         steps = ((task.take(order[i]), rates[i]) for i in part)
@@ -383,7 +385,7 @@ def fine_tune(
     tx, held = loop.optimizer(0.0), loop.optimizer(0.0, held=True)
     variables, state = trained, held.init(trained["params"])
     if not rounds:
-        variables, _ = go_on(task.learn, *parts, variables, state.inner_state)
+        variables, _ = go_on(task.learn, parts[0], variables, state.inner_state)
         return Outcome(task.infer, variables, {}, {})
 
     groups, masks = find_units(task, trained, run), None
@@ -479,7 +481,7 @@ def report(settings: Config, records: list[runs.Record], times: list[runs.Record
     runs.write(settings.out / "answer.md", answer)
 
     console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
-    console.print(table(rows, title=f"{settings.dataset} and text, seeds: {settings.seeds}"))
+    console.print(table(rows, title=f"images: {settings.dataset}, seeds: {settings.seeds}"))
     console.print(rich.markdown.Markdown(answer))
     console.print(f"Figure, metrics, networks and answer: {settings.out}")
     return summary
@@ -489,7 +491,7 @@ def table(rows: list[runs.Record], *, title: str) -> rich.table.Table:
     """Lay out a network a line: what is left of it, what it gets right and how long it takes."""
     lines = rich.table.Table(title=title)
     for name in ("network", "method", "removed"):
-        lines.add_column(name)
+        lines.add_column(name, no_wrap=True)
     for name in ("accuracy [%]", "loss", "parameters", "MFLOPs", "(%)", "ms", "(%)", "over FLOPs"):
         lines.add_column(name, justify="right")
     for model in tradeoff.models(rows):
@@ -505,7 +507,7 @@ def table(rows: list[runs.Record], *, title: str) -> rich.table.Table:
 
 def _cells(row: runs.Record) -> list[str]:
     return [
-        "-" if row["method"] == "dense" else tradeoff.share(row),
+        tradeoff.share(row),
         tradeoff.percent(row),
         f"{row['loss']['mean']:.3f}",
         f"{row['parameters']:,.0f}",

@@ -82,11 +82,15 @@ class Search:
 
     def on(self, params: Params) -> "Search":
         """Settle what the pattern covers of these params."""
+        if is_placeholder(params):
+            return self
         pattern, where = fit_parts(self.pattern, self.where, params)
         return dataclasses.replace(self, pattern=pattern, where=where)
 
     def first_masks(self, params: Params) -> Masks:
         """Make masks that keep all, of the shape that events find."""
+        if is_placeholder(params):
+            return params
         part = prunable(params, where=self.where)
         # The shapes say all that can go wrong: which masks come out, and whether any do.
         found = jax.eval_shape(
@@ -101,6 +105,8 @@ class Search:
         """Make what a criterion with memory starts from; ``()`` for all others."""
         if not hasattr(self.criterion, "init"):
             return ()
+        if is_placeholder(params):
+            return self.criterion.init(params)
         return self.criterion.init(prunable(params, where=self.where))
 
     def remember(self, memory: Any, params: Params, grads: Params) -> Any:
@@ -182,7 +188,8 @@ def if_due(due: Any, renew: Callable[[Any], Any], stored: Any) -> Any:
 
 def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:
     """Widen masks to the shape of those that a pattern finds among the prunable part."""
-    found = jax.eval_shape(lambda p: pattern.expand(pattern.pool(p), like=p), part)
+    keep = lambda p: jax.tree.map(lambda unit: unit > 0, pattern.pool(p))  # noqa: E731
+    found = jax.eval_shape(lambda p: pattern.expand(keep(p), like=p), part)
     same = jax.tree.map(lambda m, f: m.shape == f.shape, stored, found, is_leaf=is_packed)
     if all(jax.tree.leaves(same)):
         return stored
@@ -218,6 +225,14 @@ def ones_of_shape(param: jax.Array, found: jax.ShapeDtypeStruct) -> jax.Array:
     """Make a mask that keeps all, of the shape that was found, where the parameter is."""
     full = jnp.ones_like(param, dtype=bool)
     return full[tuple(slice(n) for n in found.shape)] if found.shape else full
+
+
+def is_placeholder(params: Any) -> bool:
+    """True for what optax inits with to see which parts of a state mirror the params.
+
+    It is a node without leaves, but none of the usual containers.
+    """
+    return not isinstance(params, dict | list | tuple | None) and not jax.tree.leaves(params)
 
 
 def is_packed(node: Any) -> bool:

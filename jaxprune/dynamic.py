@@ -16,6 +16,7 @@ from jaxprune._event import (
     check_params,
     enforce,
     if_due,
+    is_placeholder,
     live,
     storage,
     widen,
@@ -218,9 +219,11 @@ def _drop_and_grow(
     inner = optax.with_extra_args_support(inner)
     store = storage(packed)
 
-    def init(params: Params) -> PruneState:
+    def first_masks(params: Params) -> Masks:
+        if is_placeholder(params):
+            return params
         _check_state(inner, params, user)
-        masks = find(
+        return find(
             params,
             sparsity if is_tree(sparsity) else erk(params, sparsity, where=where),
             {"key": key},
@@ -230,9 +233,11 @@ def _drop_and_grow(
             where=where,
             within=None,
         )
+
+    def init(params: Params) -> PruneState:
         return PruneState(
             count=jnp.zeros([], jnp.int32),
-            masks=store(masks),
+            masks=store(first_masks(params)),
             inner_state=inner.init(params),
             criterion_state=(),
             key=None if key is None else jnp.copy(key),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import re
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -286,8 +287,9 @@ def is_dropped(axes: Sequence[np.ndarray | None]) -> bool:
 
 def _shape_of(group: Group) -> tuple[Any, ...]:
     """What a group looks like: members with the numbers taken out of their paths."""
-    bare = lambda path: "".join("#" if c.isdigit() else c for c in path)  # noqa: E731
-    return group.kind, tuple((bare(m.path), m.axis, m.indices.shape[1]) for m in group.members)
+    bare = [re.sub(r"\d+", "#", m.path) for m in group.members]
+    sizes = [(m.axis, m.indices.shape[1]) for m in group.members]
+    return group.kind, *zip(bare, sizes, strict=True)
 
 
 def expand(groups: Sequence[Group], keep: dict[str, Any], like: Params) -> Masks:

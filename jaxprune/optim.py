@@ -16,6 +16,7 @@ from jaxprune._event import (
     enforce,
     if_due,
     is_packed,
+    is_placeholder,
     live,
     storage,
 )
@@ -152,7 +153,7 @@ def hold(
 
     return _wrap(
         inner,
-        init_masks=lambda params: dense_masks(params, where=where),
+        init_masks=lambda p: p if is_placeholder(p) else dense_masks(p, where=where),
         init_criterion=lambda _: (),
         refresh=refresh,
         key=None,

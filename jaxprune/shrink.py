@@ -8,13 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxprune._event import PruneState, is_packed
 from jaxprune._tree import is_hole, leaves_with_path, list_paths, path_str
 from jaxprune._types import Masks, Params
 from jaxprune.graph import Rule, small_function
 from jaxprune.graph._network import is_array, mirrored_outputs
 from jaxprune.graph._take import take
 from jaxprune.groups import Cut, Groups, is_dropped, kept_indices
-from jaxprune.masks import apply_masks
+from jaxprune.masks import Packed, apply_masks, pack, unpack
 
 
 def shrink(
@@ -157,6 +158,9 @@ def _cut_tree(tree: Any, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:
 def _cut_leaf(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
     if not is_array(leaf):
         return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        shape = [len(axes.get(i, range(n))) for i, n in enumerate(leaf.shape)]
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
     if not axes:
         return jnp.copy(leaf)  # so that donating the small ones leaves the whole ones alone
     return take(jnp.asarray(leaf), [axes.get(i) for i in range(leaf.ndim)])
@@ -197,12 +201,31 @@ def shrink_state(
     )
 
     def cut(leaf: Any, axes: _Axes) -> Any:
-        if is_hole(leaf) or jnp.ndim(leaf) != len(axes.shape):
+        if is_hole(leaf) or not is_array(leaf):
+            return leaf
+        if leaf.ndim == len(axes.shape) - 1:  # adafactor sums over one axis
+            axes = axes.summed(leaf.shape)
+        if leaf.ndim != len(axes.shape):
             return leaf
         fits = {i: k for i, k in axes.kept.items() if leaf.shape[i] == axes.shape[i]}
         return _cut_leaf(leaf, fits)
 
-    return optax.tree.map_params(tx, cut, opt_state, cuts, is_leaf=is_hole)
+    is_pruner = lambda node: isinstance(node, PruneState)  # noqa: E731
+    bare = jax.tree.map(_unpacked, opt_state, is_leaf=is_pruner)
+    small = optax.tree.map_params(tx, cut, bare, cuts, is_leaf=is_hole)
+    return jax.tree.map(_packed_like, opt_state, small, is_leaf=is_pruner)
+
+
+def _unpacked(node: Any) -> Any:
+    return node._replace(masks=unpack(node.masks)) if isinstance(node, PruneState) else node
+
+
+def _packed_like(old: Any, new: Any) -> Any:
+    """Pack the masks of a pruner that had them packed."""
+    packed = isinstance(old, PruneState) and any(
+        isinstance(m, Packed) for m in jax.tree.leaves(old.masks, is_leaf=is_packed)
+    )
+    return new._replace(masks=pack(new.masks)) if packed else new
 
 
 class _Axes:
@@ -210,6 +233,22 @@ class _Axes:
 
     def __init__(self, kept: Mapping[int, np.ndarray], shape: tuple[int, ...]) -> None:
         self.kept, self.shape = kept, shape
+
+    def summed(self, shape: tuple[int, ...]) -> "_Axes":
+        """What to keep of a sum over one axis, if its shape tells which of them that was."""
+        found = []
+        for gone in range(len(self.shape)):
+            left = [i for i in range(len(self.shape)) if i != gone]
+            if tuple(self.shape[i] for i in left) == shape:
+                found.append(
+                    _Axes({j: self.kept[i] for j, i in enumerate(left) if i in self.kept}, shape)
+                )
+        if len({str(axes.kept) for axes in found}) > 1:
+            raise ValueError(
+                f"The optimizer keeps sums of shape {shape} for a parameter of shape {self.shape}, "
+                "which do not tell the axis that was summed. Start anew: `tx.init(small_params)`."
+            )
+        return found[0] if found else _Axes({}, ())
 
 
 def verify_shrink(

@@ -215,3 +215,17 @@ def test_counting_in_bytes_counts_the_same(shape):
     mask = jnp.asarray(np.random.default_rng(0).random(shape) < 0.9)
     assert int(_count_in_bytes(mask)) == int(np.asarray(mask).sum())
     assert int(_count_in_bytes(jnp.ones(shape, bool))) == int(np.prod(shape))
+
+
+def test_many_small_vectors_are_ranked_as_if_they_were_counted():
+    rng = np.random.default_rng(3)
+    sizes = (3, 1, 5, 2, 4, 6)
+    draw = lambda n: rng.choice([0.0, 1.0, 2.0, np.nan, -np.inf], n).astype(np.float32)
+    leaves = [jnp.asarray(draw(n)) for n in sizes]
+    alive = [jnp.asarray(rng.random(n) < 0.8) for n in sizes]
+    rankings = ((0, 2, 5), (1, 3), (4,))
+    for counts in ([7, 1, 2], [0, 3, 4], [14, 2, 0]):
+        small = keep_largest(leaves, counts, rankings, alive)
+        large = keep_largest([x[None] for x in leaves], counts, rankings, [a[None] for a in alive])
+        for a, b in zip(small, large, strict=True):
+            np.testing.assert_array_equal(a, b[0])

@@ -57,7 +57,7 @@ EXPECTED = {
     "sigmoid_norm": (10, 12),
     "unweighted_mean": (10,),
 }
-QUICK = ("mlp", "straight_through", "group_norm", "llama", "scanned")
+QUICK = ("mlp", "equinox_mlp", "straight_through", "resnet", "nnx_transformer", "scanned")
 INEXACT = ("group_norm_two_pass", "mixer", "layer_norm_two_pass", "sigmoid_norm", "unweighted_mean")
 
 
@@ -70,6 +70,10 @@ def models(*seeds, quick=QUICK):
             values = (name,) if seed is None else (name, seed)
             cases.append(pytest.param(*values, marks=marks, id="-".join(map(str, values))))
     return pytest.mark.parametrize("name, seed" if seeds else "name", cases)
+
+
+# Compiling takes most of the time here, and running none.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @functools.cache
@@ -135,7 +139,7 @@ def value_and_grads(fn, params, inputs, take=lambda out: out):
         draw = lambda o: jnp.asarray(rng.normal(size=o.shape), o.dtype)
         return sum(jnp.sum(o * draw(o)) for o in jax.tree.leaves(out)), out
 
-    (_, out), grads = jax.jit(jax.value_and_grad(project, has_aux=True))(params)
+    (_, out), grads = jit(jax.value_and_grad(project, has_aux=True))(params)
     return out, grads
 
 
@@ -222,15 +226,15 @@ def test_shrunk_serves_other_batches_jit_and_vmap(name):
     left = kept_indices(name, keep)
     masked = jp.apply_masks(model.params, masks)
     small_fn, small_params = jp.shrink(model.fn, model.params, masks)
-    want = lambda *inputs: cut(jax.jit(model.fn)(masked, *inputs), left)
+    want = lambda *inputs: cut(jit(model.fn)(masked, *inputs), left)
 
     more = tuple(jnp.concatenate([x, x[::-1], x[:1]]) for x in model.inputs)
-    assert_close(jax.jit(small_fn)(small_params, *more), want(*more))
+    assert_close(jit(small_fn)(small_params, *more), want(*more))
     assert_close(small_fn(small_params, *model.inputs), want(*model.inputs))
 
     turned = tuple(x[::-1] for x in model.inputs)
     pairs = tuple(jnp.stack(pair) for pair in zip(model.inputs, turned, strict=True))
-    mapped = jax.jit(jax.vmap(functools.partial(small_fn, small_params)))(*pairs)
+    mapped = jit(jax.vmap(functools.partial(small_fn, small_params)))(*pairs)
     assert_close(mapped, jax.tree.map(lambda *o: jnp.stack(o), want(*model.inputs), want(*turned)))
 
 

@@ -49,37 +49,50 @@ def listed(build=None, *, inexact=None):
 
 
 def normal(seed, *shape):
-    return jax.random.normal(jax.random.key(seed), shape)
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def tokens(seed, *shape, vocabulary=11):
-    return jax.random.randint(jax.random.key(seed), shape, 0, vocabulary)
+    return jnp.asarray(np.random.default_rng(seed).integers(0, vocabulary, shape), jnp.int32)
 
 
-def shaken(tree, seed=7):
-    """Move every weight, so that no scale is 1, no bias 0; variances stay positive."""
+def drawn(shapes, seed=7):
+    """Put random arrays in the place of shapes: no scale is 1 and no bias 0."""
     rng = np.random.default_rng(seed)
 
-    def shake(path, w):
-        noise = rng.normal(size=w.shape).astype(np.float32)
-        moved = w + 0.3 * noise
-        positive = jax.tree_util.keystr(path[-1:], simple=True) == "var"
-        return jnp.abs(moved) + 0.1 if positive else moved
+    def draw(path, leaf):
+        noise = rng.normal(size=leaf.shape) / np.prod(leaf.shape[:-1]) ** 0.5
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        drawn = {"scale": 0.5 + np.abs(noise), "var": 0.5 + np.abs(noise), "bias": 0.3 * noise}
+        return jnp.asarray(drawn.get(name, noise), jnp.float32)
 
-    return jax.tree_util.tree_map_with_path(shake, tree)
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def weights(seed=0, **shapes):
+    """Draw a hand-written tree."""
+    return drawn({k: jax.ShapeDtypeStruct(s, jnp.float32) for k, s in shapes.items()}, seed)
 
 
 def linen(module, *inputs, **settings):
     """``fn, params, inputs`` of a flax module; ``settings`` go to ``apply``."""
-    variables = jax.jit(lambda *x: module.init(jax.random.key(0), *x))(*inputs)
-    return lambda v, *x: module.apply(v, *x, **settings), shaken(variables), inputs
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)
+    return lambda v, *x: module.apply(v, *x, **settings), drawn(shapes), inputs
 
 
-def weights(seed=0, **shapes):
-    """A hand-written tree: normal weights, divided by the root of the fan-in."""
-    rng = np.random.default_rng(seed)
-    fan_in = lambda s: np.sqrt(s[-2]) if len(s) > 1 else 2
-    return {k: jnp.asarray(rng.normal(size=s) / fan_in(s), jnp.float32) for k, s in shapes.items()}
+def equinox(make, *inputs):
+    """``fn, params, inputs`` of an equinox module for one example, made from a key."""
+    import equinox as eqx
+
+    module = eqx.filter_eval_shape(make, jax.random.key(0))
+    shapes, static = eqx.partition(module, lambda leaf: isinstance(leaf, jax.ShapeDtypeStruct))
+    return lambda p, *x: jax.vmap(eqx.combine(p, static))(*x), drawn(shapes), inputs
+
+
+def from_nnx(make, *inputs):
+    """``fn, params, inputs`` of an nnx module, on its state as a plain dict."""
+    graph, state = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    return lambda p, *x: nnx.merge(graph, p)(*x), drawn(nnx.to_pure_dict(state)), inputs
 
 
 # Dense networks
@@ -105,8 +118,8 @@ def mlp():
 def dropout():
     """Trained: what is dropped must not move when widths do."""
     module, key, x = MLP(rate=0.4), jax.random.key(5), normal(1, 4, 6)
-    params = shaken(MLP().init(jax.random.key(0), x))
-    return lambda v, x: module.apply(v, x, rngs={"dropout": key}), params, (x,)
+    _, params, inputs = linen(MLP(), x)
+    return lambda v, x: module.apply(v, x, rngs={"dropout": key}), params, inputs
 
 
 @listed
@@ -135,16 +148,15 @@ def haiku_mlp():
         return hk.nets.MLP([10, 12, 3])(x)
 
     net, x = hk.without_apply_rng(hk.transform(forward)), normal(1, 4, 6)
-    return net.apply, shaken(net.init(jax.random.key(0), x)), (x,)
+    return net.apply, drawn(jax.eval_shape(net.init, jax.random.key(0), x)), (x,)
 
 
 @listed
 def equinox_mlp():
     import equinox as eqx
 
-    module = eqx.nn.MLP(6, 3, 10, 2, activation=jax.nn.gelu, key=jax.random.key(0))
-    params, static = eqx.partition(module, eqx.is_array)
-    return lambda p, x: jax.vmap(eqx.combine(p, static))(x), shaken(params), (normal(1, 4, 6),)
+    make = lambda key: eqx.nn.MLP(6, 3, 10, 2, activation=jax.nn.gelu, key=key)
+    return equinox(make, normal(1, 4, 6))
 
 
 @listed
@@ -159,13 +171,7 @@ def nnx_mlp():
         def __call__(self, x):
             return self.out(nnx.gelu(self.wide(nnx.relu(self.norm(self.hidden(x))))))
 
-    return from_nnx(Net(nnx.Rngs(0)), normal(1, 4, 6))
-
-
-def from_nnx(module, *inputs):
-    """``fn, params, inputs`` of an nnx module, on its state as a plain dict."""
-    graph, state = nnx.split(module)
-    return lambda p, *x: nnx.merge(graph, p)(*x), shaken(nnx.to_pure_dict(state)), inputs
+    return from_nnx(Net, normal(1, 4, 6))
 
 
 @listed
@@ -316,7 +322,7 @@ class MobileNet(nn.Module):
             h = nn.relu6(norm()(nn.Conv(wide, (1, 1), use_bias=False)(x)))
             h = nn.Conv(wide, (3, 3), strides=stride, feature_group_count=wide, use_bias=False)(h)
             h = nn.relu6(norm()(h))
-            gate = nn.relu(nn.Dense(5)(h.mean((1, 2), keepdims=True)))
+            gate = nn.silu(nn.Dense(5)(h.mean((1, 2), keepdims=True)))
             h = h * nn.sigmoid(nn.Dense(wide)(gate))
             h = norm()(nn.Conv(width, (1, 1), use_bias=False)(h))
             x = x + h if stride == 1 else h
@@ -408,9 +414,9 @@ def equinox_cnn():
     """Channels first, one image at a time under ``vmap``."""
     import equinox as eqx
 
-    keys = jax.random.split(jax.random.key(0), 4)
-    module = eqx.nn.Sequential(
-        [
+    def make(key):
+        keys = jax.random.split(key, 4)
+        layers = [
             eqx.nn.Conv2d(3, 6, 3, padding=1, key=keys[0]),
             eqx.nn.Lambda(jax.nn.relu),
             eqx.nn.MaxPool2d(2, 2),
@@ -422,10 +428,9 @@ def equinox_cnn():
             eqx.nn.Lambda(jax.nn.relu),
             eqx.nn.Linear(7, 3, key=keys[3]),
         ]
-    )
-    params, static = eqx.partition(module, eqx.is_array)
-    fn = lambda p, x: jax.vmap(eqx.combine(p, static))(x)
-    return fn, shaken(params), (normal(1, 2, 3, 8, 8),)
+        return eqx.nn.Sequential(layers)
+
+    return equinox(make, normal(1, 2, 3, 8, 8))
 
 
 class PatchMerge(nn.Module):
@@ -746,7 +751,7 @@ def nnx_transformer():
             x = x + self.narrow(nnx.gelu(self.wide(self.norm_ffn(x))))
             return self.out(x)
 
-    return from_nnx(Block(nnx.Rngs(0)), normal(1, 2, 5, 6))
+    return from_nnx(Block, normal(1, 2, 5, 6))
 
 
 class Mixer(nn.Module):

@@ -12,7 +12,7 @@ import numpy as np
 from benchmarks.common import interleave, paired_ratio
 from experiments.common.runs import Record
 
-BLOCK = 0.02  # seconds of calls in a row: caches are warm again after the first of them
+BLOCK = 0.01  # seconds of calls in a row, of which only the first finds the caches cold
 
 
 def call(infer: Callable[[Any, Any], jax.Array], variables: Any, inputs: Any) -> Callable[[], Any]:

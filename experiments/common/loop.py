@@ -29,14 +29,15 @@ def compiler() -> Compile:
     For jax the small networks of two seeds or methods are different functions even where their
     widths agree, and to compile one takes as long as hundreds of its steps.
     """
-    programs: dict[str, Any] = {}
+    programs: dict[Any, Any] = {}
 
     def compile_(fn: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-        lowered = jax.jit(fn).lower(*args)
-        text = lowered.as_text()
-        if text not in programs:
-            programs[text] = lowered.compile()
-        return programs[text]
+        # What is not used has to show too: layers that are left out are told apart by nothing else.
+        lowered = jax.jit(fn, keep_unused=True).lower(*args)
+        key = lowered.as_text(), lowered.in_tree, lowered.out_tree
+        if key not in programs:
+            programs[key] = lowered.compile()
+        return programs[key]
 
     return compile_
 

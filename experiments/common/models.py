@@ -195,7 +195,7 @@ class Transformer(nn.Module):
         mask = nn.make_causal_mask(codes)
         for i in range(self.layers):
             normed = nn.LayerNorm(name=f"norm_{i}_0")(stream)
-            stream += nn.SelfAttention(self.heads, name=f"attention_{i}")(normed, mask)
+            stream += nn.MultiHeadAttention(self.heads, name=f"attention_{i}")(normed, mask=mask)
             normed = nn.LayerNorm(name=f"norm_{i}_1")(stream)
             inner = nn.gelu(nn.Dense(4 * self.width, name=f"up_{i}")(normed))
             stream += nn.Dense(self.width, name=f"down_{i}")(inner)

@@ -1,7 +1,5 @@
 """Rows of small networks, and what they say about what cutting costs and buys."""
 
-from collections.abc import Callable
-
 import numpy as np
 
 from experiments.common.comparison import gap, percent
@@ -87,8 +85,8 @@ def overhead(row: Record) -> float:
 
 def share(row: Record) -> str:
     """Say what a row removes."""
-    kind = "channels" if row["channels_removed"] else "layers"
-    return f"{100 * row[f'{kind}_removed']:g} % of the {kind}"
+    kinds = [kind for kind in ("channels", "layers") if row[f"{kind}_removed"]]
+    return " and ".join(f"{100 * row[f'{kind}_removed']:g} % {kind}" for kind in kinds) or "nothing"
 
 
 def answer(rows: list[Record], *, dataset: str) -> str:
@@ -151,8 +149,8 @@ def _free(small: list[Record], base: Record) -> list[str]:
         return [f"- Every network loses more than {100 * FREE:g} points."]
     best = min(found, key=lambda row: row["flops"])
     return [
-        f"- Within {100 * FREE:g} points of dense, the fewest FLOPs has {best['method']} without "
-        f"{share(best)}: {100 * best['flops_ratio']:.1f} % of the FLOPs, "
+        f"- Within {100 * FREE:g} points of dense, the fewest FLOPs has {best['method']}, "
+        f"{share(best)} removed: {100 * best['flops_ratio']:.1f} % of the FLOPs, "
         f"{100 * best['latency_ratio']['median']:.1f} % of the latency."
     ]
 
@@ -174,14 +172,15 @@ def _rounds(rows: list[Record], model: str) -> list[str]:
 
 def _difference(one: Record, other: Record) -> str:
     mean, std = gap(one, other)
-    return f"{100 * mean:+.2f}±{100 * std:.2f} without {share(one)}"
+    return f"{100 * mean:+.2f}±{100 * std:.2f} at {share(one)}"
 
 
 def _kinds(rows: list[Record], model: str, base: Record) -> list[str]:
     """Layers against channels, for as many FLOPs as interpolation between the channels gives."""
     lines = []
     for method in methods(rows):
-        channels = [*reversed(line(rows, model, method, "channels")), base]
+        channels = [base, *line(rows, model, method, "channels")]
+        channels.sort(key=lambda other: other["flops"])
         for row in line(rows, model, method, "layers"):
             if channels[0]["flops"] <= row["flops"]:
                 there = np.interp(
@@ -190,7 +189,7 @@ def _kinds(rows: list[Record], model: str, base: Record) -> list[str]:
                     [other["accuracy"]["mean"] for other in channels],
                 )
                 points = 100 * (row["accuracy"]["mean"] - there)
-                lines.append(f"{points:+.2f} for {method} without {share(row)}")
+                lines.append(f"{points:+.2f} for {method} at {share(row)}")
     if not lines:
         return []
     return [
@@ -201,12 +200,11 @@ def _kinds(rows: list[Record], model: str, base: Record) -> list[str]:
 
 def _clock(small: list[Record]) -> list[str]:
     """How much of what the FLOPs promise the clock keeps."""
-    order: Callable[[Record], float] = overhead
-    best, worst = min(small, key=order), max(small, key=order)
+    best, *_, worst = sorted([small[0], *small], key=overhead)
     return [
-        f"- The clock follows the FLOPs up to a factor of {overhead(best):.2f} ({best['method']}, "
-        f"{share(best)} removed) to {overhead(worst):.2f} ({worst['method']}, {share(worst)} "
-        "removed)."
+        f"- Latency is {overhead(best):.2f} ({best['method']}, {share(best)} removed) to "
+        f"{overhead(worst):.2f} ({worst['method']}, {share(worst)} removed) times what the FLOPs "
+        "say."
     ]
 
 

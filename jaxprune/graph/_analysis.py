@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -251,12 +252,14 @@ class Site:
         """Tell whether an operand is a zero that is written in the program."""
         value = self.eqn.invars[i]
         known = not isinstance(value, core.Var) or value in self.frame.known
-        return known and value.aval.size == 1 and not np.any(self.value(i))
+        return known and math.prod(value.aval.shape) == 1 and not np.any(self.value(i))
 
     def remember(self) -> None:
         """Let small results that depend on no input be computed where somebody asks for them."""
         known = self.known()
-        small = all(v.aval.size <= 65536 for v in self.eqn.outvars if hasattr(v.aval, "size"))
+        shapes = [getattr(v.aval, "shape", ()) for v in self.eqn.outvars]
+        fixed = all(isinstance(n, int) for shape in shapes for n in shape)  # or symbolic
+        small = fixed and all(math.prod(shape) <= 65536 for shape in shapes)
         if not small or any(k is None for k in known) or self.number in self.frame.inner:
             return
         if self.eqn.effects or self.eqn.primitive.name in ("random_bits", "random_seed"):

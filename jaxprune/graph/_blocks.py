@@ -144,7 +144,7 @@ def _in_frame(
     yield from found
 
 
-_PLAIN_CALLS = ("jit", "pjit", "closed_call", "core_call", "remat", "remat2", "checkpoint")
+_PLAIN_CALLS = ("jit", "closed_call", "composite", "remat", "remat2", "checkpoint")
 
 
 def _ending_at(
@@ -173,6 +173,7 @@ def _ending_at(
             continue
         past = (before[y] & ~before[x]) >> lead
         inside = {n for n in range(past.bit_length()) if past >> n & 1}
+        inside |= _updates_of_state(jaxpr, inside, before=before, readers=readers, state=state)
         outputs: set[int] = set()
         leaks = False
         for n in sorted(inside, reverse=True):
@@ -197,6 +198,29 @@ def _ending_at(
         if paths and not leaks:
             return Branch(frame, number, skip, inside, paths, frozenset(outputs))
     return None
+
+
+def _updates_of_state(
+    jaxpr: Any,
+    inside: set[int],
+    *,
+    before: Mapping[core.Var, int],
+    readers: Mapping[core.Var, set[int]],
+    state: Sequence[int | None],
+) -> set[int]:
+    """Equations that serve nothing but new values of the state made inside of a branch."""
+    lead = len(jaxpr.invars)
+    found: set[int] = set()
+    made = sum(1 << (lead + n) for n in inside)
+    serving: set[int] = set()  # nothing but the state, of whatever branch
+    for n in reversed(range(len(jaxpr.eqns))):
+        reads = {r for v in jaxpr.eqns[n].outvars for r in readers.get(v, ())}
+        if reads and all(r in serving or (r < 0 and state[-1 - r] is not None) for r in reads):
+            serving.add(n)
+            depends = any(before[v] & made for v in jaxpr.eqns[n].outvars)
+            if depends or reads <= found:
+                found.add(n)
+    return found
 
 
 def _multiplies(frame: Frame, number: int) -> bool:

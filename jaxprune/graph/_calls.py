@@ -12,17 +12,18 @@ from jax.extend import core
 from jaxprune.graph._analysis import Axes, Axis, Frame, Rule, Site
 
 
-def call(name: str) -> Rule:
-    """Rule of a plain call of the jaxpr in a parameter."""
+def call(at: Site) -> list[Axes]:
+    """A plain call of the jaxpr in a parameter."""
+    jaxpr = at.params["jaxpr"] if "jaxpr" in at.params else at.params["call_jaxpr"]
+    frame = at.walk(jaxpr, at.ins, at.known())
+    for var, inside in zip(at.eqn.outvars, frame.jaxpr.outvars, strict=True):
+        if isinstance(inside, core.Var) and inside in frame.known:
+            at.frame.known[var] = frame.known[inside]
+    return frame.outs
 
-    def couple(at: Site) -> list[Axes]:
-        frame = at.walk(at.params[name], at.ins, at.known())
-        for var, inside in zip(at.eqn.outvars, frame.jaxpr.outvars, strict=True):
-            if isinstance(inside, core.Var) and inside in frame.known:
-                at.frame.known[var] = frame.known[inside]
-        return frame.outs
 
-    return Rule(couple, lambda at, *values: at.inner()(*values))
+def cut_call(at: Site, *values: Any) -> list[Any]:
+    return at.inner()(*values)
 
 
 def cut_remat(at: Site, *values: Any) -> list[Any]:
@@ -120,6 +121,14 @@ def cond(at: Site) -> list[Axes]:
 
 def cut_cond(at: Site, index: Any, *values: Any) -> list[Any]:
     branches = [at.inner(i) for i in range(len(at.params["branches"]))]
+    platforms = at.params.get("branches_platforms")
+    if platforms is not None:  # which one runs is decided when it is compiled
+        named = {
+            name: branch
+            for names, branch in zip(platforms, branches, strict=True)
+            for name in names or ("default",)
+        }
+        return lax.platform_dependent(*values, **named)
     return lax.switch(index, branches, *values)
 
 
@@ -234,13 +243,11 @@ def _where(which: Sequence[bool], new: Sequence[Any], old: Sequence[Any]) -> lis
 
 
 RULES = {
-    **{name: call("jaxpr") for name in ("jit", "pjit")},
-    **{name: call("call_jaxpr") for name in ("closed_call", "core_call")},
-    **{name: Rule(call("jaxpr").couple, cut_remat) for name in ("remat", "remat2", "checkpoint")},
+    **{name: Rule(call, cut_call) for name in ("jit", "closed_call", "composite")},
+    **{name: Rule(call, cut_remat) for name in ("remat", "remat2", "checkpoint")},
     "scan": Rule(scan, cut_scan),
     "while": Rule(while_, cut_while),
     "cond": Rule(cond, cut_cond),
     "custom_jvp_call": Rule(custom_jvp, cut_custom_jvp),
     "custom_vjp_call": Rule(custom_vjp, cut_custom_vjp),
-    "custom_vjp_call_jaxpr": Rule(custom_vjp, cut_custom_vjp),
 }

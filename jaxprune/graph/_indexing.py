@@ -165,7 +165,6 @@ RULES = {
     "dynamic_update_slice": Rule(dynamic_update_slice),
     **{
         name: Rule(scatter)
-        for name in ("scatter", "scatter_add", "scatter-add", "scatter_mul", "scatter_min")
+        for name in ("scatter", *(f"scatter-{how}" for how in ("add", "sub", "mul", "min", "max")))
     },
-    "scatter_max": Rule(scatter),
 }

@@ -14,6 +14,8 @@ from jaxprune.graph._take import pick, take
 def reshape(at: Site) -> list[Axes]:
     """Merge and split axes, one run of axes with a common product at a time."""
     source, target = at.shape(), at.out_shape()
+    if 0 in source:  # nothing to cut
+        return opaque(at)
     out: list[Axis | None] = []
     for old, new in _runs(source, target):
         axes = [at.ins[0][i] for i in old]
@@ -166,6 +168,24 @@ def _side_by_side(at: Site, axes: Sequence[Axis | None], sizes: Sequence[int], z
     return Axis(np.concatenate(parts), zero)
 
 
+def stack(at: Site) -> list[Axes]:
+    """Join the operands; the axis along which they lie stays whole."""
+    place = at.params["axis"]
+    joined: list[Axis | None] = []
+    for axes in zip(*at.ins, strict=True):
+        ids = at.join(*axes)
+        zero = all(axis is not None and axis.zero for axis in axes)
+        joined.append(None if ids is None else Axis(ids, zero))
+    return [(*joined[:place], None, *joined[place:])]
+
+
+def unstack(at: Site) -> list[Axes]:
+    """Likewise backwards: every index of the axis becomes a result of its own."""
+    place = at.params["axis"]
+    at.freeze(at.ins[0][place])
+    return [tuple(a for i, a in enumerate(at.ins[0]) if i != place)] * len(at.eqn.outvars)
+
+
 def split(at: Site) -> list[Axes]:
     place, start, outs = at.params["axis"], 0, []
     for size in at.params["sizes"]:
@@ -266,10 +286,12 @@ RULES = {
         name: Rule(opaque)
         for name in (
             *("random_wrap", "random_unwrap", "random_seed", "random_fold_in", "random_split"),
-            *("random_clone", "threefry2x32", "axis_index"),
+            *("random_clone", "random_gamma", "threefry2x32", "axis_index", "platform_index"),
         )
     },
     "concatenate": Rule(concatenate),
+    "stack": Rule(stack),
+    "unstack": Rule(unstack),
     "split": Rule(split, cut_split),
     "slice": Rule(slice_, cut_slice),
     "rev": Rule(rev),

@@ -1,4 +1,4 @@
-"""The one top-k of the library: exact, by counting; it never sorts, gathers or concatenates."""
+"""The one top-k of the library: exact, by counting; only many small vectors are sorted."""
 
 import functools
 import math
@@ -45,8 +45,11 @@ def keep_largest(
         images = [image(x.astype(dtype), a) for x, a in zip(data.leaves, living, strict=True)]
         return [_Unit(x, p) for x, p in zip(images, _precedence(data, rankings), strict=True)]
 
-    data = _Data(list(leaves), jnp.uint32(0))
     wanted = jnp.stack([jnp.asarray(count, jnp.int32) for count in counts])
+    if _many_and_small(leaves):
+        images = [image(x.astype(dtype), a) for x, a in zip(leaves, living, strict=True)]
+        return _keep_sorted(images, wanted, rankings)
+    data = _Data(list(leaves), jnp.uint32(0))
     last = _last_kept(units, data, wanted, rankings)
     # The dead, of image 0, can at most fill up the count: out with them.
     return [
@@ -57,6 +60,33 @@ def keep_largest(
         )
         for unit, r in zip(units(data), _ranking_of(rankings), strict=True)
     ]
+
+
+def _many_and_small(leaves: Sequence[jax.Array]) -> bool:
+    """True for the units of many coupled groups: vectors of some thousand scores each.
+
+    A search loop with a body for each of them takes long to compile, and sorting them no time.
+    """
+    plain = all(x.ndim == 1 and not any(jax.typeof(x).sharding.spec) for x in leaves)
+    return len(leaves) > 4 and plain and sum(x.size for x in leaves) <= 2**20
+
+
+def _keep_sorted(
+    images: Sequence[jax.Array], wanted: jax.Array, rankings: Sequence[Ranking]
+) -> list[jax.Array]:
+    """Keep the largest of each ranking by sorting: one row a ranking, filled up with the dead."""
+    rows = [jnp.concatenate([images[i] for i in ranking]) for ranking in rankings]
+    longest = max(row.size for row in rows)
+    table = jnp.stack([jnp.pad(row, (0, longest - row.size)) for row in rows])
+    place = jnp.argsort(jnp.argsort(~table, axis=1, stable=True), axis=1)
+    keep = (place < wanted[:, None]) & (table > 0)
+    kept: dict[int, jax.Array] = {}
+    for row, ranking in zip(keep, rankings, strict=True):
+        start = 0
+        for i in ranking:
+            kept[i] = row[start : start + images[i].size]
+            start += images[i].size
+    return [kept[i] for i in range(len(kept))]
 
 
 class _Data(NamedTuple):

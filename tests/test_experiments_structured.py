@@ -1,0 +1,379 @@
+"""Tests of experiments/structured.py, what it shares, and the notebook over its results."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from experiments import structured
+from experiments.common import data, figures, latency, loop, runs, tradeoff
+from experiments.structured import Config, Run, main, resolve
+
+ROOT = Path(structured.__file__).parents[1]
+TOY = Config(
+    models=("cnn",),
+    methods=("iterative",),
+    channels=(0.5,),
+    layers=(0.5,),
+    rounds=2,
+    seeds=1,
+    steps=20,
+    fine_tune_steps=8,
+    batch_size=16,
+)
+COMPARE = latency.compare
+
+
+class Tiny(nn.Module):
+    """Two residual branches after batch normalisation; compiles in no time."""
+
+    @nn.compact
+    def __call__(self, images, train=False):
+        stream = nn.Dense(8, name="in")(images)
+        stream = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(stream)
+        for i in range(2):
+            inner = nn.relu(nn.Dense(6, name=f"up_{i}")(stream))
+            stream += nn.Dense(8, name=f"down_{i}")(inner)
+        return nn.Dense(10, name="out")(stream)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """A tiny network and data in place of the CNN's, less optimised, its latency not measured."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(90, 16)).astype(np.float32), rng.integers(0, 10, 90)
+    split = data.Split(images, labels.astype(np.int32))
+    times = {"latency_ms": 1.0, "dense_ms": 2.0}
+    times["latency_ratio"] = {"median": 0.5, "low": 0.4, "high": 0.6}
+    jax.config.update("jax_disable_most_optimizations", True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(structured.MODELS, "digits", Tiny())
+        patch.setattr(data, "load_digits", lambda: data.Dataset(split, split, split))
+        patch.setattr(latency, "compare", lambda small, dense, turns: times)
+        yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """The folder of an undisturbed toy run, to be read only."""
+    folder = tmp_path_factory.mktemp("toy")
+    main(dataclasses.replace(TOY, out=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def task():
+    return structured.load(resolve(TOY), "cnn")
+
+
+def test_a_run_leaves_its_files(toy):
+    names = {str(path.relative_to(toy)) for path in toy.rglob("*") if path.is_file()}
+    cuts = ("channels_0.5_layers_0", "channels_0_layers_0.5")
+    networks = {
+        "trained",
+        "dense_channels_0_layers_0",
+        *(f"{method}_{cut}" for method in TOY.methods for cut in cuts),
+    }
+    assert names == {
+        *("config.json", "metrics.jsonl", "latency.json"),
+        *("summary.json", "tradeoff.png", "answer.md"),
+        *(f"cnn/seed_0/{name}.npz" for name in networks),
+    }
+    config = runs.read_config(toy)
+    assert config["trainings"]["cnn"]["steps"] == 20 and config["data_path"] is None
+    assert "out" not in config and "transformer" not in config["trainings"]
+
+
+def test_the_summary_has_a_row_for_each_network_and_cut(toy):
+    rows = runs.read_summary(toy)["rows"]
+    assert [tradeoff.key_of(row) for row in rows] == [
+        ("cnn", "dense", 0.0, 0.0),
+        ("cnn", "iterative", 0.5, 0.0),
+        ("cnn", "iterative", 0.0, 0.5),
+    ]
+    # 16-8 and a norm, two branches 8-6-8, 8-10; then half of every width, or one branch less.
+    sizes = [136 + 16 + 2 * 110 + 90, 68 + 8 + 2 * 31 + 50, 136 + 16 + 110 + 90]
+    assert [row["parameters"] for row in rows] == sizes
+    flops = [2 * (128 + 4 * 48 + 80), 2 * (64 + 4 * 12 + 40), 2 * (128 + 2 * 48 + 80)]
+    assert [row["flops"] for row in rows] == flops
+    for row in rows:
+        seeds = row["accuracy"]["seeds"]
+        assert len(seeds) == 1 and all(0 <= accuracy <= 1 for accuracy in seeds)
+        assert row["accuracy"]["mean"] == np.mean(seeds) and row["accuracy"]["std"] == np.std(seeds)
+        assert row["flops_ratio"] == row["flops"] / flops[0]
+    assert rows[0]["latency_ms"] == 2.0 and rows[0]["latency_ratio"]["median"] == 1.0
+    assert rows[1]["latency_ms"] == 1.0 and rows[1]["latency_ratio"]["high"] == 0.6
+
+
+def test_every_group_of_channels_loses_its_share_and_layers_compete(toy):
+    for record in runs.read_records(toy):
+        left = list(record["left"].values())
+        if record["channels_removed"]:
+            assert sorted(left) == [3, 3, 4]
+        elif record["layers_removed"]:
+            assert sorted(left) == [0, 1]
+        else:
+            assert left == []
+
+
+def test_small_networks_are_what_the_cuts_say(toy, task):
+    trained, nothing = runs.load_network(toy / "cnn" / "seed_0" / "trained.npz")
+    assert nothing == {}
+    for run in structured.plan(resolve(dataclasses.replace(TOY, out=toy))):
+        if run.method != "dense":
+            path = structured.checkpoint(dataclasses.replace(TOY, out=toy), run)
+            variables, cut = runs.load_network(path)
+            infer, same = jp.shrink(task.infer, trained, cut=cut)
+            assert jax.tree.map(jnp.shape, same) == jax.tree.map(jnp.shape, variables)
+            record = next(r for r in runs.read_records(toy) if structured.run_of(r) == run)
+            found = loop.evaluate(infer, variables, task.test, loop.compiler())
+            assert found["accuracy"] == record["accuracy"]
+            assert found["loss"] == pytest.approx(record["loss"], rel=1e-5)
+
+
+def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):
+    monkeypatch.setattr(structured, "load", None)  # neither data nor training are needed
+    (toy / "tradeoff.png").unlink()
+    assert main(dataclasses.replace(TOY, out=toy)) == runs.read_summary(toy)
+    assert (toy / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
+    printed, answer = capsys.readouterr().out, (toy / "answer.md").read_text()
+    for word in ("What cutting costs and buys", "iterative", "50 % layers"):
+        assert word in printed and word in answer
+
+
+def test_a_killed_run_goes_on_to_the_same_numbers(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes longest here
+    cut_short(toy, tmp_path, lines=2)
+    (tmp_path / "cnn" / "seed_0" / "iterative_channels_0_layers_0.5.npz").unlink()
+    main(dataclasses.replace(TOY, out=tmp_path))
+    assert_same_files(toy, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lines", [0, 1])
+def test_a_run_killed_early_goes_on_to_the_same_numbers(toy, tmp_path, lines):
+    cut_short(toy, tmp_path, lines=lines)
+    if lines == 0:
+        shutil.rmtree(tmp_path / "cnn")
+    main(dataclasses.replace(TOY, out=tmp_path))
+    assert_same_files(toy, tmp_path)
+
+
+def cut_short(finished, folder, *, lines):
+    """Copy a run as whoever kills it in the middle of a line leaves it."""
+    shutil.copytree(finished, folder, dirs_exist_ok=True)
+    for name in ("summary.json", "tradeoff.png", "answer.md", "latency.json"):
+        (folder / name).unlink()
+    text = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join(text[:lines]) + text[lines][:40])
+
+
+def assert_same_files(folder, other):
+    for name in ("config.json", "metrics.jsonl", "latency.json", "summary.json", "answer.md"):
+        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+
+
+def test_another_config_is_refused(toy):
+    with pytest.raises(ValueError, match=r"another config: rounds \(2 there, 3 now\)"):
+        main(dataclasses.replace(TOY, rounds=3, fine_tune_steps=12, out=toy))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dataset": "cifar"}, "`dataset='cifar'` is not known. Choose one of digits, mnist"),
+        ({"models": ("cnn", "rnn")}, r"may name cnn, transformer, but not \['rnn'\]"),
+        ({"models": ()}, r"`models=\(\)` must name each once, and one at least"),
+        ({"methods": ("lucky",)}, r"may name one_shot, iterative, but not \['lucky'\]"),
+        ({"methods": ("one_shot",) * 2}, "must name each once"),
+        ({"channels": (0.5, 1.0)}, r"`channels=\(0.5, 1.0\)` must lie between 0 and 1"),
+        ({"layers": (float("nan"),)}, "must lie between 0 and 1"),
+        ({"layers": (0.5, 0.5)}, "must be distinct"),
+        ({"channels": (), "layers": ()}, r"`channels=\(\)` leaves nothing to remove, as `layers`"),
+        ({"rounds": 1}, "`rounds=1` must be 2 or more, or iterative is one_shot"),
+        ({"criterion": "luck"}, "`criterion='luck'` must be one of taylor, magnitude, random"),
+        ({"scope": "global"}, "`scope='global'` must be per-leaf or across"),
+        ({"seeds": 0}, "`seeds=0` must be positive"),
+        ({"steps": 0}, "`steps=0` must be positive"),
+        ({"fine_tune_steps": 11}, "`fine_tune_steps=11` must be 12 or more"),
+        ({"batch_size": -1}, "`batch_size=-1` must be positive"),
+        ({"data_path": Path("mnist.npz")}, "goes with dataset='mnist'"),
+        ({"seeds": 0, "steps": -1}, "`seeds=0` must be positive; `steps=-1` must be positive"),
+    ],
+)
+def test_bad_settings_are_refused_by_name(changes, words):
+    with pytest.raises(ValueError, match=words):
+        resolve(Config(**changes))
+
+
+def test_the_data_decide_what_is_left_out():
+    settings = resolve(Config(dataset="mnist"))
+    assert settings.out == Path("results/structured_mnist")
+    assert structured.training_of(settings, "cnn") == structured.TRAININGS["mnist"]
+    assert structured.training_of(settings, "transformer") == structured.TRAININGS["text"]
+    given = structured.training_of(resolve(Config(steps=7)), "transformer")
+    assert given == {**structured.TRAININGS["text"], "steps": 7}
+
+
+def test_of_the_channels_of_attention_whole_heads_are_removed():
+    task = structured.load(resolve(Config()), "transformer")
+    variables = jax.eval_shape(task.model.init, jax.random.key(0), task.test.inputs[:1])
+    groups = structured.find_units(task, variables, Run("transformer", "one_shot", 0.5, 0.0, 0))
+    assert sorted(group.size for group in groups) == [*[4] * 4, 64, *[256] * 4]
+    blocks = structured.find_units(task, variables, Run("transformer", "one_shot", 0.0, 0.5, 0))
+    assert len(blocks) == 8
+
+
+def test_windows_of_text_are_asked_for_the_next_character():
+    task = structured.load(resolve(Config()), "transformer")
+    batch, codes = task.take(np.array([0, 5])), data.load_text().train
+    np.testing.assert_array_equal(batch.inputs[1], codes[5:37])
+    np.testing.assert_array_equal(batch.targets[1], codes[6:38])
+    np.testing.assert_array_equal(task.test.inputs[1:, 0], task.test.targets[:-1, -1])
+
+
+def test_programs_that_read_the_same_are_compiled_once():
+    compile_, x = loop.compiler(), jnp.arange(3.0)
+    double = [compile_(lambda x: 2 * x, x) for _ in range(2)]
+    assert double[0] is double[1] and double[0](x).tolist() == [0.0, 2.0, 4.0]
+    assert compile_(lambda x: 3 * x, x) is not double[0]
+    assert compile_(lambda x: 2 * x, x[:2]) is not double[0]
+
+
+def test_learning_rates_rise_for_a_tenth_and_fall_to_nothing():
+    rates = loop.learning_rates(2.0, 100)
+    assert rates.argmax() in (9, 10) and 1.8 < rates.max() <= 2.0
+    assert np.all(np.diff(rates[10:]) < 0) and 0 < rates[-1] < 0.001 and rates[0] < 0.2
+
+
+def test_the_gradient_is_the_mean_over_batches(task, key):
+    variables = task.model.init(key, task.test.inputs[:1])
+    batches = [task.take(np.arange(n, n + 4)) for n in (0, 4)]
+    mean = loop.mean_gradient(task.learn, variables, batches, loop.compiler())
+    each = [loop.mean_gradient(task.learn, variables, [b], loop.compiler()) for b in batches]
+    for m, a, b in zip(*map(jax.tree.leaves, (mean, *each)), strict=True):
+        np.testing.assert_allclose(m, (a + b) / 2, atol=1e-6)
+
+
+def test_all_examples_are_tested_whatever_the_parts(task, key, monkeypatch):
+    variables = task.model.init(key, task.test.inputs[:1])
+    whole = loop.evaluate(task.infer, variables, task.test, loop.compiler())
+    monkeypatch.setattr(loop, "TESTED_AT_ONCE", 77)
+    parts = loop.evaluate(task.infer, variables, task.test, loop.compiler())
+    assert parts == pytest.approx(whole, rel=1e-5)
+
+
+def row(method, seeds, *, channels=0.0, layers=0.0, flops=1.0, latency=1.0):
+    ratio = {"median": latency, "low": latency, "high": latency}
+    return {
+        "model": "cnn",
+        "method": method,
+        "channels_removed": channels,
+        "layers_removed": layers,
+        "accuracy": {"mean": np.mean(seeds), "std": np.std(seeds), "seeds": seeds},
+        "loss": {"mean": 0.1, "std": 0.0, "seeds": [0.1, 0.1]},
+        "parameters": 1e6 * flops,
+        "flops": 1e7 * flops,
+        "flops_ratio": flops,
+        "latency_ms": 2 * latency,
+        "latency_ratio": ratio,
+    }
+
+
+ROWS = [
+    row("dense", [0.99, 0.97]),
+    row("one_shot", [0.95, 0.95], channels=0.5, flops=0.25, latency=0.3),
+    row("one_shot", [0.97, 0.97], layers=0.5, flops=0.5, latency=0.5),
+    row("iterative", [0.985, 0.971], channels=0.5, flops=0.25, latency=0.35),
+    row("iterative", [0.98, 0.96], layers=0.5, flops=0.5, latency=0.55),
+]
+
+
+def test_the_answer_is_read_off_the_rows():
+    answer = tradeoff.answer(ROWS, dataset="digits")
+    for line in (
+        "Dense: 98.00±1.00 %, 1,000,000 parameters, 10.00 MFLOPs, 2.00 ms.",
+        "| 50 % channels | iterative | 97.80±0.70 | 0.20±0.30 | 25.0 % | 35.0 % | 1.40 |",
+        "- Within 0.3 points of dense, the fewest FLOPs has iterative, 50 % channels removed: "
+        "25.0 % of the FLOPs, 35.0 % of the latency.",
+        "- iterative minus one_shot, in points: +2.80±0.70 at 50 % channels, +0.00±1.00 at "
+        "50 % layers.",
+        # Halfway between 25 and 100 % on a logarithmic axis: 96.5 and 97.9.
+        "- Removing layers instead of channels, for as many FLOPs (accuracy interpolated along the "
+        "logarithm of the FLOPs), in points: +0.50 for one_shot at 50 % layers, -0.90 for "
+        "iterative at 50 % layers.",
+        "- Latency is 1.00 (one_shot, 50 % layers removed) to 1.40 (iterative, 50 % channels "
+        "removed) times what the FLOPs say.",
+    ):
+        assert line in answer.splitlines()
+
+
+def test_the_answer_says_nothing_of_what_was_not_run():
+    answer = tradeoff.answer(ROWS[:2], dataset="digits")
+    assert "Every network loses more than 0.3 points." in answer
+    assert "iterative" not in answer and "layers" not in answer
+
+
+def test_the_figure_has_two_panels_a_network():
+    figure = figures.tradeoff_figure([*ROWS, *({**r, "model": "transformer"} for r in ROWS)])
+    above, _, below, _ = figure.axes
+    assert above.get_title() == "cnn"
+    labels = [text.get_text() for text in above.get_legend().get_texts()]
+    assert labels == [
+        "dense",
+        *(f"{m}, {k}" for m in ("one_shot", "iterative") for k in ("channels", "layers")),
+    ]
+    assert above.get_xlim() == below.get_xlim() and below.get_yscale() == "log"
+    assert figures.png(figures.tradeoff_figure(ROWS[:2])).startswith(b"\x89PNG")
+
+
+def test_latency_is_compared_in_turns(monkeypatch):
+    monkeypatch.setattr(latency, "_seconds", lambda run: 0.004)
+    calls = []
+    blocks = {}
+
+    def interleave(tasks, repeats):
+        for name, task in tasks.items():
+            calls.clear()
+            task()
+            blocks[name] = list(calls)
+        return {"small": [0.003, 0.006, 0.009], "dense": [0.006, 0.012, 0.012]}
+
+    monkeypatch.setattr(latency, "interleave", interleave)
+    found = COMPARE(lambda: calls.append("s"), lambda: calls.append("d"), turns=3)
+    assert blocks == {"small": ["s"] * 3, "dense": ["d"] * 3}  # 10 ms of 4 ms each
+    assert found["latency_ms"] == pytest.approx(2) and found["dense_ms"] == pytest.approx(4)
+    assert found["latency_ratio"]["median"] == 0.5
+
+
+def test_a_call_waits_for_its_result():
+    call = latency.call(lambda v, x: v @ x, jnp.ones((2, 2)), np.ones((2, 1), np.float32))
+    assert call().tolist() == [[2.0], [2.0]]
+
+
+def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():
+    jupytext = pytest.importorskip("jupytext")
+    notebook = jupytext.read(ROOT / "notebooks" / "structured.ipynb")
+    script = jupytext.read(ROOT / "notebooks" / "structured.py")
+    assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
+    for cell in notebook.cells:
+        assert not cell.get("outputs") and not cell.get("execution_count")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["notebooks", "."])
+def test_the_notebook_runs_on_toy_results(toy, monkeypatch, folder):
+    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
+    monkeypatch.setenv("JAXPRUNE_RESULTS", str(toy))
+    notebook = nbformat.read(ROOT / "notebooks" / "structured.ipynb", as_version=4)
+    resources = {"metadata": {"path": str(ROOT / folder)}}
+    nbclient.NotebookClient(notebook, resources=resources).execute()
+    drawn = [out for cell in notebook.cells for out in cell.get("outputs", []) if "data" in out]
+    assert sum("image/png" in out["data"] for out in drawn) == 3

@@ -87,10 +87,17 @@ class Group:
         exact = "" if self.exact else f", not exact: {self.reason}"
         lines = [f"{self.name}: {what}{exact}"]
         for member in self.members[:12]:
-            each = "" if member.indices.shape[1] == 1 else f", {member.indices.shape[1]} a unit"
-            lines.append(f"  {member.path} axis {member.axis}{each}")
-        more = len(self.members) - 12
-        return "\n".join([*lines, f"  and {more} more"] if more > 0 else lines)
+            each = member.indices.shape[1]
+            if self.kind != "block":
+                more = "" if each == 1 else f", {each} a unit"
+                lines.append(f"  {member.path} axis {member.axis}{more}")
+            elif each == 1:
+                index = member.indices[0, 0]
+                lines.append(f"  {member.path} axis {member.axis}, index {index}")
+            else:
+                lines.append(f"  {member.path}")
+        left = len(self.members) - 12
+        return "\n".join([*lines, f"  and {left} more"] if left > 0 else lines)
 
 
 class Groups(tuple[Group, ...]):

@@ -55,3 +55,40 @@ def test_the_quickstart_and_its_script_are_one_and_hold_no_outputs():
     assert sum(cell.cell_type == "code" for cell in notebook.cells) == 10
     for cell in notebook.cells:
         assert not cell.get("outputs") and not cell.get("execution_count")
+
+
+@pytest.mark.slow
+def test_what_the_readme_shows_of_smaller_networks_runs():
+    import json
+
+    import flax.linen as nn
+    import jax
+    import jax.numpy as jnp
+
+    import jaxprune as jp
+
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, images):
+            x = nn.relu(nn.Conv(16, (3, 3), name="stem")(images))
+            y = nn.BatchNorm(use_running_average=True, name="norm")
+            y = nn.relu(y(nn.Conv(32, (3, 3), name="conv_0")(x)))
+            x = x + nn.Conv(16, (3, 3), name="conv_1")(y)
+            return nn.Dense(10, name="head")(nn.relu(x).mean((1, 2)))
+
+    text = (ROOT / "README.md").read_text()
+    section = text[text.index("## Really smaller networks") : text.index("## A lottery ticket")]
+    first, *others = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    model, images = Net(), jnp.ones((2, 8, 8, 1))
+    variables = model.init(jax.random.key(0), images)
+    names = {"jp": jp, "json": json, "optax": optax, "model": model, "images": images}
+    names |= {"variables": variables}
+    names["dense_flops"] = jp.count_flops(model.apply, variables, images)
+    exec(first, names)
+    shown = re.search(r"```\n(params.*?)frozen", section, re.DOTALL)
+    assert str(names["groups"]).startswith(shown[1])
+    setup, rest = others[0].split("masks = groups", 1)
+    exec(setup, names)
+    names["opt_state"] = names["tx"].init(variables["params"])
+    exec("masks = groups" + rest, names)
+    assert names["small_fn"](names["small"], images).shape == (2, 10)

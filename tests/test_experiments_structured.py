@@ -73,6 +73,11 @@ def task():
     return structured.load(resolve(TOY), "cnn")
 
 
+@pytest.fixture(scope="module")
+def variables(task):
+    return jax.jit(task.model.init)(jax.random.key(0), task.test.inputs[:1])
+
+
 def test_a_run_leaves_its_files(toy):
     names = {str(path.relative_to(toy)) for path in toy.rglob("*") if path.is_file()}
     cuts = ("channels_0.5_layers_0", "channels_0_layers_0.5")
@@ -253,19 +258,17 @@ def test_learning_rates_rise_for_a_tenth_and_fall_to_nothing():
     assert np.all(np.diff(rates[10:]) < 0) and 0 < rates[-1] < 0.001 and rates[0] < 0.2
 
 
-def test_the_gradient_is_the_mean_over_batches(task, key):
-    variables = task.model.init(key, task.test.inputs[:1])
-    batches = [task.take(np.arange(n, n + 4)) for n in (0, 4)]
-    mean = loop.mean_gradient(task.learn, variables, batches, loop.compiler())
-    each = [loop.mean_gradient(task.learn, variables, [b], loop.compiler()) for b in batches]
-    for m, a, b in zip(*map(jax.tree.leaves, (mean, *each)), strict=True):
+def test_the_gradient_is_the_mean_over_batches(task, variables):
+    batches, compile_ = [task.take(np.arange(n, n + 4)) for n in (0, 4)], loop.compiler()
+    parts = (batches, batches[:1], batches[1:])
+    found = [loop.mean_gradient(task.learn, variables, part, compile_) for part in parts]
+    for m, a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(m, (a + b) / 2, atol=1e-6)
 
 
-def test_all_examples_are_tested_whatever_the_parts(task, key, monkeypatch):
-    variables = task.model.init(key, task.test.inputs[:1])
+def test_all_examples_are_tested_whatever_the_parts(task, variables, monkeypatch):
     whole = loop.evaluate(task.infer, variables, task.test, loop.compiler())
-    monkeypatch.setattr(loop, "TESTED_AT_ONCE", 77)
+    monkeypatch.setattr(loop, "TESTED_AT_ONCE", 40)
     parts = loop.evaluate(task.infer, variables, task.test, loop.compiler())
     assert parts == pytest.approx(whole, rel=1e-5)
 

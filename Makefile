@@ -46,6 +46,7 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m benchmarks.selection
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.events
+	$(BIN)/python -m benchmarks.structure
 	$(BIN)/python -m benchmarks.training_speed
 
 # The lock names the public package index; where that is not reachable, take what there is.

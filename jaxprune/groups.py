@@ -324,7 +324,10 @@ def expand(groups: Sequence[Group], keep: dict[str, Any], like: Params) -> Masks
                 )
             owner = np.full(size, group.size)  # what nobody owns stays
             owner[m.indices] = np.arange(group.size)[:, None]
-            vector = jnp.append(units, True)[owner]
+            if np.array_equal(owner, np.arange(group.size)):
+                vector = units
+            else:
+                vector = jnp.append(units, True)[owner]
             here = (m.path, m.axis)
             vectors[here] = vectors[here] & vector if here in vectors else vector
 

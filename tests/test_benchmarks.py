@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
 
-from benchmarks import events, selection, step_overhead, training_speed
+from benchmarks import events, selection, step_overhead, structure, training_speed
 from benchmarks.common import interleave, paired_ratio
 
 
@@ -75,3 +75,13 @@ def test_training_speed_compares_or_says_that_torch_is_missing(tmp_path, capsys)
         assert "Skipped: there is no PyTorch" in capsys.readouterr().out
     else:
         assert set(result["time_over_ours"]) == set(json.loads(out.read_text())["time_over_ours"])
+
+
+@pytest.mark.slow
+def test_structure_times_the_analysis_and_counts_what_is_left(tmp_path):
+    out = tmp_path / "structure.json"
+    config = structure.Config(blocks=(1, 1), layers=1, turns=1, batch=2, size=16, out=out)
+    structure.main(config)
+    result = json.loads(out.read_text())
+    assert {"resnet", "decoder"} <= result["analysis"]["seconds"].keys()
+    assert 0 < result["latency"]["flops"] < 0.6

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune._tree import leaves_with_path
 from jaxprune._types import Masks, Params, Scores, Units
@@ -108,7 +109,12 @@ class Coupled:
             s = s.astype(jnp.promote_types(s.dtype, jnp.float32))
             s = s * s if self.reduce == "norm" else s
             others = tuple(i for i in range(s.ndim) if i != m.axis)
-            total = total + jnp.sum(jnp.sum(s, axis=others)[m.indices], axis=1)
+            each = jnp.sum(s, axis=others)
+            if np.array_equal(m.indices.ravel(), np.arange(len(each))):  # in order: no gather
+                each = each.reshape(m.indices.shape)
+            else:
+                each = each[m.indices]
+            total = total + jnp.sum(each, axis=1)
             n += m.indices.shape[1] * math.prod(s.shape[i] for i in others)
         if self.reduce == "mean":
             total = total / n

@@ -173,7 +173,7 @@ def _ending_at(
             continue
         past = (before[y] & ~before[x]) >> lead
         inside = {n for n in range(past.bit_length()) if past >> n & 1}
-        inside |= _updates_of_state(jaxpr, inside, before=before, readers=readers, state=state)
+        inside |= _updates_of_state(jaxpr, inside, readers=readers, state=state)
         outputs: set[int] = set()
         leaks = False
         for n in sorted(inside, reverse=True):
@@ -204,22 +204,25 @@ def _updates_of_state(
     jaxpr: Any,
     inside: set[int],
     *,
-    before: Mapping[core.Var, int],
     readers: Mapping[core.Var, set[int]],
     state: Sequence[int | None],
 ) -> set[int]:
     """Equations that serve nothing but new values of the state made inside of a branch."""
-    lead = len(jaxpr.invars)
-    found: set[int] = set()
-    made = sum(1 << (lead + n) for n in inside)
+    reads = [{r for v in eqn.outvars for r in readers.get(v, ())} for eqn in jaxpr.eqns]
     serving: set[int] = set()  # nothing but the state, of whatever branch
     for n in reversed(range(len(jaxpr.eqns))):
-        reads = {r for v in jaxpr.eqns[n].outvars for r in readers.get(v, ())}
-        if reads and all(r in serving or (r < 0 and state[-1 - r] is not None) for r in reads):
+        if reads[n] and all(
+            r in serving or (r < 0 and state[-1 - r] is not None) for r in reads[n]
+        ):
             serving.add(n)
-            depends = any(before[v] & made for v in jaxpr.eqns[n].outvars)
-            if depends or reads <= found:
-                found.add(n)
+    found: set[int] = set()
+    for n in sorted(serving):  # those that read what the branch makes, and what comes of it
+        made = {v for m in inside | found for v in jaxpr.eqns[m].outvars}
+        if made.intersection(v for v in jaxpr.eqns[n].invars if isinstance(v, core.Var)):
+            found.add(n)
+    for n in sorted(serving - found, reverse=True):  # and what is made for them alone
+        if reads[n] <= found:
+            found.add(n)
     return found
 
 

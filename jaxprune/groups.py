@@ -105,7 +105,7 @@ class Groups(tuple[Group, ...]):
 
     Attributes:
       frozen: for each parameter axis of which some index cannot be removed: path, axis, how many
-        indices, and the operation that is the reason.
+        indices (0 stands for all of them), and the operation that is the reason.
 
     Example:
       >>> member = Member("hidden/kernel", 1, np.arange(3)[:, None])
@@ -305,7 +305,7 @@ def expand(groups: Sequence[Group], keep: dict[str, Any], like: Params) -> Masks
     Works on traced ``keep``. Leaves without a member are None.
     """
     vectors: dict[tuple[str, int], jax.Array] = {}
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_with_path(like)}
+    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves_with_path(like)}
     for group in groups:
         units = jnp.asarray(keep[group.name])
         for m in group.members:
@@ -322,22 +322,17 @@ def expand(groups: Sequence[Group], keep: dict[str, Any], like: Params) -> Masks
                     f"{m.path!r}, but its shape is {shapes[m.path]}. Find the groups of these "
                     "params, or move groups along with `groups.cut(masks)`."
                 )
-            owner = np.full(size, group.size)  # what nobody owns stays
-            owner[m.indices] = np.arange(group.size)[:, None]
-            if np.array_equal(owner, np.arange(group.size)):
-                vector = units
-            else:
-                vector = jnp.append(units, True)[owner]
+            vector = _along_axis(units, m.indices, size)
             here = (m.path, m.axis)
             vectors[here] = vectors[here] & vector if here in vectors else vector
 
-    def mask(path: str, leaf: Any) -> Any:
-        axes = [i for i in range(jnp.ndim(leaf)) if (path, i) in vectors]
+    def mask(path: str, _: Any) -> Any:
+        rank = len(shapes[path])
+        axes = [i for i in range(rank) if (path, i) in vectors]
         if not axes:
             return None
         parts = [
-            jnp.expand_dims(vectors[path, i], [j for j in range(jnp.ndim(leaf)) if j != i])
-            for i in axes
+            jnp.expand_dims(vectors[path, i], [j for j in range(rank) if j != i]) for i in axes
         ]
         whole = parts[0]
         for part in parts[1:]:
@@ -345,6 +340,18 @@ def expand(groups: Sequence[Group], keep: dict[str, Any], like: Params) -> Masks
         return whole
 
     return map_with_path(mask, like)
+
+
+def _along_axis(units: jax.Array, indices: np.ndarray, size: int) -> jax.Array:
+    """Say of each index of an axis whether all units that own it are kept."""
+    order, each = indices.ravel(), indices.shape[1]
+    if np.array_equal(order, np.arange(size)) and each == 1:
+        return units
+    if len(np.unique(order)) < len(order):  # an index may belong to two units of a group
+        return jnp.ones(size, bool).at[order].min(jnp.repeat(units, each))
+    owner = np.full(size, len(indices))  # what nobody owns stays
+    owner[indices] = np.arange(len(indices))[:, None]
+    return jnp.append(units, True)[owner]
 
 
 def kept_indices(masks: Masks) -> Kept:

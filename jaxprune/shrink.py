@@ -11,8 +11,9 @@ import optax
 from jaxprune._event import PruneState, is_packed
 from jaxprune._tree import is_hole, leaves_with_path, list_paths, path_str
 from jaxprune._types import Masks, Params
-from jaxprune.graph import Rule, small_function
+from jaxprune.graph import Rule
 from jaxprune.graph._network import is_array, mirrored_outputs
+from jaxprune.graph._shrunk import small_function
 from jaxprune.graph._take import take
 from jaxprune.groups import Cut, Groups, is_dropped, kept_indices
 from jaxprune.masks import Packed, apply_masks, pack, unpack
@@ -185,7 +186,8 @@ def shrink_state(
       The state for the small params.
 
     Raises:
-      ValueError: masks that do not fit, as for ``cut_list``.
+      ValueError: masks that do not fit, as for ``cut_list``; a state that is not made of slices of
+        the old one, such as adafactor's where another axis is the longest now.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -213,7 +215,25 @@ def shrink_state(
     is_pruner = lambda node: isinstance(node, PruneState)  # noqa: E731
     bare = jax.tree.map(_unpacked, opt_state, is_leaf=is_pruner)
     small = optax.tree.map_params(tx, cut, bare, cuts, is_leaf=is_hole)
-    return jax.tree.map(_packed_like, opt_state, small, is_leaf=is_pruner)
+    state = jax.tree.map(_packed_like, opt_state, small, is_leaf=is_pruner)
+    _check_state(tx, state, _cut_tree(params, kept))
+    return state
+
+
+def _check_state(tx: optax.GradientTransformation, state: Any, small: Params) -> None:
+    """Refuse a state that the optimizer would have made otherwise: adafactor goes by sizes."""
+    try:
+        fresh = jax.eval_shape(tx.init, small)
+    except ValueError:  # a pruner around it has the groups of the whole params
+        return
+    leaves = jax.tree_util.tree_leaves_with_path(fresh)
+    for (path, want), got in zip(leaves, jax.tree.leaves(state), strict=True):
+        if want.shape != jnp.shape(got):
+            raise ValueError(
+                f"The state at {path_str(path)!r} has shape {jnp.shape(got)} once it is cut, but "
+                f"for the small params the optimizer keeps one of {want.shape}. Start anew: "
+                "`tx.init(small_params)`."
+            )
 
 
 def _unpacked(node: Any) -> Any:

@@ -6,6 +6,5 @@ from jaxprune.graph._analysis import Site as Site
 from jaxprune.graph._blocks import find_blocks as find_blocks
 from jaxprune.graph._flops import count_flops as count_flops
 from jaxprune.graph._groups import find_groups as find_groups
-from jaxprune.graph._shrunk import small_function as small_function
 
-__all__ = ("Axis", "Rule", "Site", "count_flops", "find_blocks", "find_groups", "small_function")
+__all__ = ("Axis", "Rule", "Site", "count_flops", "find_blocks", "find_groups")

@@ -39,8 +39,21 @@ class Rule(NamedTuple):
     Attributes:
       couple: says how the axes of its results hang together with those of its operands, joins and
         freezes what has to be; ``(Site) -> [Axes of each result]``.
-      cut: evaluates it on cut operands; ``(CutSite, *values) -> [result, ...]``. None where the
+      cut: evaluates it on cut operands; ``(Site, *values) -> [result, ...]``. None where the
         primitive computes the right thing as it is.
+
+    Example:
+      >>> def fft(at):  # works along the last axes, which stay whole, and passes the others on
+      ...     n = len(at.params["fft_lengths"])
+      ...     for axis in at.ins[0][-n:]:
+      ...         at.freeze(axis)
+      ...     return [(*at.ins[0][:-n], *[None] * n)]
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> net = lambda p, x: jnp.abs(jnp.fft.rfft(p["w"] @ x)).T @ p["v"]
+      >>> params = {"w": jnp.ones((6, 3)), "v": jnp.ones((6, 1))}
+      >>> jp.find_groups(net, params, jnp.ones((3, 8)), rules={"fft": Rule(fft)})
+      Groups(v:0 x 6)
     """
 
     couple: Callable[["Site"], Sequence[Axes]]
@@ -119,7 +132,20 @@ class Analysis:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """One equation during the walk, and what its rule may do."""
+    """One equation, and what its rule may ask and do.
+
+    While axes are coupled: ``ins`` are the axes of the operands, ``join``, ``contract``, ``freeze``
+    and ``product`` say how they hang together, ``fresh`` makes new ones. When it is cut:
+    ``kept_ins`` and ``kept_outs`` give the indices that are left, ``small_shape`` the shape of a
+    result, and ``bind`` evaluates the primitive with some of its params replaced.
+
+    Attributes:
+      analysis: what is shared by the whole walk.
+      frame: the axes of all values beside it.
+      number: its place in the jaxpr.
+      eqn: the equation of the jaxpr.
+      alive: which roots are alive, once that is known.
+    """
 
     analysis: Analysis
     frame: Frame

@@ -10,6 +10,7 @@ from jax.extend import core
 from jaxprune._tree import list_paths
 from jaxprune._types import Params
 from jaxprune.graph._analysis import Frame, Rule, Site
+from jaxprune.graph._calls import scan_sizes
 from jaxprune.graph._elementwise import ELEMENTWISE, stays_zero
 from jaxprune.graph._groups import layer_roots, owned
 from jaxprune.graph._network import Network, mirrored_outputs, network
@@ -318,7 +319,7 @@ def _scan_reasons(net: Network) -> list[str]:
     reasons = []
     for site in net.analysis.scans:
         (body,) = site.frame.inner[site.number]
-        n, k = site.params["num_consts"], site.params["num_carry"]
+        n, k = scan_sizes(site.params)
         inputs = body.jaxpr.invars[len(body.consts) :]
         states: dict[core.Var, Any] = {v: v for v in inputs[n : n + k]}
         states |= dict.fromkeys(inputs[n + k :], _ZERO)

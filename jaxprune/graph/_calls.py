@@ -1,6 +1,6 @@
 """Rules for primitives that call other programs: jit, loops, branches, custom derivatives."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -59,9 +59,17 @@ def _pattern(axes: Axes) -> list[bool | None]:
     return [None if axis is None else axis.zero for axis in axes]
 
 
+def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
+    """How many operands of a scan are constants, and how many are carried."""
+    if "num_consts" in params:
+        return params["num_consts"], params["num_carry"]
+    consts, carry, _ = params["ft_in"].unpack()  # since jax 0.12
+    return len(consts), len(carry)
+
+
 def scan(at: Site) -> list[Axes]:
     """Join what is carried round; the axis that the scan runs along can lose layers."""
-    n, k = at.params["num_consts"], at.params["num_carry"]
+    n, k = scan_sizes(at.params)
     consts, carry, xs = at.ins[:n], list(at.ins[n : n + k]), at.ins[n + k :]
     frame = _until_stable(at, at.params["jaxpr"], consts, carry, [x[1:] for x in xs])
     ys = frame.outs[k:]
@@ -79,7 +87,7 @@ def scan(at: Site) -> list[Axes]:
 
 
 def cut_scan(at: Site, *values: Any) -> list[Any]:
-    n, k = at.params["num_consts"], at.params["num_carry"]
+    n, k = scan_sizes(at.params)
     consts, init, xs = values[:n], list(values[n : n + k]), list(values[n + k :])
     body = at.inner()
 

@@ -52,7 +52,7 @@ def stays_zero(at: Site, zero: Sequence[bool]) -> bool:
 def _scalar(at: Site, i: int) -> float | None:
     """The operand's value if it is one known number."""
     value = at.value(i) if at.eqn.invars[i].aval.size == 1 else None
-    return None if value is None else float(value.reshape(()))
+    return None if value is None or np.iscomplexobj(value) else float(value.reshape(()))
 
 
 def _maps_to_zero(at: Site, values: Sequence[Any]) -> bool:

@@ -129,6 +129,9 @@ SCHEDULES = {
 }
 STEPS = 6
 
+# These need the groups of a function: tests/test_structure.py and test_zoo.py run over them.
+COUPLED = ("Coupled", "isomorphic")
+
 # Pairs that make no sense, with the words that refuse them.
 REFUSED = {
     ("Channels", "windows"): r"`windows\(m=4\)`.*`Channels`",
@@ -231,7 +234,7 @@ WRAPPERS = {
 
 FAMILIES = {
     criteria: CRITERIA,
-    patterns: PATTERNS,
-    scopes: SCOPES,
+    patterns: [*PATTERNS, *COUPLED[:1]],
+    scopes: [*SCOPES, *COUPLED[1:]],
     schedules: SCHEDULES,
 }

@@ -7,11 +7,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help ticket compare test test-slow lint types notebooks benchmarks clean
+.PHONY: help ticket compare structured test test-slow lint types notebooks benchmarks clean
 
 help:
 	@echo "make ticket      find a lottery ticket on the digits (a minute or two)"
 	@echo "make compare     compare all pruning methods on the digits (a few minutes)"
+	@echo "make structured  cut channels and layers out of networks (some ten minutes)"
 	@echo "make test        lint, types, doctests and the fast tests"
 	@echo "make test-slow   all tests, the slow ones too"
 	@echo "make notebooks   execute the notebooks on the results at hand"
@@ -23,6 +24,9 @@ ticket: $(VENV)/ready
 
 compare: $(VENV)/ready
 	$(BIN)/python -m experiments.compare_methods
+
+structured: $(VENV)/ready
+	$(BIN)/python -m experiments.structured
 
 test: lint types
 	$(BIN)/python -m pytest -n $(JOBS) -q

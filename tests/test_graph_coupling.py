@@ -30,6 +30,15 @@ def test_a_frozen_id_holds_what_it_is_joined_with_and_says_why():
     assert coupling.units(a)[0].tolist() == [0, 2]  # what cannot die has no unit
 
 
+def test_a_chain_of_joins_in_one_go_hands_reasons_down():
+    coupling = Coupling()
+    ids = coupling.fresh(3)
+    coupling.freeze(ids[2:], "an output")
+    coupling.join(ids[:2], ids[1:])
+    coupling.solve()
+    assert coupling.frozen(ids).all() and coupling.why_frozen(ids[:1]) == "an output"
+
+
 def test_reasons_are_only_worked_out_where_they_are_news():
     coupling = Coupling()
     a = coupling.fresh(2)

@@ -77,8 +77,8 @@ class Coupling:
             low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
             self._parent[high] = low
             for reason in (self._frozen, self._inexact):
-                told = reason[high] > 0  # where several meet in one root, one of them is kept
-                reason[low[told]] = reason[high[told]]
+                told = high[reason[high] > 0]
+                reason[self.find(told)] = reason[told]  # where several meet, one of them is kept
             a, b = a[differ], b[differ]
 
     def freeze(self, ids: Ids, why: Why) -> None:

@@ -480,7 +480,7 @@ def report(settings: Config, records: list[runs.Record], times: list[runs.Record
     runs.write(settings.out / "tradeoff.png", figures.png(figures.tradeoff_figure(rows)))
     runs.write(settings.out / "answer.md", answer)
 
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 120)
+    console = rich.console.Console(width=None if sys.stdout.isatty() else 125)
     console.print(table(rows, title=f"images: {settings.dataset}, seeds: {settings.seeds}"))
     console.print(rich.markdown.Markdown(answer))
     console.print(f"Figure, metrics, networks and answer: {settings.out}")
@@ -492,7 +492,8 @@ def table(rows: list[runs.Record], *, title: str) -> rich.table.Table:
     lines = rich.table.Table(title=title)
     for name in ("network", "method", "removed"):
         lines.add_column(name, no_wrap=True)
-    for name in ("accuracy [%]", "loss", "parameters", "MFLOPs", "(%)", "ms", "(%)", "over FLOPs"):
+    lines.add_column("accuracy [%]", justify="right", no_wrap=True)
+    for name in ("loss", "parameters", "MFLOPs", "(%)", "ms", "(%)", "over FLOPs"):
         lines.add_column(name, justify="right")
     for model in tradeoff.models(rows):
         for row in (row for row in rows if row["model"] == model):

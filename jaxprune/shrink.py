@@ -1,5 +1,6 @@
 """What masks removed is cut out: of the function, its parameters and the optimizer's state."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -292,7 +293,8 @@ def verify_shrink(
       rules: as for ``shrink``.
 
     Returns:
-      The largest difference between outputs, as a fraction of the largest of the masked ones.
+      The largest difference between outputs, as a fraction of the largest of the small ones;
+      infinite where one of them is not finite and the other is.
       New values of the state are compared where they stay.
 
     Raises:
@@ -324,8 +326,11 @@ def verify_shrink(
     for whole, less, state in outs:
         cut_whole = _cut_leaf(whole, kept.get(paths[state], {}) if state is not None else {})
         if cut_whole.size and jnp.issubdtype(cut_whole.dtype, jnp.inexact):
-            worst = max(worst, float(jnp.max(jnp.abs(cut_whole - less))))
-            scale = max(scale, float(jnp.max(jnp.abs(cut_whole))))
+            both_nan = jnp.isnan(cut_whole) & jnp.isnan(less)
+            gap = jnp.where((cut_whole == less) | both_nan, 0, jnp.abs(cut_whole - less))
+            apart = float(jnp.max(gap))
+            worst = max(worst, apart if math.isfinite(apart) else math.inf)
+            scale = max(scale, float(jnp.max(jnp.where(jnp.isfinite(less), jnp.abs(less), 0))))
         elif not np.array_equal(cut_whole, less):
             worst = max(worst, 1.0)
     return worst / scale if scale else worst

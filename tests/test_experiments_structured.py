@@ -13,6 +13,7 @@ import pytest
 import jaxprune as jp
 from experiments import structured
 from experiments.common import data, figures, latency, loop, runs, tradeoff
+from experiments.common.models import Transformer
 from experiments.structured import Config, Run, main, resolve
 
 ROOT = Path(structured.__file__).parents[1]
@@ -20,13 +21,14 @@ TOY = Config(
     models=("cnn",),
     methods=("iterative",),
     channels=(0.5,),
-    layers=(0.5,),
+    layers=(),
     rounds=2,
     seeds=1,
     steps=20,
     fine_tune_steps=8,
     batch_size=16,
 )
+WHOLE = dataclasses.replace(TOY, methods=("one_shot", "iterative"), layers=(0.5,), seeds=2)
 COMPARE = latency.compare
 
 
@@ -69,6 +71,14 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The same with all methods, with layers and two seeds; for slow tests."""
+    folder = tmp_path_factory.mktemp("whole")
+    main(dataclasses.replace(WHOLE, out=folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
 def task():
     return structured.load(resolve(TOY), "cnn")
 
@@ -80,12 +90,7 @@ def variables(task):
 
 def test_a_run_leaves_its_files(toy):
     names = {str(path.relative_to(toy)) for path in toy.rglob("*") if path.is_file()}
-    cuts = ("channels_0.5_layers_0", "channels_0_layers_0.5")
-    networks = {
-        "trained",
-        "dense_channels_0_layers_0",
-        *(f"{method}_{cut}" for method in TOY.methods for cut in cuts),
-    }
+    networks = "trained", "dense_channels_0_layers_0", "iterative_channels_0.5_layers_0"
     assert names == {
         *("config.json", "metrics.jsonl", "latency.json"),
         *("summary.json", "tradeoff.png", "answer.md"),
@@ -101,31 +106,38 @@ def test_the_summary_has_a_row_for_each_network_and_cut(toy):
     assert [tradeoff.key_of(row) for row in rows] == [
         ("cnn", "dense", 0.0, 0.0),
         ("cnn", "iterative", 0.5, 0.0),
-        ("cnn", "iterative", 0.0, 0.5),
     ]
-    # 16-8 and a norm, two branches 8-6-8, 8-10; then half of every width, or one branch less.
-    sizes = [136 + 16 + 2 * 110 + 90, 68 + 8 + 2 * 31 + 50, 136 + 16 + 110 + 90]
-    assert [row["parameters"] for row in rows] == sizes
-    flops = [2 * (128 + 4 * 48 + 80), 2 * (64 + 4 * 12 + 40), 2 * (128 + 2 * 48 + 80)]
-    assert [row["flops"] for row in rows] == flops
-    for row in rows:
+    # 16-8 and a norm, two branches 8-6-8, 8-10; then half of every width.
+    assert [r["parameters"] for r in rows] == [136 + 16 + 2 * 110 + 90, 68 + 8 + 2 * 31 + 50]
+    flops = 2 * (128 + 4 * 48 + 80), 2 * (64 + 4 * 12 + 40)
+    for row, expected in zip(rows, flops, strict=True):
         seeds = row["accuracy"]["seeds"]
         assert len(seeds) == 1 and all(0 <= accuracy <= 1 for accuracy in seeds)
         assert row["accuracy"]["mean"] == np.mean(seeds) and row["accuracy"]["std"] == np.std(seeds)
-        assert row["flops_ratio"] == row["flops"] / flops[0]
+        assert row["flops"] == expected and row["flops_ratio"] == expected / flops[0]
     assert rows[0]["latency_ms"] == 2.0 and rows[0]["latency_ratio"]["median"] == 1.0
     assert rows[1]["latency_ms"] == 1.0 and rows[1]["latency_ratio"]["high"] == 0.6
+    dense, small = runs.read_records(toy)
+    assert dense["left"] == {} and sorted(small["left"].values()) == [3, 3, 4]
 
 
-def test_every_group_of_channels_loses_its_share_and_layers_compete(toy):
-    for record in runs.read_records(toy):
-        left = list(record["left"].values())
+@pytest.mark.slow
+def test_methods_end_at_the_same_size_and_layers_compete(whole):
+    rows = runs.read_summary(whole)["rows"]
+    cuts = (0.5, 0.0), (0.0, 0.5)
+    assert [tradeoff.key_of(row) for row in rows] == [
+        ("cnn", "dense", 0.0, 0.0),
+        *(("cnn", method, *cut) for method in WHOLE.methods for cut in cuts),
+    ]
+    # Without a branch 110 parameters and two products fewer.
+    assert [row["parameters"] for row in rows] == [462, 188, 352, 188, 352]
+    assert [row["flops"] for row in rows] == [800, 304, 608, 304, 608]
+    for record in runs.read_records(whole):
+        left = sorted(record["left"].values())
         if record["channels_removed"]:
-            assert sorted(left) == [3, 3, 4]
+            assert left == [3, 3, 4]
         elif record["layers_removed"]:
-            assert sorted(left) == [0, 1]
-        else:
-            assert left == []
+            assert left == [0, 1]
 
 
 def test_small_networks_are_what_the_cuts_say(toy, task):
@@ -149,26 +161,43 @@ def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):
     assert main(dataclasses.replace(TOY, out=toy)) == runs.read_summary(toy)
     assert (toy / "tradeoff.png").read_bytes().startswith(b"\x89PNG")
     printed, answer = capsys.readouterr().out, (toy / "answer.md").read_text()
-    for word in ("What cutting costs and buys", "iterative", "50 % layers"):
+    for word in ("What cutting costs and buys", "iterative", "50 % channels"):
         assert word in printed and word in answer
 
 
 def test_a_killed_run_goes_on_to_the_same_numbers(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes longest here
-    cut_short(toy, tmp_path, lines=2)
-    (tmp_path / "cnn" / "seed_0" / "iterative_channels_0_layers_0.5.npz").unlink()
+    cut_short(toy, tmp_path, lines=1)
+    (tmp_path / "cnn" / "seed_0" / "iterative_channels_0.5_layers_0.npz").unlink()
     main(dataclasses.replace(TOY, out=tmp_path))
     assert_same_files(toy, tmp_path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lines", [0, 1])
-def test_a_run_killed_early_goes_on_to_the_same_numbers(toy, tmp_path, lines):
-    cut_short(toy, tmp_path, lines=lines)
+@pytest.mark.parametrize("lines", [0, 3, 6])
+def test_a_run_killed_early_goes_on_to_the_same_numbers(whole, tmp_path, lines):
+    cut_short(whole, tmp_path, lines=lines)
     if lines == 0:
         shutil.rmtree(tmp_path / "cnn")
-    main(dataclasses.replace(TOY, out=tmp_path))
-    assert_same_files(toy, tmp_path)
+    main(dataclasses.replace(WHOLE, out=tmp_path))
+    assert_same_files(whole, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_transformer_loses_heads_and_layers(tmp_path, monkeypatch):
+    tiny = Transformer(data.SYMBOLS, structured.CONTEXT, width=16, layers=2, heads=2)
+    monkeypatch.setitem(structured.MODELS, "text", tiny)
+    config = dataclasses.replace(WHOLE, models=("transformer",), seeds=1, out=tmp_path)
+    sizes = [row["parameters"] for row in main(config)["rows"]]
+    # Symbols and positions; attention, feed-forward and their norms, twice; a norm and the output.
+    attention, forward = 4 * (16 * 16 + 16) + 32, 2 * 16 * 64 + 64 + 16 + 32
+    assert sizes[0] == (97 + 32) * 16 + 2 * (attention + forward) + 32 + 17 * 97
+    # One head of 8, 32 of 64 inside, and the 8 best channels between the layers.
+    attention_8, forward_8 = 4 * (8 * 8 + 8) + 16, 2 * 8 * 32 + 32 + 8 + 16
+    half = (97 + 32) * 8 + 2 * (attention_8 + forward_8) + 16 + 9 * 97
+    assert sizes[1] == sizes[3] == half
+    for size in sizes[2], sizes[4]:
+        assert sizes[0] - size in (2 * attention, attention + forward, 2 * forward)
 
 
 def cut_short(finished, folder, *, lines):
@@ -372,9 +401,9 @@ def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["notebooks", "."])
-def test_the_notebook_runs_on_toy_results(toy, monkeypatch, folder):
+def test_the_notebook_runs_on_toy_results(whole, monkeypatch, folder):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
-    monkeypatch.setenv("JAXPRUNE_RESULTS", str(toy))
+    monkeypatch.setenv("JAXPRUNE_RESULTS", str(whole))
     notebook = nbformat.read(ROOT / "notebooks" / "structured.ipynb", as_version=4)
     resources = {"metadata": {"path": str(ROOT / folder)}}
     nbclient.NotebookClient(notebook, resources=resources).execute()

@@ -92,7 +92,7 @@ class Analysis:
     layers: list[Ids] = dataclasses.field(default_factory=list)  # axes that scans run along
     scans: list["Site"] = dataclasses.field(default_factory=list)  # the scans of those axes
     exact: bool = True  # whether to note where cutting differs from masking
-    deriving: bool = False  # whether this is the derivative of a custom function
+    deriving: int = 0  # how many derivatives of custom functions it is inside of
     warned: set[str] = dataclasses.field(default_factory=set)
 
     def fresh(self, shape: Sequence[Any], zero: bool = False) -> Axes:
@@ -114,10 +114,7 @@ class Analysis:
         jaxpr = hoist(jaxpr) if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
         ins = [*(self.fresh(np.shape(c)) for c in consts), *ins]
         frame = Frame(jaxpr, dict(zip(jaxpr.invars, ins, strict=True)), {}, {}, consts, caller)
-        fixed = [
-            None if isinstance(c, jax.core.Tracer) else functools.partial(np.asarray, c)
-            for c in consts
-        ]
+        fixed = [functools.partial(np.asarray, c) if is_known(c) else None for c in consts]
         for var, value in zip(jaxpr.invars, [*fixed, *(known or ())], strict=False):
             if value is not None:
                 frame.known[var] = value
@@ -266,6 +263,8 @@ class Site:
             self.frame.known.get(v)
             if isinstance(v, core.Var)
             else functools.partial(np.asarray, v.val)
+            if is_known(v.val)
+            else None
             for v in self.eqn.invars
         ]
 
@@ -277,7 +276,7 @@ class Site:
     def is_zero(self, i: int) -> bool:
         """Tell whether an operand is a zero that is written in the program."""
         value = self.eqn.invars[i]
-        known = not isinstance(value, core.Var) or value in self.frame.known
+        known = self.known()[i] is not None
         return known and math.prod(value.aval.shape) == 1 and not np.any(self.value(i))
 
     def remember(self) -> None:
@@ -293,13 +292,19 @@ class Site:
 
         @functools.cache
         def compute() -> list[np.ndarray]:
-            with jax.ensure_compile_time_eval():
+            with jax.ensure_compile_time_eval(), self.eqn.ctx.manager:
                 values = [k() for k in known if k is not None]
                 out = self.eqn.primitive.bind(*values, **self.params)
             return [np.asarray(x) for x in (out if self.eqn.primitive.multiple_results else [out])]
 
         for i, var in enumerate(self.eqn.outvars):
             self.frame.known[var] = functools.partial(lambda i: compute()[i], i)
+
+
+def is_known(value: Any) -> bool:
+    """True for a number or array that can be looked at: no tracer and no key."""
+    key = jnp.issubdtype(getattr(value, "dtype", np.dtype(float)), jax.dtypes.extended)
+    return not isinstance(value, jax.core.Tracer) and not key
 
 
 def evaluate(
@@ -324,7 +329,8 @@ def evaluate(
             continue
         site = Site(analysis, frame, number, eqn, alive)
         cut = analysis.rules.get(eqn.primitive.name, Rule(_unknown)).cut or _as_it_is
-        outs = cut(site, *map(read, eqn.invars))
+        with eqn.ctx.manager:
+            outs = cut(site, *map(read, eqn.invars))
         if number in frame.scale:
             outs = [x * jnp.asarray(frame.scale[number], x.dtype) for x in outs]
         env.update(zip(eqn.outvars, outs, strict=True))

@@ -77,11 +77,13 @@ class Branch(NamedTuple):
 def drop_blocks(net: Network, empty: set[str]) -> set[str]:
     """Leave out the branches of which nothing is left; give the paths of their parameters."""
     dropped: set[str] = set()
+    rank = dict(zip(net.paths, map(len, net.shapes), strict=True))
     for branch in find_branches(net):
-        if branch.paths and set(branch.paths) <= empty:
+        maskable = {path for path in branch.paths if rank[path]}  # a scalar has no axis to cut
+        if maskable and maskable <= empty:
             branch.frame.skip[branch.add] = branch.skip
             net.frame.drop.update(branch.outputs)
-            dropped |= set(branch.paths)
+            dropped |= maskable
     left = sorted(empty - dropped)
     if left:
         raise ValueError(
@@ -255,7 +257,9 @@ def _branches(net: Network) -> Iterator[_Block]:
         jaxpr = branch.frame.jaxpr
         add = jaxpr.eqns[branch.add]
         zero: dict[core.Var, Any] = {
-            v: _ZERO for v, path in _owners(net, branch.frame).items() if path in branch.paths
+            v: _ZERO
+            for v, path in _owners(net, branch.frame).items()
+            if path in branch.paths and shapes[path]
         }
         y = add.invars[1 - branch.skip]
         vanishes = _outcomes(net, branch.frame, zero, sorted(branch.equations)).get(y) == _ZERO
@@ -296,11 +300,10 @@ def _name(net: Network, paths: Sequence[str]) -> str:
 def _layers(net: Network) -> Iterator[_Block]:
     coupling = net.analysis.coupling
     triples = owned(net)
-    reasons = {
-        int(root): reason
-        for ids, reason in zip(net.analysis.layers, _scan_reasons(net), strict=True)
-        for root in coupling.find(ids)
-    }
+    reasons: dict[int, str] = {}
+    for ids, reason in zip(net.analysis.layers, _scan_reasons(net), strict=True):
+        for root in coupling.find(ids).tolist():
+            reasons[root] = reasons.get(root) or reason or coupling.why_inexact(np.array([root]))
     for root in dict.fromkeys(layer_roots(net).tolist()):
         here = triples.root == root
         if not here.any():
@@ -322,7 +325,9 @@ def _scan_reasons(net: Network) -> list[str]:
         n, k = scan_sizes(site.params)
         inputs = body.jaxpr.invars[len(body.consts) :]
         states: dict[core.Var, Any] = {v: v for v in inputs[n : n + k]}
-        states |= dict.fromkeys(inputs[n + k :], _ZERO)
+        leads = [x[0] for x in site.ins[n + k :]]
+        zero = zip(inputs[n + k :], leads, strict=True)  # a layer's number, say, is not
+        states |= {v: _ZERO for v, lead in zero if lead is not None and lead.zero}
         after = _outcomes(net, body, states, range(len(body.jaxpr.eqns)))
         passes = all(
             after.get(out) is v
@@ -357,7 +362,7 @@ def _outcomes(
         inner = frame.inner.get(number, ())[:1]
         if name in ("add", "add_any") and any(zero) and not all(zero):
             outs = [ins[1] if zero[0] else ins[0]]
-        elif name in ELEMENTWISE and stays_zero(site, zero):
+        elif name in ELEMENTWISE and any(zero) and stays_zero(site, zero):
             outs = [_ZERO] * len(outs)
         elif name in ("dot_general", "conv_general_dilated") and any(zero):
             outs = [_ZERO]

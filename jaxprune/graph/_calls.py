@@ -212,9 +212,10 @@ def _walk_derivative(
 ) -> None:
     """Trace a derivative at the full shapes, and let its results be cut as what they belong to.
 
-    The derivative may call the function again; there the function is taken as it is written.
+    The derivative may call the function again, so that rules are kept for second derivatives; in
+    the second derivative a function is taken as it is written.
     """
-    if at.analysis.deriving:
+    if at.analysis.deriving == 2:
         return
     primals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in at.eqn.invars]
     forward = at.eqn.primitive.name.startswith("custom_jvp")
@@ -223,9 +224,11 @@ def _walk_derivative(
         _inexact(given), [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in given]
     )
     traced = jax.make_jaxpr(derivative)(primals, tangents)
-    exact, at.analysis.exact, at.analysis.deriving = at.analysis.exact, False, True
+    exact, at.analysis.exact = at.analysis.exact, False
+    at.analysis.deriving += 1
     frame = at.walk(traced, [*at.ins, *seeds])
-    at.analysis.exact, at.analysis.deriving = exact, False
+    at.analysis.exact = exact
+    at.analysis.deriving -= 1
     for a, b in zip(frame.outs, wanted, strict=True):
         _both(at, a, b)
 

@@ -90,18 +90,20 @@ def reduce_whole(at: Site) -> list[Axes]:
     return [tuple(kept)] * len(at.eqn.outvars)
 
 
-def along(name: str) -> Rule:
+def along(param: str) -> Rule:
     """Rule of a primitive that runs along one axis and leaves the others as they are."""
 
     def couple(at: Site) -> list[Axes]:
         rank = len(at.ins[0])
-        place = at.params[name] % rank
+        name, place = at.eqn.primitive.name, at.params[param] % rank
         out: list[Axis | None] = []
         for i in range(rank):
             ids = at.join(*(axes[i] for axes in at.ins))
             if i == place and ids is not None:
                 at.freeze(Axis(ids, False))
-            zero = all(axis is not None and axis.zero for axis in (axes[i] for axes in at.ins))
+            zero = name != "cumlogsumexp" and all(
+                axis is not None and axis.zero for axis in (axes[i] for axes in at.ins)
+            )
             out.append(None if i == place or ids is None else Axis(ids, zero))
         return [tuple(out)] * len(at.eqn.outvars)
 
@@ -111,7 +113,9 @@ def along(name: str) -> Rule:
 def top_k(at: Site) -> list[Axes]:
     """Hold the last axis."""
     at.freeze(at.ins[0][-1])
-    return [(*at.ins[0][:-1], None)] * len(at.eqn.outvars)
+    others = at.ins[0][:-1]
+    places = tuple(None if axis is None else Axis(axis.ids, False) for axis in others)
+    return [(*others, None), (*places, None)]
 
 
 def windows(at: Site) -> list[Axes]:
@@ -134,6 +138,8 @@ def windows(at: Site) -> list[Axes]:
                 at.freeze(axis)
             else:
                 at.join(out[i], axis)
+    if at.eqn.primitive.name == "reduce_window":  # any function, from any start
+        out = [None if axis is None else Axis(axis.ids, False) for axis in out]
     return [tuple(out)] * len(at.eqn.outvars)
 
 

@@ -1,6 +1,7 @@
 """Means over axes that were cut: divide by what is left instead of by what there was."""
 
 import math
+import warnings
 from collections.abc import Iterator
 
 import numpy as np
@@ -9,7 +10,7 @@ from jax.extend import core
 from jaxprune.graph._analysis import Frame, Site, kept_indices
 from jaxprune.graph._network import Network
 
-_PASSING = ("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "copy")
+_PASSING = ("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "copy", "neg")
 
 
 def rescale(net: Network, alive: np.ndarray) -> None:
@@ -28,11 +29,21 @@ def rescale(net: Network, alive: np.ndarray) -> None:
             places = eqn.params["axes"]
             n = math.prod(shape[i] for i in places)
             left = math.prod(shape[i] if kept[i] is None else len(kept[i]) for i in places)
-            if left != n:
-                for division, divisor in _divisions(net, frame, number):
-                    for less in (0, 1):
-                        if divisor == n - less and left > less:
-                            frame.scale[division] = (n - less) / (left - less)
+            if left == n:
+                continue
+            found = False
+            for division, divisor in _divisions(net, frame, number):
+                less = n - divisor
+                if less in (0, 1) and left > less:
+                    frame.scale[division] = divisor / (left - less)
+                    found = True
+            if not found and n > 1:
+                site = Site(net.analysis, frame, number, eqn)
+                warnings.warn(
+                    f"counts='rescaled' finds no division by {n} behind {site.name()}, which sums "
+                    f"{left} of {n} terms now: it stays a sum.",
+                    stacklevel=2,
+                )
 
 
 def _frames(frame: Frame) -> Iterator[Frame]:
@@ -53,6 +64,8 @@ def _divisions(net: Network, frame: Frame, number: int) -> Iterator[tuple[int, f
         name = eqn.primitive.name
         if name in _PASSING:
             values.update(eqn.outvars)
+        elif name in ("add", "sub") and any(v.aval.size == 1 for v in eqn.invars):
+            values.update(eqn.outvars)  # an epsilon
         elif name in ("div", "mul"):
             site = Site(net.analysis, frame, later, eqn)
             other = 1 if ours[0] else 0
@@ -60,5 +73,5 @@ def _divisions(net: Network, frame: Frame, number: int) -> Iterator[tuple[int, f
                 continue
             value = site.value(other) if eqn.invars[other].aval.size == 1 else None
             if value is not None and float(value.reshape(())) != 0:
-                number_ = float(value.reshape(()))
-                yield later, number_ if name == "div" else 1 / number_
+                by = float(value.reshape(()))
+                yield later, by if name == "div" else round(1 / by, 6)

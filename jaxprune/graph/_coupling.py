@@ -176,6 +176,11 @@ class Coupling:
             why = self.why_frozen(cells[stuck])
             self.freeze(rows[stuck.any(1)], why)
             self.freeze(columns[stuck.any(0)], why)
+        vague = self._inexact[cells] > 0
+        if vague.any():
+            why = self.why_inexact(cells[vague])
+            self.blur(rows[vague.any(1)], why)
+            self.blur(columns[vague.any(0)], why)
         for ids in (rows, columns):
             if len(ids) and (ids == ids[0]).all():  # or removing it would leave nothing
                 self.freeze(ids[:1], "every index of an axis would go with it")

@@ -16,7 +16,11 @@ _ANNIHILATES = {"mul": (0, 1), "and": (0, 1), "div": (0,), "rem": (0,)}
 def couple(at: Site) -> list[Axes]:
     """Join axes that lie at the same place; a size of 1 broadcasts and says nothing."""
     out = at.out_shape()
-    axes = []
+    axes: list[Axis | None] = []
+    if any(len(v.aval.shape) not in (0, len(out)) for v in at.eqn.invars):  # a bitcast
+        for axis in (axis for operand in at.ins for axis in operand):
+            at.freeze(axis)
+        return [(None,) * len(out)]
     for place, size in enumerate(out):
         here = [
             i
@@ -24,11 +28,14 @@ def couple(at: Site) -> list[Axes]:
             if len(v.aval.shape) and (v.aval.shape[place] == size or v.aval.shape[place] != 1)
         ]
         ids = at.join(*(at.ins[i][place] for i in here)) if size != 1 else None
-        axes.append(None if ids is None else Axis(ids, _is_zero(at, here, place)))
+        zero = ids is not None and _is_zero(at, here, place)
+        if ids is not None and zero is None:
+            at.blur(ids, lambda: f"{at.name()} is not finite where a unit is removed")
+        axes.append(None if ids is None else Axis(ids, bool(zero)))
     return [tuple(axes)] * len(at.eqn.outvars)
 
 
-def _is_zero(at: Site, here: Sequence[int], place: int) -> bool:
+def _is_zero(at: Site, here: Sequence[int], place: int) -> bool | None:
     """Tell whether the result is zero at removed indices of an axis."""
     if not at.analysis.exact:
         return False
@@ -36,17 +43,17 @@ def _is_zero(at: Site, here: Sequence[int], place: int) -> bool:
     return stays_zero(at, [axis is not None and axis.zero for axis in axes])
 
 
-def stays_zero(at: Site, zero: Sequence[bool]) -> bool:
-    """Tell whether the result is zero if some of the operands are."""
+def stays_zero(at: Site, zero: Sequence[bool]) -> bool | None:
+    """Tell whether the result is zero if some of the operands are; None if it is not finite."""
     name = at.eqn.primitive.name
-    if any(zero[i] for i in _ANNIHILATES.get(name, ())):
-        return True
-    zero = [z or at.is_zero(i) for i, z in enumerate(zero)]
+    known = [z or at.is_zero(i) for i, z in enumerate(zero)]
+    if any(zero):  # such as `tanh(0)`, `max(0, 0.0)`, `min(0, 6.0)` or `0 / 0`
+        values = [0.0 if k else _scalar(at, i) for i, k in enumerate(known)]
+        if None not in values:
+            return _maps_to_zero(at, values)
     if name == "select_n":
-        return all(zero[1:])
-    # Such as `tanh(0)`, `max(0, 0.0)` or `min(0, 6.0)`.
-    values = [0.0 if z else _scalar(at, i) for i, z in enumerate(zero)]
-    return any(zero) and None not in values and _maps_to_zero(at, values)
+        return all(known[1:])
+    return any(zero[i] for i in _ANNIHILATES.get(name, ()))
 
 
 def _scalar(at: Site, i: int) -> float | None:
@@ -55,7 +62,7 @@ def _scalar(at: Site, i: int) -> float | None:
     return None if value is None or np.iscomplexobj(value) else float(value.reshape(()))
 
 
-def _maps_to_zero(at: Site, values: Sequence[Any]) -> bool:
+def _maps_to_zero(at: Site, values: Sequence[Any]) -> bool | None:
     dtypes = tuple(np.dtype(v.aval.dtype).name for v in at.eqn.invars)
     params = at.params
     try:
@@ -67,11 +74,12 @@ def _maps_to_zero(at: Site, values: Sequence[Any]) -> bool:
 @functools.cache
 def _evaluate(
     primitive: Any, values: tuple[float, ...], dtypes: tuple[str, ...], params: tuple[Any, ...]
-) -> bool:
+) -> bool | None:
     with jax.ensure_compile_time_eval():
         scalars = [np.asarray(v, d) for v, d in zip(values, dtypes, strict=True)]
         out = primitive.bind(*scalars, **dict(params))
-    return not np.any(np.asarray(out))
+    out = np.asarray(out)
+    return not np.any(out) if np.all(np.isfinite(out)) else None
 
 
 def same(at: Site) -> list[Axes]:

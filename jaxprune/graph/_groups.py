@@ -46,7 +46,7 @@ def find_groups(
 
     Example:
       >>> import jax, jax.numpy as jnp
-      >>> mlp = lambda p, x: jax.nn.relu(x @ p["w"] + p["b"]) @ p["v"]
+      >>> mlp = lambda p, x: jax.nn.relu(x @ p["w"] + p["b"][None]) @ p["v"]
       >>> params = {"w": jnp.ones((3, 8)), "b": jnp.ones(8), "v": jnp.ones((8, 2))}
       >>> print(find_groups(mlp, params, jax.ShapeDtypeStruct((1, 3), jnp.float32))[0])
       w:1: 8 units

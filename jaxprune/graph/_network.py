@@ -1,5 +1,6 @@
 """A function traced: its jaxpr, analysed, with the paths of its parameters."""
 
+import collections
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -45,12 +46,13 @@ def split_static(tree: Any) -> tuple[list[Any], Any]:
     """Take the arrays out of a tree; what is left puts them back in with ``join_static``."""
     leaves, treedef = jax.tree.flatten(tree)
     arrays = [leaf for leaf in leaves if is_array(leaf)]
-    return arrays, (treedef, tuple(_Hole if is_array(leaf) else leaf for leaf in leaves))
+    fixed = tuple(_Hole if is_array(leaf) else leaf for leaf in leaves)
+    return arrays, (treedef, fixed, tuple(map(type, fixed)))  # True equals 1, but is not the same
 
 
 def join_static(arrays: Sequence[Any], static: Any) -> Any:
     """Put arrays back where ``split_static`` took them from."""
-    treedef, leaves = static
+    treedef, leaves, _ = static
     left = iter(arrays)
     return jax.tree.unflatten(treedef, [next(left) if x is _Hole else x for x in leaves])
 
@@ -79,6 +81,12 @@ def network(
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
         if is_array(leaf)
     ]
+    twice = [path for path, n in collections.Counter(p for p, _ in with_paths).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"Several parameters have the path {list_paths(twice)}, so that nobody could tell them "
+            "apart. Rename keys that hold a slash."
+        )
     arrays, static = split_static((params, *inputs))
     specs = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in arrays]
 
@@ -188,10 +196,18 @@ def mirrored_outputs(outputs: Any, paths: Sequence[str], specs: Sequence[Any]) -
                 words[-1 - common] == theirs[-1 - common]
             ):
                 common += 1
-            # All but a leading place in a tuple, or a leading collection, has to agree.
+            # All but a leading place in a tuple, or a leading collection, has to agree; one word
+            # alone, such as `out`, only if it is all of the parameter's path and a tuple's part.
             whole = common >= max(len(words) - 1, 1) or common == len(theirs)
+            apart = common == len(theirs) == len(words) - 1 and words[0].isdigit()
             named = any(not word.isdigit() for word in words[len(words) - common :])
-            if whole and named and spec.shape == out.shape and spec.dtype == out.dtype:
+            if (
+                whole
+                and named
+                and (common >= 2 or apart)
+                and spec.shape == out.shape
+                and spec.dtype == out.dtype
+            ):
                 best = max(best or (0, 0), (common, -number))
         found.append(None if best is None else -best[1])
     return found

@@ -65,7 +65,7 @@ def _is_empty(cut: Mapping[int, np.ndarray]) -> bool:
 def _alive(net: Network, kept: Kept, dropped: set[str]) -> np.ndarray:
     """Say of every root whether it is alive; refuse cuts that the function contradicts."""
     coupling = net.analysis.coupling
-    pairs = []
+    pairs, place = [], 0
     for path, axes in zip(net.paths, net.axes, strict=True):
         if path in dropped:
             continue
@@ -75,14 +75,28 @@ def _alive(net: Network, kept: Kept, dropped: set[str]) -> np.ndarray:
             index, root = coupling.units(axis.ids)
             gone = np.ones(len(axis.ids), bool)
             gone[kept.get(path, {}).get(i, np.arange(len(axis.ids)))] = False
-            pairs.append((root, gone[index]))
-    roots = np.concatenate([r for r, _ in pairs]) if pairs else np.zeros(0, np.int64)
-    gone = np.concatenate([g for _, g in pairs]) if pairs else np.zeros(0, bool)
-    stays = np.unique(roots[~gone])
-    dead = np.setdiff1d(roots[gone], stays)
-    alive = coupling.alive(dead)
+            pairs.append(np.stack([place + index, root, gone[index]], 1))
+            place += len(axis.ids)
+    owned = np.concatenate(pairs) if pairs else np.zeros((0, 3), np.int64)
+    alive = coupling.alive(_dead(owned))
     _check_cut(net, kept, dropped, alive)
     return alive
+
+
+def _dead(owned: np.ndarray) -> np.ndarray:
+    """Units that are gone, from triples of an index, a unit that owns it, and whether it is gone.
+
+    Candidates have lost all that they own. Of several that own an index one is enough to explain
+    that it is gone: those that are needed for nothing are alive, with what else they couple.
+    """
+    index, root, gone = owned.T
+    stays = np.unique(root[gone == 0])
+    candidate = (gone == 1) & ~np.isin(root, stays)
+    index, root = index[candidate], root[candidate]
+    _, inverse, owners = np.unique(index, return_inverse=True, return_counts=True)
+    needed = np.unique(root[owners[inverse.reshape(-1)] == 1])
+    explained = np.unique(index[np.isin(root, needed)])
+    return np.union1d(needed, root[~np.isin(index, explained)])
 
 
 def _check_cut(net: Network, kept: Kept, dropped: set[str], alive: np.ndarray) -> None:

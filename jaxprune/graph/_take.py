@@ -17,7 +17,8 @@ def take(x: Any, indices: Sequence[np.ndarray | None]) -> Any:
         if np.array_equal(wanted, np.arange(first, first + n)):
             x = lax.slice_in_dim(x, first, first + n, axis=i)
         else:
-            x = jnp.take(x, wanted, axis=i, unique_indices=True)
+            once = len(np.unique(wanted)) == len(wanted)
+            x = jnp.take(x, wanted, axis=i, unique_indices=once)
     return x
 
 

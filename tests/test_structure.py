@@ -1,6 +1,7 @@
 """Coupled groups in small networks whose cuts can be checked by eye."""
 
 import json
+import re
 import warnings
 
 import jax
@@ -551,3 +552,138 @@ def test_a_user_teaches_a_primitive(key):
         frozen = jp.find_groups(mlp, {"w": p["w"], "b": jnp.ones(3), "v": x}, jnp.ones((1, 6)),
                                 frozen=jp.by_path("b"))  # fmt: skip
     assert not frozen and "'b' is protected" in str(frozen)
+
+
+# What looks exact and is not, and the other way round.
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def two_pass(h):
+    h = h - h.mean(-1, keepdims=True)
+    return h * lax.rsqrt((h * h).mean(-1, keepdims=True) + 1e-5)
+
+
+INEXACT = {
+    "a norm over merged heads": (
+        lambda p, x: two_pass(jnp.einsum("bd,dhk->bhk", x, p["w"]).reshape(4, 12)) @ p["v"],
+        ((5, 3, 4), (12, 2)),
+        "reduce_sum",
+    ),
+    "heads behind a norm": (
+        lambda p, x: (
+            jnp.tanh(two_pass(x @ p["w"]).reshape(4, 3, 4) @ p["u"]).reshape(4, -1) @ p["v"]
+        ),
+        ((5, 12), (12, 2), (4, 4)),
+        "reduce_sum",
+    ),
+    "a sum of exponentials": (
+        lambda p, x: lax.cumlogsumexp((x @ p["w"])[:, None] * p["v"].T[None], axis=1).sum((1, 2)),
+        ((5, 8), (8, 2)),
+        "reduce_sum",
+    ),
+    "weights divided by their norm": (
+        lambda p, x: (x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0)[None])) @ p["v"],
+        ((5, 8), (8, 3)),
+        "`div` at test_structure.py:[0-9]+ is not finite",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", INEXACT)
+def test_groups_say_what_is_not_exact(name):
+    net, shapes, reason = INEXACT[name]
+    p = {key: draw(i, *shape) for i, (key, shape) in enumerate(zip("wvu", shapes, strict=False))}
+    groups, x = jp.find_groups(net, p, draw(9, 4, 5)), draw(9, 4, 5)
+    wrong = [group for group in groups if not group.exact]
+    assert wrong and all(re.search(reason, group.reason) for group in wrong)
+    masks = jp.find_masks(p, 0.5, pattern=Coupled(groups))
+    assert not jp.verify_shrink(net, p, masks, x) < 1e-3
+
+
+LAYERS = {
+    "a number of the layer": lambda p, x: lax.scan(
+        lambda h, a: (h + jnp.tanh(h @ a[0] + a[1]), None), x, (p["w"], jnp.arange(4.0))
+    )[0],
+    "what every layer gives": lambda p, x: lax.scan(
+        lambda h, w: (h + jnp.tanh(h @ w), h), x, p["w"]
+    )[1].mean(0),
+    "weights used elsewhere": lambda p, x: (
+        lax.scan(lambda h, w: (h + jnp.tanh(h @ w), None), x, p["w"])[0] + jnp.exp(p["w"]).sum()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_say_why_leaving_them_out_is_not_exact(name):
+    p, x = {"w": 0.3 * draw(1, 4, 5, 5)}, draw(0, 4, 5)
+    blocks = jp.find_blocks(LAYERS[name], p, x)
+    assert len(blocks) == 4 and all(not block.exact and block.reason for block in blocks)
+    assert jp.verify_shrink(LAYERS[name], p, blocks.without([blocks[2].name], p), x) > 1e-3
+
+
+def test_an_output_is_no_state_for_its_name_alone():
+    net = lambda p, x: {"w2": jnp.tanh(x @ p["h"]) @ p["w"] + p["w2"]}
+    p = {"h": draw(1, 5, 6), "w": draw(2, 6, 8), "w2": draw(3, 8)}
+    (group,) = jp.find_groups(net, p, draw(4, 5))
+    assert group.size == 6
+
+
+def test_fixed_inputs_that_compare_equal_are_told_apart(params, groups):
+    net = lambda p, x, flag: mlp(p, x) * (2.0 if flag is True else 3.0)
+    small_fn, small = jp.shrink(net, params, keep_units(groups, params, units=[1, 2]))
+    x = jnp.ones((1, 3))
+    np.testing.assert_allclose(2 * small_fn(small, x, 1), 3 * small_fn(small, x, True), rtol=1e-6)
+
+
+def test_a_branch_with_a_scalar_gate_is_dropped():
+    def net(p, x):
+        for layer in p:
+            x = x + layer["gate"] * jnp.tanh(x @ layer["w"])
+        return x
+
+    p = [{"gate": jnp.float32(0.5), "w": draw(i, 5, 5)} for i in range(3)]
+    blocks = jp.find_blocks(net, p, draw(7, 4, 5))
+    assert all(block.exact for block in blocks)
+    masks = blocks.without([blocks[0].name], p)
+    assert jp.verify_shrink(net, p, masks, draw(7, 4, 5)) < 1e-6
+
+
+def test_second_derivatives_keep_the_rules_of_custom_functions(params, groups):
+    @jax.custom_jvp
+    def sine(x):
+        return jnp.sin(x)
+
+    @jax.custom_jvp
+    def cosine(x):
+        return jnp.cos(x)
+
+    sine.defjvp(lambda p, t: (sine(*p), 3.0 * t[0] * cosine(*p)))
+    cosine.defjvp(lambda p, t: (cosine(*p), 7.0 * t[0]))
+    net = lambda p, x: sine(x @ p["w"] + p["b"][None]) @ p["v"]
+    masks = keep_units(groups, params, units=[0, 3, 4])
+    small_fn, small = jp.shrink(net, params, masks)
+    second = lambda fn, p: jax.grad(lambda x: jax.grad(lambda x: fn(p, x).sum())(x).sum())(x)
+    x = jnp.ones((1, 3))
+    np.testing.assert_allclose(
+        second(small_fn, small), second(net, jp.apply_masks(params, masks)), rtol=1e-4
+    )
+
+
+def test_what_nobody_could_tell_apart_is_refused():
+    p = {"a/b": jnp.ones((3, 4)), "a": {"b": jnp.ones((4, 2))}}
+    with pytest.raises(ValueError, match="Several parameters have the path 'a/b'"):
+        jp.find_groups(lambda p, x: x @ p["a/b"] @ p["a"]["b"], p, jnp.ones((1, 3)))
+
+
+def test_a_sum_that_is_no_mean_is_told_of_when_counts_are_rescaled(key):
+    net = lambda p, x: jnp.tanh(x @ p["w"]).sum(-1)
+    p = {"w": jax.random.normal(key, (3, 6)), "b": jnp.ones(6)}
+    both = lambda p, x: net(p, x) + (x @ p["w"] * p["b"][None]).sum(-1)
+    groups = jp.find_groups(both, p, jnp.ones((1, 3)))
+    masks = jp.find_masks(p, 0.5, pattern=Coupled(groups))
+    small_fn, small = jp.shrink(both, p, masks, counts="rescaled")
+    with pytest.warns(UserWarning, match="finds no division by 6 behind `reduce_sum`"):
+        small_fn(small, jnp.ones((1, 3)))

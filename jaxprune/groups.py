@@ -128,6 +128,9 @@ class Groups(tuple[Group, ...]):
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Groups) and super().__eq__(other)
 
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
     def __str__(self) -> str:
         frozen = [
             f"  {path} axis {axis}: {f'{n} indices, ' if n else ''}{why}"
@@ -227,18 +230,17 @@ class Groups(tuple[Group, ...]):
         """Refuse masks that remove what no unit that is gone owns."""
         owned = _removed(self, alive)
         for group in self:
-            for m in group.members:
+            for m in group.members if group.kind != "block" else ():  # may lose channels, too
                 axes = kept.get(m.path)
                 if axes is None or is_dropped(axes):
                     continue
                 every, left = m.indices.ravel(), axes[m.axis]
                 gone = np.isin(every, owned.get((m.path, m.axis), []))
                 removed = np.zeros(every.shape, bool) if left is None else ~np.isin(every, left)
-                wrong = every[gone != removed]
+                wrong = every[removed & ~gone]
                 if len(wrong):
-                    word = "keep" if gone[every == wrong[0]].any() else "remove"
                     raise ValueError(
-                        f"The masks {word} index {wrong[0]} of axis {m.axis} of {m.path!r}, which "
+                        f"The masks remove index {wrong[0]} of axis {m.axis} of {m.path!r}, which "
                         f"contradicts the rest of its group {group.name!r}: "
                         f"{list_paths(sorted({n.path for n in group.members}), 6)}. Make them with "
                         "`pattern=jp.patterns.Coupled(groups)`, or carry them over with "
@@ -267,7 +269,8 @@ def _alive(group: Group, kept: Kept) -> np.ndarray:
         seen = True
         indices = axes[m.axis]
         alive |= True if indices is None else np.isin(m.indices, indices).any(1)
-    return alive if seen else np.ones(group.size, bool)
+    whole = not seen and any(m.path not in kept for m in group.members)
+    return alive | whole
 
 
 def _shrunk(group: Group, kept: Kept) -> list[Group]:

@@ -324,16 +324,23 @@ def verify_shrink(
         strict=True,
     )
     for whole, less, state in outs:
-        cut_whole = _cut_leaf(whole, kept.get(paths[state], {}) if state is not None else {})
+        cut_whole = _cut_leaf(
+            jnp.asarray(whole), kept.get(paths[state], {}) if state is not None else {}
+        )
         if cut_whole.size and jnp.issubdtype(cut_whole.dtype, jnp.inexact):
             both_nan = jnp.isnan(cut_whole) & jnp.isnan(less)
             gap = jnp.where((cut_whole == less) | both_nan, 0, jnp.abs(cut_whole - less))
             apart = float(jnp.max(gap))
             worst = max(worst, apart if math.isfinite(apart) else math.inf)
             scale = max(scale, float(jnp.max(jnp.where(jnp.isfinite(less), jnp.abs(less), 0))))
-        elif not np.array_equal(cut_whole, less):
+        elif not np.array_equal(_numbers(cut_whole), _numbers(less)):
             worst = max(worst, 1.0)
     return worst / scale if scale else worst
+
+
+def _numbers(x: jax.Array) -> jax.Array:
+    """What NumPy can compare: keys as their data."""
+    return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
 
 def _over(masks: Masks, params: Params) -> Masks:

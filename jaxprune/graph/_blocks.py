@@ -89,7 +89,7 @@ def drop_blocks(net: Network, empty: set[str]) -> set[str]:
         raise ValueError(
             f"The masks remove all of {list_paths(left)}, which are not all the parameters of a "
             "residual branch, so that nothing would be left to compute with. Keep at least one "
-            "unit of a group; `jp.find_blocks` gives what can be left out whole."
+            "unit of a group and one layer of a scan; `jp.find_blocks` gives what can be left out."
         )
     return dropped
 

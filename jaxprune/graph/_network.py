@@ -96,7 +96,7 @@ def network(
 
     closed, outputs = _traced(flat, specs, len(with_paths))
     analysis = Analysis({**RULES, **(rules or {})}, exact=exact)
-    axes = [_param_axes(analysis, path, leaf, frozen, complain) for path, leaf in with_paths]
+    axes = [_param_axes(analysis, path, leaf, frozen) for path, leaf in with_paths]
     inside = [*axes, *((None,) * len(spec.shape) for spec in specs[len(axes) :])]
     if not complain:
         with warnings.catch_warnings():
@@ -106,6 +106,7 @@ def network(
         frame = analysis.walk(closed, inside)
     paths = [path for path, _ in with_paths]
     if complain:
+        _warn_of_types(with_paths)
         _warn_of_unread(frame, with_paths)
     first = specs[: len(paths)]
     mirrors = mirrored_outputs(outputs, paths, first)
@@ -126,9 +127,7 @@ def _traced(flat: Any, specs: Sequence[Any], n: int) -> tuple[Any, Any]:
         raise
 
 
-def _param_axes(
-    analysis: Analysis, path: str, leaf: Any, frozen: Where | None, complain: bool
-) -> Axes:
+def _param_axes(analysis: Analysis, path: str, leaf: Any, frozen: Where | None) -> Axes:
     """Axes of a parameter. What is removed of it is zero in the masked network."""
     axes = analysis.fresh(jnp.shape(leaf), zero=True)
     floating = is_floating(leaf)
@@ -138,14 +137,19 @@ def _param_axes(
     for axis in axes:
         if axis is not None:
             analysis.coupling.freeze(axis.ids, why)
-    number = jnp.issubdtype(leaf.dtype, np.number)
-    if complain and number and not floating and len(jnp.shape(leaf)):
-        warnings.warn(
-            f"{path!r} is {leaf.dtype}{list(leaf.shape)}: only floating arrays are pruned, so its "
-            "axes stay whole, and whatever is joined with them.",
-            stacklevel=4,
-        )
     return axes
+
+
+def _warn_of_types(params: Sequence[tuple[str, Any]]) -> None:
+    """Name the parameters that are no floating numbers: they hold what they are joined with."""
+    for path, leaf in params:
+        number = jnp.issubdtype(leaf.dtype, np.number)
+        if number and not is_floating(leaf) and len(jnp.shape(leaf)):
+            warnings.warn(
+                f"{path!r} is {leaf.dtype}{list(leaf.shape)}: only floating arrays are pruned, so "
+                "its axes stay whole, and whatever is joined with them.",
+                stacklevel=4,
+            )
 
 
 def _warn_of_unread(frame: Frame, params: Sequence[tuple[str, Any]]) -> None:

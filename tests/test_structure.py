@@ -616,6 +616,7 @@ LAYERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_say_why_leaving_them_out_is_not_exact(name):
     p, x = {"w": 0.3 * draw(1, 4, 5, 5)}, draw(0, 4, 5)
@@ -651,6 +652,7 @@ def test_a_branch_with_a_scalar_gate_is_dropped():
     assert jp.verify_shrink(net, p, masks, draw(7, 4, 5)) < 1e-6
 
 
+@pytest.mark.slow
 def test_second_derivatives_keep_the_rules_of_custom_functions(params, groups):
     @jax.custom_jvp
     def sine(x):
@@ -678,6 +680,7 @@ def test_what_nobody_could_tell_apart_is_refused():
         jp.find_groups(lambda p, x: x @ p["a/b"] @ p["a"]["b"], p, jnp.ones((1, 3)))
 
 
+@pytest.mark.slow
 def test_a_sum_that_is_no_mean_is_told_of_when_counts_are_rescaled(key):
     net = lambda p, x: jnp.tanh(x @ p["w"]).sum(-1)
     p = {"w": jax.random.normal(key, (3, 6)), "b": jnp.ones(6)}

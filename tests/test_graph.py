@@ -417,9 +417,20 @@ def test_groups_own_what_any_reader_would_say(name):
 
 
 CUT = [name for name in NETWORKS if NETWORKS[name][-1]]
+# What is cut by the same rule as another network here, for the slow suite.
+ALIKE = (
+    *("reshape splits twice", "reshape splits what was merged", "pixel unshuffle", "squeeze"),
+    *("gather pairs", "roll", "take along positions", "depthwise conv", "outer product"),
+    *("grouped conv of one output each", "max pool", "argmax of positions", "sort of positions"),
+    *("max of positions", "softmax of positions", "top_k of positions", "matrices in a batch"),
+    *("concatenate beside", "scan that makes", "fori_loop", "noise of a seed", "pad with ones"),
+)
 
 
-@pytest.mark.parametrize("name", CUT)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name in ALIKE else ()) for name in CUT],
+)
 def test_units_removed_at_random_leave_the_masked_answer(name):
     fn, params, inputs, _ = network(name)
     masks = remove_some(jp.find_groups(fn, params, *inputs), params, 0)

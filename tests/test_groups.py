@@ -190,6 +190,18 @@ def test_keep_refuses_masks_that_contradict_a_group():
         Groups([HEADS]).keep(part)
 
 
+def test_keep_says_that_what_lies_in_a_block_that_is_gone_is_gone():
+    gone = jax.tree.map(lambda p: jnp.zeros((1,) * p.ndim, bool), params())
+    assert not Groups([hidden()]).keep(gone)["in/kernel:1"].any()
+    gone["out"] = None  # it is read elsewhere
+    assert Groups([hidden()]).keep(gone)["in/kernel:1"].all()
+
+
+def test_keep_lets_blocks_that_stay_lose_channels():
+    masks = {"layers/0/w": jnp.array([[True], [False], [True]]), "layers/0/b": None}
+    assert Groups([BLOCK]).keep(masks)["layers/0"].all()
+
+
 def test_spread_completes_masks_and_leaves_the_given_ones_alone():
     bias, other = jnp.array([False, True, True]), jnp.array([[True, False]])
     tree = {**params(), "free": jnp.zeros((3, 2)), "lone": jnp.zeros(4)}

@@ -1,0 +1,336 @@
+"""What is cut out of params of every kind, of outputs, of optimizer states, and how it is told."""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from flax.core import FrozenDict
+
+import jaxprune as jp
+from jaxprune.patterns import Coupled
+
+
+def draw(seed, *shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
+
+
+def mlp(p, x):
+    return jax.nn.relu(x @ p["w"] + p["b"][None]) @ p["v"]
+
+
+class Pair(NamedTuple):
+    w: jax.Array
+    v: jax.Array
+
+
+X = draw(9, 2, 4)
+PARAMS = {"w": draw(0, 4, 6), "b": draw(1, 6), "v": draw(2, 6, 3)}
+
+
+def half(groups, like):
+    """Masks that keep the first half of every group."""
+    keep = {group.name: np.arange(group.size) < group.size // 2 for group in groups}
+    return Coupled(groups).expand(keep, like=like)
+
+
+@pytest.fixture(scope="module")
+def masks():
+    return half(jp.find_groups(mlp, PARAMS, X), PARAMS)
+
+
+# Params of every kind.
+
+TREES = {
+    "NamedTuple": (lambda p, x: jnp.tanh(x @ p.w) @ p.v, Pair(PARAMS["w"], PARAMS["v"])),
+    "FrozenDict": (lambda p, x: mlp(p["params"], x), FrozenDict({"params": PARAMS})),
+    "list": (lambda p, x: jnp.tanh(x @ p[0]) @ p[1], [PARAMS["w"], PARAMS["v"]]),
+    "scalars and keys": (
+        lambda p, x: mlp(p, x) * p["scale"] * jax.random.uniform(p["key"], (2, 3)),
+        {**PARAMS, "scale": jnp.float32(2.0), "key": jax.random.key(3)},
+    ),
+    "flags and names": (
+        lambda p, x: mlp(p, x) if p["name"] == "mlp" and p["flag"] else x,
+        {**PARAMS, "name": "mlp", "flag": True, "nothing": None},
+    ),
+    "half precision": (
+        lambda p, x: mlp(p, x.astype(jnp.bfloat16)),
+        jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS),
+    ),
+    "NumPy": (mlp, jax.tree.map(np.asarray, PARAMS)),
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(kind, marks=pytest.mark.slow if kind in ("half precision", "NumPy") else ())
+        for kind in TREES
+    ],
+)
+def test_params_of_every_kind_are_cut(kind):
+    fn, params = TREES[kind]
+    masks = half(jp.find_groups(fn, params, X), params)
+    small_fn, small = jp.shrink(fn, params, masks)
+    assert jax.tree.structure(small) == jax.tree.structure(params)
+    assert small_fn(small, X).shape == (2, 3)
+    assert jp.size_of(params, masks) == sum(
+        leaf.size for leaf in jax.tree.leaves(small) if hasattr(leaf, "size")
+    )
+    assert jp.verify_shrink(fn, params, masks, X) <= 2e-2 if "half" in kind else 1e-6
+
+
+def test_shapes_will_do_for_everything_but_running(masks):
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), PARAMS)
+    x = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    assert jp.find_groups(mlp, shapes, x) == jp.find_groups(mlp, PARAMS, X)
+    small_fn, small = jp.shrink(mlp, shapes, masks)
+    assert jax.tree.map(lambda leaf: leaf.shape, small) == {"w": (4, 3), "b": (3,), "v": (3, 3)}
+    assert jp.count_flops(small_fn, small, x) == 2 * 2 * (4 * 3 + 3 * 3)
+    assert jp.count_flops(mlp, shapes, x) == 2 * 2 * (4 * 6 + 6 * 3)
+    assert jax.eval_shape(small_fn, small, x).shape == (2, 3)
+
+
+@pytest.mark.slow
+def test_an_nnx_module_is_cut_with_its_statistics_and_draws_the_same_dropout():
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.b = nnx.Linear(4, 6, rngs=rngs), nnx.Linear(6, 3, rngs=rngs)
+            self.norm, self.drop = nnx.BatchNorm(6, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+
+        def __call__(self, x):
+            return self.b(self.drop(nnx.relu(self.norm(self.a(x)))))
+
+    graph, state = nnx.split(Net(nnx.Rngs(0)))
+
+    def train(state, x):
+        net = nnx.merge(graph, state)
+        out = net(x)
+        return out, nnx.state(net)
+
+    (group,) = groups = jp.find_groups(train, state, X)
+    assert {m.path for m in group.members} >= {"norm/mean", "norm/var", "a/kernel", "b/kernel"}
+    masks = half(groups, state)
+    small_fn, small = jp.shrink(train, state, masks)
+    _, new = small_fn(small, X)
+    assert jax.tree.map(jnp.shape, new) == jax.tree.map(jnp.shape, small)
+    assert jp.verify_shrink(train, state, masks, X) < 1e-6  # keys and counts are equal, too
+
+
+def test_small_params_outlive_the_donation_of_one_another(masks):
+    _, small = jp.shrink(mlp, PARAMS, jax.tree.map(jnp.ones_like, masks))
+    jax.jit(lambda p: jax.tree.map(lambda leaf: leaf + 1, p), donate_argnums=0)(small)
+    assert not PARAMS["w"].is_deleted() and PARAMS["w"].shape == (4, 6)
+
+
+@pytest.mark.slow
+def test_an_ensemble_of_small_params_runs_side_by_side(masks):
+    small_fn, small = jp.shrink(mlp, PARAMS, masks)
+    more = jax.tree.map(lambda leaf: leaf + 1, small)
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), small, more)
+    out = jax.vmap(small_fn, (0, None))(both, X)
+    for got, one in zip(out, (small, more), strict=True):
+        np.testing.assert_allclose(got, mlp(one, X), rtol=1e-5, atol=1e-5)
+
+
+# Outputs, and how far they are off.
+
+
+def test_outputs_of_every_kind_come_back_as_they_were(masks):
+    def fn(p, x):
+        h = jax.nn.relu(x @ p["w"] + p["b"][None])
+        return {
+            "out": h @ p["v"],
+            "norm": (h * h).sum(),
+            "none": None,
+            "one": 1.0,
+            "n": jnp.arange(3),
+        }
+
+    small_fn, small = jp.shrink(fn, PARAMS, masks)
+    got, want = small_fn(small, X), fn(jp.apply_masks(PARAMS, masks), X)
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5)
+    assert jp.verify_shrink(fn, PARAMS, masks, X) < 1e-5
+
+
+def test_a_step_of_training_gives_small_params_from_small_params(masks):
+    def step(variables, x):
+        grads = jax.grad(lambda p: jnp.sum(mlp(p, x) ** 2))(variables["params"])
+        return {"params": jax.tree.map(lambda p, g: p - 0.01 * g, variables["params"], grads)}
+
+    variables = {"params": PARAMS}
+    (group,) = jp.find_groups(step, variables, X)
+    assert group.size == 6 and len(group.members) == 3
+    small_fn, small = jp.shrink(step, variables, {"params": masks})
+    assert jax.tree.map(jnp.shape, small_fn(small, X)) == jax.tree.map(jnp.shape, small)
+
+
+@pytest.mark.parametrize(
+    "wrong, far", [(lambda x: x * 2.0, 0.5), (lambda x: x / 0.0, np.inf), (lambda x: x, 0.0)]
+)
+def test_a_rule_that_computes_something_else_is_found_out(masks, wrong, far):
+    rules = {"exp": jp.graph.Rule(lambda at: at.ins, lambda at, x: [wrong(jnp.exp(x))])}
+    net = lambda p, x: jnp.exp(jnp.tanh(mlp(p, x)))
+    got = jp.verify_shrink(net, PARAMS, masks, X, rules=rules)
+    np.testing.assert_allclose(got, far, atol=1e-6)
+
+
+def test_whole_numbers_that_differ_are_a_difference(masks):
+    rules = {"argmax": jp.graph.Rule(lambda at: [(None,)], lambda at, x: [jnp.zeros(2, int) - 1])}
+    net = lambda p, x: jnp.argmax(mlp(p, x), 1)
+    assert jp.verify_shrink(net, PARAMS, masks, X) == 0
+    assert jp.verify_shrink(net, PARAMS, masks, X, rules=rules) == 1
+
+
+# Masks of a part, masks that nothing goes with.
+
+
+def test_masks_of_a_subtree_do_and_nothing_is_cut_without(masks):
+    tree = {"params": PARAMS, "stats": {"mean": draw(5, 6)}}
+    fn = lambda v, x: mlp({**v["params"], "b": v["params"]["b"] - v["stats"]["mean"]}, x)
+    groups = jp.find_groups(fn, tree, X)
+    assert jp.verify_shrink(fn, tree, {"params": masks}, X, groups=groups) < 1e-5
+    _, small = jp.shrink(fn, tree, {"params": masks}, groups=groups)
+    assert small["stats"]["mean"].shape == (3,)
+    for nothing in ({}, {"params": None}, jax.tree.map(lambda _: None, tree)):
+        small_fn, small = jp.shrink(fn, tree, nothing)
+        assert jp.size_of(tree, nothing) == 54
+        np.testing.assert_allclose(small_fn(small, X), fn(tree, X), rtol=1e-6)
+
+
+def test_the_small_function_refuses_another_tree_and_names_what_it_was_called_with(masks):
+    small_fn, small = jp.shrink(mlp, PARAMS, masks)
+    with pytest.raises(ValueError, match="wants params of the structure"):
+        small_fn({"w": small["w"]}, X)
+    with pytest.raises(ValueError, match=r"'w' has shape \(4, 6\), wanted \(4, 3\)"):
+        small_fn({**small, "w": PARAMS["w"]}, X)
+    with pytest.raises(TypeError) as error:
+        small_fn(small, jnp.ones((2, 5)))
+    assert "3 parameter arrays and float32[2, 5]" in "".join(error.value.__notes__)
+
+
+def test_an_axis_of_one_index_cannot_go():
+    net = lambda p, x: (x @ p["w"]) @ p["v"]
+    params = {"w": jnp.ones((4, 1)), "v": jnp.ones((1, 3))}
+    small_fn, small = jp.shrink(net, params, cut={"w": {1: []}, "v": {0: []}})
+    with pytest.raises(ValueError, match="remove all of 'v', 'w'"):
+        small_fn(small, X)
+
+
+def test_a_cut_of_indices_out_of_order_is_refused():
+    for indices in ([2, 0], [0, 0], [-1, 2], [6]):
+        with pytest.raises(ValueError, match=r"of axis 0 of 'b'.*\(6,\).*increasing"):
+            jp.shrink(mlp, PARAMS, cut={"b": {"0": indices}})
+    with pytest.raises(ValueError, match="no such path"):
+        jp.shrink(mlp, PARAMS, cut={"nobody": {0: [1]}})
+
+
+@pytest.mark.parametrize("where", ["pure_callback", "debug_callback"])
+def test_callbacks_to_the_host_still_run_in_the_small_function(where):
+    seen = []
+
+    def net(p, x):
+        if where == "debug_callback":
+            jax.debug.callback(lambda total: seen.append(float(total)), mlp(p, x).sum())
+            return mlp(p, x)
+        like = jax.ShapeDtypeStruct(x.shape, x.dtype)
+        return mlp(p, jax.pure_callback(lambda x: seen.append(1) or np.asarray(x), like, x))
+
+    groups = jp.find_groups(net, PARAMS, X)  # no warning: they touch nothing that could be cut
+    masks = half(groups, PARAMS)
+    small_fn, small = jp.shrink(net, PARAMS, masks)
+    want = mlp(jp.apply_masks(PARAMS, masks), X)
+    np.testing.assert_allclose(small_fn(small, X), want, rtol=1e-5)
+    jax.effects_barrier()
+    assert len(seen) == 1
+
+
+# Optimizer states.
+
+
+def label(params):
+    return {"w": "a", "b": "b", "v": "b"}
+
+
+OPTIMIZERS = {
+    "lion": optax.lion(0.1),
+    "rmsprop": optax.rmsprop(0.1, momentum=0.9),
+    "chain": optax.chain(optax.clip_by_global_norm(1.0), optax.adam(0.1), optax.ema(0.9)),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adam)(0.1),
+    "masked": optax.masked(optax.adam(0.1), {"w": True, "b": False, "v": True}),
+    "multi_transform": optax.multi_transform(
+        {"a": optax.sgd(0.1, momentum=0.9), "b": optax.adam(0.1)}, label
+    ),
+    "MultiSteps": optax.MultiSteps(optax.adam(0.1), 2).gradient_transformation(),
+    "schedule_free": optax.contrib.schedule_free_adamw(0.1),
+    "muon": optax.contrib.muon(0.1),
+    "prune, packed": jp.prune(optax.adam(0.1), schedule=jp.schedules.constant(0.5), packed=True),
+    "rigl": jp.dynamic.rigl(optax.adam(0.1), sparsity=0.5, begin=0, end=9, every=1),
+}
+QUICK = ("chain",)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in OPTIMIZERS],
+)
+def test_a_state_is_cut_and_takes_the_next_step(masks, name):
+    tx = OPTIMIZERS[name]
+    _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    _, small = jp.shrink(mlp, PARAMS, masks)
+    cut = jp.shrink_state(tx, state, PARAMS, masks)
+    fresh = tx.init(small)
+    assert jax.tree.structure(cut) == jax.tree.structure(fresh)
+    assert jax.tree.map(jnp.shape, cut) == jax.tree.map(jnp.shape, fresh)
+    updates, after = tx.update(small, cut, small)
+    assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, small)
+    assert jax.tree.structure(after) == jax.tree.structure(cut)
+
+
+def test_training_goes_on_as_that_of_the_masked_network(masks):
+    """The same numbers: moments are cut and not begun anew."""
+    tx = optax.adam(0.1)
+    fit = lambda fn: lambda p: jnp.sum((fn(p, X) - 1.0) ** 2)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def step(fn, params, state):
+        updates, state = tx.update(jax.grad(fit(fn))(params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    large = jp.apply_masks(PARAMS, masks), tx.init(PARAMS)
+    large = step(mlp, *large)
+    large = jp.apply_masks(large[0], masks), large[1]
+    small_fn, small = jp.shrink(mlp, large[0], masks)
+    state = jp.shrink_state(tx, large[1], PARAMS, masks)
+    for _ in range(2):
+        small, state = step(small_fn, small, state)
+        large = step(mlp, *large)
+        large = jp.apply_masks(large[0], masks), large[1]
+    _, want = jp.shrink(mlp, large[0], masks)
+    for got, wanted in zip(jax.tree.leaves(small), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+# Budgets.
+
+
+def test_budgets_are_met_from_above_and_never_searched_for_in_vain(masks):
+    tried = []
+
+    def find(sparsity):
+        tried.append(sparsity)
+        return sparsity
+
+    cost = lambda sparsity: 1 - sparsity
+    assert jp.masks_within_budget(find, cost, 1.0) == 0.0 and tried == [0.0]
+    found = jp.masks_within_budget(find, cost, 0.3)
+    assert 0.7 <= found <= 0.7 + 1 / 1024 and len(tried) == 1 + 12
+    assert jp.masks_within_budget(find, cost, 0.0) == 1.0
+    with pytest.raises(ValueError, match=r"cannot reach a budget of -1: at sparsity 1.*still 0"):
+        jp.masks_within_budget(find, cost, -1)

@@ -18,6 +18,7 @@ from jaxprune._find import (
     rank,
     required_evidence,
 )
+from jaxprune._mesh import bare, lay_out
 from jaxprune._tree import (
     align,
     leaves_with_path,
@@ -28,7 +29,7 @@ from jaxprune._tree import (
     prunable,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
-from jaxprune.masks import Packed, check_masks, pack, unpack
+from jaxprune.masks import Packed, check_masks, keep_all, pack, unpack
 from jaxprune.scopes._count import settle
 
 
@@ -97,9 +98,9 @@ class Search:
             lambda p: rank(
                 p, self._sparsity(0), pattern=self.pattern, scope=self.scope, within=None
             ),
-            part,
+            bare(part),
         )
-        return map_leaves(ones_of_shape, part, found)
+        return map_leaves(lambda p, mask: keep_all(p, mask.shape), part, found)
 
     def first_memory(self, params: Params) -> Any:
         """Make what a criterion with memory starts from; ``()`` for all others."""
@@ -189,15 +190,16 @@ def if_due(due: Any, renew: Callable[[Any], Any], stored: Any) -> Any:
 def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:
     """Widen masks to the shape of those that a pattern finds among the prunable part."""
     keep = lambda p: jax.tree.map(lambda unit: unit > 0, pattern.pool(p))  # noqa: E731
-    found = jax.eval_shape(lambda p: pattern.expand(keep(p), like=p), part)
+    found = jax.eval_shape(lambda p: pattern.expand(keep(p), like=p), bare(part))
     same = jax.tree.map(lambda m, f: m.shape == f.shape, stored, found, is_leaf=is_packed)
     if all(jax.tree.leaves(same)):
         return stored
-    return map_leaves(
+    wide = map_leaves(
         lambda m, f: jnp.broadcast_to(m, jnp.broadcast_shapes(m.shape, f.shape)),
         unpack(stored),
         found,
     )
+    return lay_out(wide, part)
 
 
 def storage(packed: bool) -> Callable[[Masks], Masks]:
@@ -219,12 +221,6 @@ def enforce(update: jax.Array, param: jax.Array, mask: jax.Array | None) -> jax.
     # A narrow update cannot hold `-param` exactly, and then the sum would not be zero.
     dtype = jnp.promote_types(update.dtype, param.dtype)
     return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
-
-
-def ones_of_shape(param: jax.Array, found: jax.ShapeDtypeStruct) -> jax.Array:
-    """Make a mask that keeps all, of the shape that was found, where the parameter is."""
-    full = jnp.ones_like(param, dtype=bool)
-    return full[tuple(slice(n) for n in found.shape)] if found.shape else full
 
 
 def is_placeholder(params: Any) -> bool:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune._errors import check_sparsity
+from jaxprune._mesh import in_auto_mode, is_explicit, lay_out
 from jaxprune._tree import (
     fill,
     is_floating,
@@ -26,8 +27,9 @@ from jaxprune.criteria import magnitude
 from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks, check_masks
 from jaxprune.patterns import Channels, Coupled, Weights
-from jaxprune.scopes import per_leaf
+from jaxprune.scopes import across, per_leaf
 from jaxprune.scopes._count import fix, is_fixed, is_number
+from jaxprune.scopes._deferred import Deferred, score_of, stored
 from jaxprune.scopes._rank import keep_largest
 from jaxprune.scopes._spread import is_tree
 from jaxprune.scopes._windows import Windows
@@ -138,6 +140,9 @@ def _find_jit(
 
     def once(params: Params, sparsity: Sparsity, within: Masks | None) -> tuple[Masks, Any]:
         scores = score(params, evidence, criterion=criterion, where=where)
+        if not functions:  # nothing that could spoil a score
+            ready = defer(scores, params, criterion=criterion, pattern=pattern, scope=scope)
+            return rank(ready, sparsity, pattern=pattern, scope=scope, within=within), ()
         finite = map_leaves(
             lambda s, w: jnp.all(jnp.isfinite(s) | ~jnp.isfinite(w)), scores, params
         )
@@ -154,6 +159,7 @@ def _find_jit(
 
     shapes = jax.eval_shape(once, params, sparsity, within)
     masks, finite = jax.tree.map(lambda s: jnp.ones(s.shape, bool), shapes)
+    masks = lay_out(masks, params)
     if within is not None:
         masks = map_leaves(jnp.logical_and, masks, check_masks(within, masks, "within"))
     return lax.fori_loop(1, rounds + 1, again, (masks, finite))
@@ -179,6 +185,7 @@ def find(
 ) -> Masks:
     """Find masks inside somebody's trace: score, then rank."""
     scores = score(params, evidence, criterion=criterion, where=where)
+    scores = defer(scores, params, criterion=criterion, pattern=pattern, scope=scope)
     return rank(scores, sparsity, pattern=pattern, scope=scope, within=within)
 
 
@@ -196,6 +203,19 @@ def score(
     scores = criterion(part, **{name: offer(value) for name, value in evidence.items()})
     _check_scores(scores, part, criterion)
     return scores
+
+
+def defer(
+    scores: Scores, params: Params, *, criterion: Criterion, pattern: Pattern, scope: Scope
+) -> Scores:
+    """Leave it to the ranking to take magnitudes of single weights, where it reads them.
+
+    Or XLA would keep them all in a buffer of the size of the params while it searches.
+    """
+    by_counting = getattr(scope, "func", scope) in (across, per_leaf)  # axis_name may be bound
+    if not (criterion is magnitude and isinstance(pattern, Weights) and by_counting):
+        return scores
+    return map_leaves(lambda s, w: Deferred(lax.stop_gradient(w), jnp.abs), scores, params)
 
 
 def make_masks(
@@ -256,11 +276,24 @@ def rank(
             "`Coupled` ranks units that own parts of many leaves, but got a tree of sparsities. "
             "Pass one number; `max_sparsity` bounds what a group may lose."
         )
-    units = lax.stop_gradient(pattern.pool(scores))
+    if within is not None:
+        within = check_masks(within, scores, "within")
+    if not is_explicit(jax.tree.map(stored, scores)):
+        return _rank(scores, sparsity, within, pattern=pattern, scope=scope)
+    scores = jax.tree.map(lambda s: score_of(s)(stored(s)), scores)
+    ranked = functools.partial(_rank, pattern=pattern, scope=scope)
+    return in_auto_mode(ranked, scores, _exact(sparsity), within, like=scores)
+
+
+def _rank(
+    scores: Scores, sparsity: Any, within: Masks | None, *, pattern: Pattern, scope: Scope
+) -> Masks:
+    units = jax.tree.map(
+        lambda u: u if isinstance(u, Deferred) else lax.stop_gradient(u), pattern.pool(scores)
+    )
     if within is None:
         keep = scope(units, sparsity)
         return pattern.expand(_enough(pattern, units, keep, None), like=scores)
-    within = check_masks(within, scores, "within")
     alive = living(pattern, scores, within)
     keep = scope(units, sparsity, within=alive)
     found = pattern.expand(_enough(pattern, units, keep, alive), like=scores)

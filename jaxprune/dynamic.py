@@ -1,5 +1,6 @@
 """Sparse training: from the first step to the last, the same number of weights moves around."""
 
+import functools
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from jaxprune._event import (
     widen,
 )
 from jaxprune._find import find, living
+from jaxprune._mesh import in_auto_mode
 from jaxprune._tree import is_hole, is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
 from jaxprune.criteria import magnitude, random
@@ -300,6 +302,13 @@ def drop_and_grow(
 
     As many grow as are dropped, at most as many as were zero: the number kept stays the same.
     """
+    move = functools.partial(_move, pattern=pattern)
+    return in_auto_mode(move, masks, worth, promise, jnp.asarray(fraction), like=worth)
+
+
+def _move(
+    masks: Masks, worth: Scores, promise: Scores, fraction: jax.Array, *, pattern: Pattern
+) -> Masks:
     alive, treedef = jax.tree.flatten(living(pattern, worth, masks))
     kept = [count_true(a) for a in alive]
     moving = [

@@ -1,12 +1,14 @@
 """Masks: applied to params, compared, counted and packed into bits."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._mesh import is_explicit, lay_out
 from jaxprune._tree import (
     align,
     is_hole,
@@ -106,7 +108,18 @@ def dense_masks(params: Params, *, where: Where = is_matrix) -> Masks:
       >>> dense_masks({"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(2)})
       {'bias': None, 'kernel': Array([[ True,  True]], dtype=bool)}
     """
-    return map_leaves(lambda p: jnp.ones_like(p, dtype=bool), prunable(params, where=where))
+    return map_leaves(lambda p: keep_all(p, jnp.shape(p)), prunable(params, where=where))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def keep_all(param: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Make a mask of a shape that broadcasts over a parameter: all True, and where that lies.
+
+    Made from values, though they do not matter: inside of jit a constant lies on one device.
+    """
+    cut = tuple(i for i, (n, m) in enumerate(zip(param.shape, shape, strict=True)) if n != m)
+    true = jnp.isnan(param) | ~jnp.isnan(param)
+    return true.all(axis=cut, keepdims=True) if cut else true
 
 
 def sparsity(masks: Masks, params: Params) -> float | jax.Array:
@@ -216,10 +229,11 @@ def _pack_bits(mask: jax.Array) -> jax.Array:
 
 def _unpack_bits(packed: Packed) -> jax.Array:
     last = packed.shape[-1] if packed.shape else 1
+    cut = jax.typeof(packed.bits).sharding if is_explicit(packed.bits) else None
     # A byte beside its bit, elementwise: XLA fuses it into whatever uses the mask, which it does
     # not with jnp.unpackbits.
     place = np.arange(packed.bits.shape[-1] * 8)[:last]
-    spread = jnp.repeat(packed.bits, 8, axis=-1)[..., :last]
+    spread = jnp.repeat(packed.bits, 8, axis=-1, out_sharding=cut)[..., :last]
     bit = np.uint8(128 >> place % 8).reshape(*[1] * (spread.ndim - 1), last)
     mask = (spread & bit) != 0
     # Leading axes are those of the bits: a stack of packed masks unpacks to a stack of masks.
@@ -267,4 +281,4 @@ def check_masks(masks: Masks, params: Params, name: str) -> Masks:
             f"`{name}` does not fit: {', '.join(shapes)}. A mask has the rank of its parameter, "
             "each axis full or 1."
         )
-    return mirror
+    return lay_out(mirror, params)

@@ -16,7 +16,7 @@ CORE = {"jax", "optax", "numpy", "jaxprune", *sys.stdlib_module_names}
 PARTS = ("criteria", "patterns", "scopes", "schedules")
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
-    ("_types", "_tree", "_errors"),
+    ("_types", "_tree", "_mesh", "_errors"),
     ("groups", *PARTS),
     ("masks", "_find", "report", "graph"),
     ("_event", "optim", "dynamic", "straight_through", "shrink"),

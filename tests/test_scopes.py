@@ -95,4 +95,4 @@ def test_rankings_too_large_for_an_int32_are_refused_by_name():
     with pytest.raises(
         NotImplementedError, match=r"`across` would rank 4294967294 units.*per_leaf"
     ):
-        check_units([leaf], "across")
+        check_units(leaf.size, "across")

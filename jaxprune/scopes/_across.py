@@ -1,31 +1,52 @@
 """Units compete across the whole tree."""
 
+from typing import Any
+
 import jax
 
 from jaxprune._types import Sparsity, Units
 from jaxprune.scopes._count import is_fixed, removed
 from jaxprune.scopes._rank import keep_largest
+from jaxprune.scopes._shards import AxisName, shards
 from jaxprune.scopes._spread import check_units, is_tree
 
 
-def across(units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
+def across(
+    units: Units,
+    sparsity: Sparsity,
+    *,
+    within: Units = None,
+    axis_name: AxisName | None = None,
+    specs: Any = None,
+) -> Units:
     """Remove a fraction of the units of the whole tree, the lowest first (global pruning).
 
     Scores of different leaves are compared as they are. Nothing is gathered: over sharded leaves
     the ranking costs some dozens of all-reduces of a few bytes. A leaf may lose all of its units;
     ``summary`` warns of it.
 
+    Under ``jit`` a sharded array is one array, and is ranked whole. Inside of ``shard_map`` (and
+    ``pmap``) a function sees a part only: by itself this ranks the units of that part, and each
+    device keeps its own share. Bind ``axis_name`` to rank the whole over the devices of that axis:
+
+        scope = functools.partial(jp.scopes.across, axis_name="model", specs=param_specs)
+
     Args:
       units: scores of the units; any shapes, None where not prunable.
       sparsity: fraction to remove of all units: one number. Exactly ``round(sparsity * n)`` of
         ``n`` units go; among equals the later leaf, then the later position goes first.
       within: bool tree like ``units``; units outside of it are gone already and count as removed.
+      axis_name: mesh axes to rank over, inside of ``shard_map``: counts are summed over them.
+      specs: how the leaves are cut over those axes: a ``PartitionSpec`` for all, or a tree of them
+        like the params, as in ``in_specs``. Then masks are bit for bit those of the whole tree.
+        Left out, a leaf counts as cut if it varies over the axis (``check_vma=True``) or always
+        (``check_vma=False``), and among equals the parts of the first device stay.
 
     Returns:
       A bool tree like ``units``, True for what stays.
 
     Raises:
-      ValueError: ``sparsity`` is a tree.
+      ValueError: ``sparsity`` is a tree, ``axis_name`` names no axis, or ``specs`` do not fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -39,8 +60,10 @@ def across(units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
             "with `scope=jp.scopes.per_leaf`."
         )
     leaves, treedef = jax.tree.flatten(units)
-    check_units(leaves, "across")
+    parts = shards(units, axis_name, specs, "across")
+    n = sum(part.whole(leaf) for part, leaf in zip(parts, leaves, strict=True))
+    check_units(n, "across")
     alive = None if within is None else jax.tree.leaves(within)
-    n = sum(leaf.size for leaf in leaves)
-    keep = keep_largest(leaves, [n - removed(sparsity, n)], (tuple(range(len(leaves))),), alive)
+    everyone = tuple(range(len(leaves)))
+    keep = keep_largest(leaves, [n - removed(sparsity, n)], (everyone,), alive, parts)
     return jax.tree.unflatten(treedef, keep)

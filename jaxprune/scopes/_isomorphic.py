@@ -38,7 +38,7 @@ class Isomorphic:
             tuple(i for i, name in enumerate(names) if class_of[name] == c) for c in classes
         )
         leaves = [units[name] for name in names]
-        check_units(leaves, "isomorphic")
+        check_units(sum(leaf.size for leaf in leaves), "isomorphic")
         sizes = [sum(leaves[i].size for i in ranking) for ranking in rankings]
         counts = [n - removed(sparsity, n) for n in sizes]
         alive = None if within is None else [within[name] for name in names]

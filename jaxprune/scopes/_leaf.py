@@ -1,27 +1,43 @@
 """Units compete inside their own leaf."""
 
+from typing import Any
+
 import jax
 
 from jaxprune._types import Sparsity, Units
 from jaxprune.scopes._count import removed
 from jaxprune.scopes._rank import keep_largest
+from jaxprune.scopes._shards import AxisName, shards
 from jaxprune.scopes._spread import check_units, spread
 
 
-def per_leaf(units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
+def per_leaf(
+    units: Units,
+    sparsity: Sparsity,
+    *,
+    within: Units = None,
+    axis_name: AxisName | None = None,
+    specs: Any = None,
+) -> Units:
     """Remove the same fraction of the units of every leaf, the lowest first.
+
+    Inside of ``shard_map`` a leaf is the part that a device holds, unless ``axis_name`` says over
+    which devices to rank it; see ``across``.
 
     Args:
       units: scores of the units; any shapes, None where not prunable.
       sparsity: fraction to remove from each leaf: a number, or a tree of numbers like ``units``.
         Exactly ``round(sparsity * n)`` of ``n`` units go, the later ones first among equals.
       within: bool tree like ``units``; units outside of it are gone already and count as removed.
+      axis_name: mesh axes to rank over, inside of ``shard_map``.
+      specs: how the leaves are cut over those axes, as for ``across``.
 
     Returns:
       A bool tree like ``units``, True for what stays.
 
     Raises:
-      ValueError: a tree of sparsities does not mirror ``units``.
+      ValueError: a tree of sparsities does not mirror ``units``, ``axis_name`` names no axis, or
+        ``specs`` do not fit.
 
     Example:
       >>> import jax.numpy as jnp
@@ -30,11 +46,11 @@ def per_leaf(units: Units, sparsity: Sparsity, *, within: Units = None) -> Units
     """
     leaves, treedef = jax.tree.flatten(units)
     alive = None if within is None else jax.tree.leaves(within)
-    for leaf in leaves:
-        check_units([leaf], "per_leaf")
-    counts = [
-        leaf.size - removed(s, leaf.size)
-        for leaf, s in zip(leaves, spread(units, sparsity, "per_leaf"), strict=True)
-    ]
-    keep = keep_largest(leaves, counts, tuple((i,) for i in range(len(leaves))), alive)
+    parts = shards(units, axis_name, specs, "per_leaf")
+    sizes = [part.whole(leaf) for part, leaf in zip(parts, leaves, strict=True)]
+    for n in sizes:
+        check_units(n, "per_leaf")
+    sparsities = spread(units, sparsity, "per_leaf")
+    counts = [n - removed(s, n) for n, s in zip(sizes, sparsities, strict=True)]
+    keep = keep_largest(leaves, counts, tuple((i,) for i in range(len(leaves))), alive, parts)
     return jax.tree.unflatten(treedef, keep)

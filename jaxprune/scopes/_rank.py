@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune.scopes._deferred import Deferred, score_of, stored
+from jaxprune.scopes._shards import Shard, names_of
+
 Ranking = tuple[int, ...]  # positions, in a list of leaves, of those that compete together
 
 
-@functools.partial(jax.jit, static_argnames="rankings")
 def keep_largest(
-    leaves: Sequence[jax.Array],
+    leaves: Sequence[jax.Array | Deferred],
     counts: Sequence[int | jax.Array],
     rankings: tuple[Ranking, ...],
     alive: Sequence[jax.Array | None] | None = None,
+    shards: Sequence[Shard] | None = None,
 ) -> list[jax.Array]:
     """Keep the ``counts[r]`` largest units over the leaves of each ranking.
 
@@ -32,25 +35,50 @@ def keep_largest(
       counts: units to keep in each ranking, static or traced.
       rankings: which leaves compete with one another; every leaf in exactly one ranking.
       alive: for each leaf a bool array like it, or None where all are.
+      shards: for each leaf how it is cut over mesh axes, inside of shard_map; None if not at all.
 
     Returns:
       For each leaf a bool array of its shape.
     """
-    living = list(alive) if alive else [None] * len(leaves)
+    return _keep_largest(
+        [stored(x) for x in leaves],
+        counts,
+        list(alive) if alive else [None] * len(leaves),
+        rankings=rankings,
+        score=tuple(score_of(x) for x in leaves),
+        shards=tuple(shards or [Shard()] * len(leaves)),
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("rankings", "score", "shards"))
+def _keep_largest(
+    leaves: list[jax.Array],
+    counts: Sequence[int | jax.Array],
+    living: list[jax.Array | None],
+    *,
+    rankings: tuple[Ranking, ...],
+    score: tuple[Callable[[jax.Array], jax.Array], ...],
+    shards: tuple[Shard, ...],
+) -> list[jax.Array]:
     # Widening is exact, so that leaves of several dtypes compare as the numbers they are.
     widest = jnp.result_type(*(x.dtype for x in leaves))
     dtype = widest if jnp.finfo(widest).bits > 8 else jnp.dtype(jnp.float32)
 
+    def images(leaves: list[jax.Array]) -> list[jax.Array]:
+        return [
+            image(read(x).astype(dtype), a)
+            for read, x, a in zip(score, leaves, living, strict=True)
+        ]
+
     def units(data: _Data) -> list[_Unit]:
-        images = [image(x.astype(dtype), a) for x, a in zip(data.leaves, living, strict=True)]
-        return [_Unit(x, p) for x, p in zip(images, _precedence(data, rankings), strict=True)]
+        places = _precedence(data, rankings, shards)
+        return [_Unit(x, p) for x, p in zip(images(data.leaves), places, strict=True)]
 
     wanted = jnp.stack([jnp.asarray(count, jnp.int32) for count in counts])
-    if _many_and_small(leaves):
-        images = [image(x.astype(dtype), a) for x, a in zip(leaves, living, strict=True)]
-        return _keep_sorted(images, wanted, rankings)
-    data = _Data(list(leaves), jnp.uint32(0))
-    last = _last_kept(units, data, wanted, rankings)
+    if _many_and_small(leaves, shards):
+        return _keep_sorted(images(leaves), wanted, rankings)
+    data = _Data(leaves, jnp.uint32(0))
+    last = _last_kept(units, data, wanted, rankings, shards)
     # The dead, of image 0, can at most fill up the count: out with them.
     return [
         (unit.image > 0)
@@ -62,12 +90,13 @@ def keep_largest(
     ]
 
 
-def _many_and_small(leaves: Sequence[jax.Array]) -> bool:
+def _many_and_small(leaves: Sequence[jax.Array], shards: Sequence[Shard]) -> bool:
     """True for the units of many coupled groups: vectors of some thousand scores each.
 
     A search loop with a body for each of them takes long to compile, and sorting them no time.
     """
     plain = all(x.ndim == 1 and not any(jax.typeof(x).sharding.spec) for x in leaves)
+    plain = plain and not any(shard.names for shard in shards)
     return len(leaves) > 4 and plain and sum(x.size for x in leaves) <= 2**20
 
 
@@ -120,6 +149,7 @@ def _last_kept(
     data: _Data,
     wanted: jax.Array,
     rankings: Sequence[Ranking],
+    shards: Sequence[Shard],
 ) -> _Unit:
     """Find for each ranking the unit that exactly ``wanted`` units reach (or what separates them).
 
@@ -128,11 +158,14 @@ def _last_kept(
     a byte read one byte a unit instead of its score. Stops as soon as the count is right; only
     where scores are equal does it come to the precedence.
     """
-    sizes = [sum(data.leaves[i].size for i in ranking) for ranking in rankings]
+    sizes = [sum(shards[i].whole(data.leaves[i]) for i in ranking) for ranking in rankings]
     dtype = jax.eval_shape(lambda: units(data)[0].image).dtype
     position_bits = max(sizes).bit_length()
     image_bytes, all_bytes = dtype.itemsize, dtype.itemsize + -(-position_bits // 8)
     ranking_of = _ranking_of(rankings)
+    # Two leaves at a time, or XLA keeps what it compares of all leaves at once. Not where counts
+    # travel between devices, which they do better together.
+    in_turns = all(_parts(x) == 1 and not s.names for x, s in zip(data.leaves, shards, strict=True))
 
     def next_byte(state: _State) -> _State:
         last, reached, beyond, byte = state
@@ -140,7 +173,8 @@ def _last_kept(
         below = jnp.where(in_image, 8 * image_bytes, position_bits + 8 * image_bytes)
         shift = jnp.maximum(below - 8 * (byte + 1), 0)
         # Tied to the loop, or XLA computes the units once and keeps them: a score-sized buffer.
-        inside, _ = lax.optimization_barrier((data, byte))
+        # One by one, since what passes a barrier together varies over mesh axes together.
+        inside = jax.tree.map(lambda x: lax.optimization_barrier((x, byte))[0], data)
 
         def cut(unit: _Unit, image: jax.Array, precedence: jax.Array) -> jax.Array:
             by_image = _byte_above(unit.image, image, shift)
@@ -162,12 +196,13 @@ def _last_kept(
             even = (byte > 0) & (turn < 2)
             guess = jnp.where(even, jnp.int32(share * (high - low)), (high - low) // 2)
             guess = low + jnp.clip(guess, 1, jnp.maximum(high - low - 1, 1))
-            counts = [
-                sum((count_true(digits[i] >= guess[r].astype(jnp.uint8)) for i in ranking), none[r])
-                for r, ranking in enumerate(rankings)
-            ]
+            reach: list[jax.Array] = []
+            for digit, r in zip(digits, ranking_of, strict=True):
+                after = reach[-2:-1] if in_turns else []
+                now, _ = lax.optimization_barrier((digit, after))
+                reach.append(count_true(now >= guess[r].astype(jnp.uint8)))
             # A ranking that is settled guesses `high` until the others are, and stays as it is.
-            count = jnp.where(guess < high, jnp.stack(counts), beyond)
+            count = jnp.where(guess < high, _totals(reach, rankings, shards), beyond)
             enough = (guess < high) & (count >= wanted)
             return _Search(
                 low=jnp.where(enough, guess, low),
@@ -193,8 +228,9 @@ def _last_kept(
         _, reached, _, byte = state
         return jnp.any(reached != wanted) & (byte < all_bytes)
 
-    # Under shard_map what a loop carries must vary over the axes that the leaves vary over.
-    nothing = sum(_no_units(x) for x in data.leaves) + jnp.zeros(wanted.shape, jnp.int32)
+    # Under shard_map what a loop carries must vary over the axes that the counts vary over.
+    nothing = _totals([_no_units(x) for x in data.leaves], rankings, shards)
+    nothing = nothing + sum(nothing)  # a ranking's loop goes on until all are settled
     zero = _Unit(nothing.astype(dtype), nothing.astype(jnp.uint32))
     reached, beyond = jnp.asarray(sizes, jnp.int32) + nothing, nothing
     return lax.while_loop(searching, next_byte, (zero, reached, beyond, jnp.int32(0)))[0]
@@ -220,20 +256,33 @@ def _byte_above(x: jax.Array, low: jax.Array, shift: jax.Array) -> jax.Array:
     return jnp.minimum(offset, np.asarray(255, x.dtype)).astype(jnp.uint8)
 
 
-def _precedence(data: _Data, rankings: Sequence[Ranking]) -> list[jax.Array]:
+def _totals(
+    counts: Sequence[jax.Array], rankings: Sequence[Ranking], shards: Sequence[Shard]
+) -> jax.Array:
+    """Sum the counts of the leaves of each ranking, and over the devices that share a leaf."""
+    total = jnp.zeros(len(rankings), jnp.int32)
+    for names in dict.fromkeys(shard.names for shard in shards):  # one sum for all cut alike
+        here = [
+            sum((counts[i] for i in ranking if shards[i].names == names), jnp.int32(0))
+            for ranking in rankings
+        ]
+        total += lax.psum(jnp.stack(here), names) if names else jnp.stack(here)
+    return total
+
+
+def _precedence(
+    data: _Data, rankings: Sequence[Ranking], shards: Sequence[Shard]
+) -> list[jax.Array]:
     """Number the units of each ranking downwards to 1, without reshaping any leaf."""
     numbers: dict[int, jax.Array] = {}
     for ranking in rankings:
-        left = sum(data.leaves[i].size for i in ranking)
+        left = sum(shards[i].whole(data.leaves[i]) for i in ranking)
         for i in ranking:
-            shape = data.leaves[i].shape
+            leaf = data.leaves[i]
             # Made from the leaf, so that the numbers lie where the leaf does.
-            number = jnp.zeros_like(data.leaves[i], jnp.uint32) + (data.zero + np.uint32(left))
-            for axis in range(len(shape)):
-                stride = np.uint32(math.prod(shape[axis + 1 :]))
-                number -= lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-            numbers[i] = number
-            left -= data.leaves[i].size
+            first = jnp.zeros_like(leaf, jnp.uint32) + (data.zero + np.uint32(left))
+            numbers[i] = shards[i].count_down(first)
+            left -= shards[i].whole(leaf)
     return [numbers[i] for i in range(len(numbers))]
 
 
@@ -251,8 +300,6 @@ def _ranking_of(rankings: Sequence[Ranking]) -> list[int]:
 
 def count_true(mask: jax.Array) -> jax.Array:
     """Count what is True, in int32."""
-    if jax.device_count() > 1:  # windows might cross the borders of shards, and data move
-        return _count_plain(mask)
     return lax.platform_dependent(mask, cpu=_count_in_bytes, default=_count_plain)
 
 
@@ -263,13 +310,36 @@ def _count_plain(mask: jax.Array) -> jax.Array:
 def _count_in_bytes(mask: jax.Array) -> jax.Array:
     # XLA on CPU writes out what it sums, four bytes a unit in int32. Windows of at most 255 units
     # can be summed in bytes first, which is some ten times faster.
+    window = _window(mask)
+    if window is None:
+        return _count_plain(mask)
+    ones = mask.astype(jnp.uint8)
+    return _count_plain(lax.reduce_window(ones, np.uint8(0), lax.add, window, window, "SAME"))
+
+
+def _window(mask: jax.Array) -> tuple[int, ...] | None:
+    """Choose windows of 64 to 255 units along one axis, the last that is long enough.
+
+    None if there is no such axis. A window that crossed the border of a shard would move data, so
+    it fits into the smallest part that there can be.
+    """
     if not mask.size:
-        return jnp.int32(0)
-    axis = max(range(mask.ndim), key=lambda i: (mask.shape[i] >= 64, i), default=None)
-    if axis is not None:
-        n = mask.shape[axis]
-        size = max((d for d in range(64, 256) if n % d == 0), default=128)
-        window = tuple(size if i == axis else 1 for i in range(mask.ndim))
-        ones = mask.astype(jnp.uint8)
-        mask = lax.reduce_window(ones, np.uint8(0), lax.add, window, window, "SAME")
-    return jnp.sum(mask, dtype=jnp.int32)
+        return None
+    for axis in reversed(range(mask.ndim)):
+        parts, n = _parts(mask, axis), mask.shape[axis]
+        fits = [d for d in range(64, 256) if n % (parts * d) == 0]
+        if n >= 64 and (fits or parts == 1):
+            return tuple(max(fits, default=128) if i == axis else 1 for i in range(mask.ndim))
+    return None
+
+
+def _parts(x: jax.Array, *axes: int) -> int:
+    """Into how many equal parts jit may cut some axes of an array, or all.
+
+    Explicit mesh axes are in its type. What automatic ones will cut nobody knows yet, but no axis
+    into more parts than they have devices.
+    """
+    sharding = jax.typeof(x).sharding
+    sizes = dict(zip(sharding.mesh.axis_names, sharding.mesh.axis_sizes, strict=True))
+    seen = [name for i in axes or range(x.ndim) for name in names_of(sharding.spec[i])]
+    return math.prod(sizes[name] for name in (*sharding.mesh.auto_axes, *seen))

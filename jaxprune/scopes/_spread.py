@@ -38,9 +38,8 @@ def _leaves(sparsity: Sparsity) -> list[tuple[str, Any]]:
     return [(path_str(path), leaf) for path, leaf in leaves if not is_hole(leaf)]
 
 
-def check_units(units: list[jax.Array], user: str) -> None:
-    """Refuse rankings that an int32 cannot count."""
-    n = sum(u.size for u in units)
+def check_units(n: int, user: str) -> None:
+    """Refuse rankings of ``n`` units that an int32 cannot count."""
     if n > MOST_UNITS:
         raise NotImplementedError(
             f"`{user}` would rank {n} units together, more than the {MOST_UNITS} that a 32-bit "

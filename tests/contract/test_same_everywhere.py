@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax._src.core import ShardingTypeError
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -154,15 +153,8 @@ FINDERS = {
 }
 
 
-# Windows and blocks split an axis, which JAX refuses where an explicit mesh shards that axis.
-SPLITS = pytest.mark.xfail(raises=ShardingTypeError, strict=True)
-PLACES = [(name, AxisType.Auto) for name in FINDERS] + [
-    pytest.param(name, AxisType.Explicit, marks=[SPLITS] if name in ("windows", "blocks") else [])
-    for name in FINDERS
-]
-
-
-@pytest.mark.parametrize(("name", "axis_type"), PLACES)
+@pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+@pytest.mark.parametrize("name", FINDERS)
 def test_a_sharded_tree_gives_the_masks_of_one_device(name, axis_type):
     params = network()
     mesh = mesh_of(axis_type)

@@ -1,0 +1,130 @@
+"""Parts of a leaf on several devices: what a ranking inside of shard_map has to know."""
+
+import dataclasses
+import math
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from jaxprune._tree import leaves_with_path
+from jaxprune.scopes._deferred import stored
+
+AxisName: TypeAlias = str | tuple[str, ...]  # of a mesh, of pmap or of vmap
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """How a leaf is cut over the mesh axes that a ranking goes over; as it stands, not at all.
+
+    Attributes:
+      names: mesh axes; devices along them hold different parts of the leaf.
+      dims: for each axis of the leaf the mesh axes that cut it. None if nobody said: then one
+        part counts as coming after the other.
+    """
+
+    names: tuple[str, ...] = ()
+    dims: tuple[tuple[str, ...], ...] | None = None
+
+    def whole(self, leaf: Any) -> int:
+        """Count the units of the whole leaf."""
+        return int(leaf.size * _devices(self.names))
+
+    def count_down(self, number: jax.Array) -> jax.Array:
+        """Take from each unit's number its position in the whole leaf; uint32, as the part is."""
+        shape = number.shape
+        dims = self.dims or ((),) * len(shape)
+        whole = [n * _devices(names) for n, names in zip(shape, dims, strict=True)]
+        if self.dims is None:
+            number -= _index(self.names) * np.uint32(math.prod(shape))
+        for axis, names in enumerate(dims):
+            stride = np.uint32(math.prod(whole[axis + 1 :]))
+            number -= lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
+            number -= _index(names) * (np.uint32(shape[axis]) * stride)
+        return number
+
+
+def shards(units: Any, axis_name: AxisName | None, specs: Any, user: str) -> list[Shard]:
+    """Say for each leaf how it is cut over ``axis_name``."""
+    leaves = leaves_with_path(units)
+    if axis_name is None:
+        if specs is not None:
+            raise ValueError(
+                f"`{user}` got specs without an `axis_name`. Pass `axis_name=`, the mesh axes to "
+                "rank over, as well."
+            )
+        return [Shard()] * len(leaves)
+    names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
+    _check_names(names, user)
+    if specs is None:
+        return [Shard(_varying(stored(leaf), names)) for _, leaf in leaves]
+    given = _specs(units, specs, user)
+    return [
+        _shard(path, leaf, spec, names, user)
+        for (path, leaf), spec in zip(leaves, given, strict=True)
+    ]
+
+
+def _shard(path: str, leaf: Any, spec: Any, names: tuple[str, ...], user: str) -> Shard:
+    if not isinstance(spec, PartitionSpec) or len(spec) > leaf.ndim:
+        raise ValueError(
+            f"`{user}` got {spec!r} as the spec of {path!r}, whose part has shape {leaf.shape}. "
+            "Pass what `in_specs` has for it: a PartitionSpec with at most one entry for each axis."
+        )
+    entries = [*spec, *[None] * (leaf.ndim - len(spec))]
+    dims = tuple(tuple(name for name in names_of(entry) if name in names) for entry in entries)
+    return Shard(tuple(name for dim in dims for name in dim), dims)
+
+
+def _specs(units: Any, specs: Any, user: str) -> list[Any]:
+    try:
+        return jax.tree.leaves(jax.tree.broadcast(specs, units))
+    except ValueError as error:
+        raise ValueError(
+            f"`{user}` got specs that are no tree like the units: {error}. Pass one PartitionSpec "
+            "for all, or a tree of them like the params."
+        ) from error
+
+
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, tuple) else (entry,)
+
+
+def _check_names(names: tuple[str, ...], user: str) -> None:
+    for name in names:
+        try:
+            lax.axis_size(name)
+        except NameError as error:
+            raise ValueError(
+                f"`{user}` got axis_name={name!r}, which names no axis here. It is for the inside "
+                "of `jax.shard_map` or `pmap`; arrays that jit sees whole need none."
+            ) from error
+
+
+def _varying(leaf: Any, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes over which a leaf differs as far as jax knows, else all of them."""
+    if not _varies_over(lax.axis_index(names)):  # nobody keeps track: check_vma=False, pmap, vmap
+        return names
+    over = _varies_over(leaf)
+    return tuple(name for name in names if name in over)
+
+
+def _varies_over(x: Any) -> frozenset[str]:
+    """What `check_vma=True` knows of a value."""
+    kind: Any = jax.typeof(x)
+    known = getattr(kind, "manual_axis_type", None)  # from jax 0.10 on
+    return frozenset(getattr(kind, "vma", ()) if known is None else known.varying)
+
+
+def _devices(names: tuple[str, ...]) -> int:
+    return math.prod(int(lax.axis_size(name)) for name in names)
+
+
+def _index(names: tuple[str, ...]) -> Any:
+    return lax.axis_index(names).astype(jnp.uint32) if names else np.uint32(0)

@@ -18,7 +18,7 @@ from jaxprune._find import (
     rank,
     required_evidence,
 )
-from jaxprune._mesh import bare, lay_out
+from jaxprune._mesh import bare, lay_out, true_over
 from jaxprune._tree import (
     align,
     leaves_with_path,
@@ -29,7 +29,7 @@ from jaxprune._tree import (
     prunable,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
-from jaxprune.masks import Packed, check_masks, keep_all, pack, unpack
+from jaxprune.masks import Packed, check_masks, pack, unpack
 from jaxprune.scopes._count import settle
 
 
@@ -100,7 +100,7 @@ class Search:
             ),
             bare(part),
         )
-        return map_leaves(lambda p, mask: keep_all(p, mask.shape), part, found)
+        return map_leaves(lambda p, mask: true_over(p, mask.shape), part, found)
 
     def first_memory(self, params: Params) -> Any:
         """Make what a criterion with memory starts from; ``()`` for all others."""

@@ -29,7 +29,7 @@ from jaxprune.masks import apply_masks, check_masks
 from jaxprune.patterns import Channels, Coupled, Weights
 from jaxprune.scopes import across, per_leaf
 from jaxprune.scopes._count import fix, is_fixed, is_number
-from jaxprune.scopes._deferred import Deferred, score_of, stored
+from jaxprune.scopes._deferred import Deferred, on_weights, stored
 from jaxprune.scopes._rank import keep_largest
 from jaxprune.scopes._spread import is_tree
 from jaxprune.scopes._windows import Windows
@@ -278,11 +278,16 @@ def rank(
         )
     if within is not None:
         within = check_masks(within, scores, "within")
-    if not is_explicit(jax.tree.map(stored, scores)):
-        return _rank(scores, sparsity, within, pattern=pattern, scope=scope)
-    scores = jax.tree.map(lambda s: score_of(s)(stored(s)), scores)
-    ranked = functools.partial(_rank, pattern=pattern, scope=scope)
-    return in_auto_mode(ranked, scores, _exact(sparsity), within, like=scores)
+    # Deferred scores are no arrays: their weights cross into the other mode, and there they are
+    # put together again.
+    weights = jax.tree.map(stored, scores)
+
+    def ranked(weights: Any, sparsity: Any, within: Masks | None) -> Masks:
+        ready = jax.tree.map(on_weights, scores, weights)
+        return _rank(ready, sparsity, within, pattern=pattern, scope=scope)
+
+    sparsity = _exact(sparsity) if is_explicit(weights) else sparsity
+    return in_auto_mode(ranked, weights, sparsity, within, like=weights)
 
 
 def _rank(

@@ -1,9 +1,12 @@
-"""Explicit mesh axes: left to jit while units are ranked, and put back on what comes out."""
+"""Where arrays lie on a mesh: masks with their weights, and explicit axes let go to rank."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune._tree import map_leaves
@@ -41,6 +44,40 @@ def lay_out(masks: Any, like: Any) -> Any:
 def bare(tree: Any) -> Any:
     """The shapes of arrays without how they are cut: for ``jax.eval_shape``."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def true_over(param: jax.Array, shape: tuple[int, ...] | None = None) -> jax.Array:
+    """Make an array that is all True and lies where a parameter does.
+
+    Made from values, though they do not matter: inside of jit a constant lies on one device.
+
+    Args:
+      param: floating.
+      shape: that of ``param``, or with some axes of size 1.
+    """
+    cut = tuple(i for i, n in enumerate(shape or ()) if n != param.shape[i])
+    true = jnp.isnan(param) | ~jnp.isnan(param)
+    return true.all(axis=cut, keepdims=True) if cut else true
+
+
+def whole_parts(x: jax.Array, size: int) -> jax.Array:
+    """Gather the last axis where an explicit mesh axis cuts it into no multiple of ``size``."""
+    if not is_explicit(x):
+        return x
+    known = jax.typeof(x).sharding
+    sizes = dict(zip(known.mesh.axis_names, known.mesh.axis_sizes, strict=True))
+    parts = math.prod(sizes[name] for name in names_of(known.spec[-1]))
+    if x.shape[-1] % (parts * size) == 0:
+        return x
+    return jax.sharding.reshard(x, NamedSharding(known.mesh, PartitionSpec(*known.spec[:-1], None)))
+
+
+def names_of(entry: Any) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    if entry is None:
+        return ()
+    return tuple(entry) if isinstance(entry, tuple) else (entry,)
 
 
 def is_explicit(tree: Any) -> bool:

@@ -1,14 +1,13 @@
 """Masks: applied to params, compared, counted and packed into bits."""
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._mesh import is_explicit, lay_out
+from jaxprune._mesh import is_explicit, lay_out, true_over, whole_parts
 from jaxprune._tree import (
     align,
     is_hole,
@@ -108,18 +107,7 @@ def dense_masks(params: Params, *, where: Where = is_matrix) -> Masks:
       >>> dense_masks({"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(2)})
       {'bias': None, 'kernel': Array([[ True,  True]], dtype=bool)}
     """
-    return map_leaves(lambda p: keep_all(p, jnp.shape(p)), prunable(params, where=where))
-
-
-@functools.partial(jax.jit, static_argnames="shape")
-def keep_all(param: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Make a mask of a shape that broadcasts over a parameter: all True, and where that lies.
-
-    Made from values, though they do not matter: inside of jit a constant lies on one device.
-    """
-    cut = tuple(i for i, (n, m) in enumerate(zip(param.shape, shape, strict=True)) if n != m)
-    true = jnp.isnan(param) | ~jnp.isnan(param)
-    return true.all(axis=cut, keepdims=True) if cut else true
+    return map_leaves(true_over, prunable(params, where=where))
 
 
 def sparsity(masks: Masks, params: Params) -> float | jax.Array:
@@ -224,7 +212,7 @@ def unpack(packed: Any) -> Masks:
 
 
 def _pack_bits(mask: jax.Array) -> jax.Array:
-    return jnp.packbits(jnp.atleast_1d(mask), axis=-1)
+    return jnp.packbits(whole_parts(jnp.atleast_1d(mask), 8), axis=-1)
 
 
 def _unpack_bits(packed: Packed) -> jax.Array:

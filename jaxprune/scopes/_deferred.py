@@ -27,6 +27,11 @@ def stored(leaf: jax.Array | Deferred) -> jax.Array:
     return leaf.weights if isinstance(leaf, Deferred) else leaf
 
 
+def on_weights(leaf: jax.Array | Deferred, again: jax.Array) -> jax.Array | Deferred:
+    """Put back what is stored, after it has been somewhere without the rest."""
+    return dataclasses.replace(leaf, weights=again) if isinstance(leaf, Deferred) else again
+
+
 def score_of(leaf: jax.Array | Deferred) -> Callable[[jax.Array], jax.Array]:
     """What makes scores from what is stored."""
     return leaf.score if isinstance(leaf, Deferred) else _as_it_is

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune._mesh import names_of
 from jaxprune.scopes._deferred import Deferred, score_of, stored
-from jaxprune.scopes._shards import Shard, names_of
+from jaxprune.scopes._shards import Shard
 
 Ranking = tuple[int, ...]  # positions, in a list of leaves, of those that compete together
 

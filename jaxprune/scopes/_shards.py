@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
+from jaxprune._mesh import names_of
 from jaxprune._tree import leaves_with_path
 from jaxprune.scopes._deferred import stored
 
@@ -87,13 +88,6 @@ def _specs(units: Any, specs: Any, user: str) -> list[Any]:
             f"`{user}` got specs that are no tree like the units: {error}. Pass one PartitionSpec "
             "for all, or a tree of them like the params."
         ) from error
-
-
-def names_of(entry: Any) -> tuple[str, ...]:
-    """The mesh axes of one entry of a PartitionSpec."""
-    if entry is None:
-        return ()
-    return tuple(entry) if isinstance(entry, tuple) else (entry,)
 
 
 def _check_names(names: tuple[str, ...], user: str) -> None:

@@ -1,0 +1,223 @@
+"""Laws 8 and 9 for every wrapper on a mesh of two axes, however the weights are cut over it."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+from jaxprune import patterns, scopes
+from tests.contract import laws, sharded
+from tests.helpers import TraceCount, assert_trees_equal
+
+AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
+
+
+def mesh_of(axis_type=AxisType.Auto):
+    return jax.make_mesh((2, 4), sharded.NAMES, axis_types=(axis_type,) * 2)
+
+
+def assert_lie_like(masks, params):
+    """Each axis of a mask is cut as that of its weights; of bits, each axis but the last."""
+
+    def check(param, mask):
+        if mask is None:
+            return
+        array = mask.bits if isinstance(mask, jp.Packed) else mask
+        free = array.ndim - 1 if isinstance(mask, jp.Packed) else array.ndim
+        spec = [*param.sharding.spec, *[None] * param.ndim]
+        cut = [s if n > 1 else None for s, n in zip(spec, array.shape[:free], strict=False)]
+        want = NamedSharding(param.sharding.mesh, P(*cut)).shard_shape((*array.shape[:free],))
+        got = array.sharding.shard_shape(array.shape)[:free]
+        assert got == want, (array.sharding, param.sharding)
+
+    jax.tree.map(check, params, masks, is_leaf=lambda x: x is None)
+
+
+def stored_masks(state):
+    (node,) = (n for n in jax.tree.leaves(state, is_leaf=_is_pruner) if _is_pruner(n))
+    return node.masks
+
+
+def _is_pruner(node):
+    return isinstance(node, jp.PruneState)
+
+
+def train(name, params, check=lambda masks, params: None):
+    """Take a few donated steps in one trace; weights and masks after each, in NumPy."""
+    tx = sharded.WRAPPERS[name](optax.sgd(0.25, momentum=0.5))
+    state = sharded.start(tx, params, name)
+    check(stored_masks(state), params)
+    check(stored_masks(jax.jit(tx.init)(params)), params)
+    counted = TraceCount(functools.partial(sharded.step, tx))
+    step = jax.jit(counted, donate_argnums=(0, 1))
+    history = []
+    for _ in range(sharded.STEPS):
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        params, state = step(params, state)
+        laws.closed(shapes, state)
+        check(stored_masks(state), params)
+        history.append(jax.tree.map(np.asarray, (params, jp.get_masks(state))))
+    assert counted.count == 1
+    return history
+
+
+@functools.cache
+def on_one_device(name):
+    return train(name, jax.tree.map(jnp.array, sharded.network()))
+
+
+QUICK = [
+    ("magnitude", "fsdp", AxisType.Auto),
+    ("taylor across, packed", "grid", AxisType.Explicit),
+    ("random channels", "tensor", AxisType.Auto),
+    ("windows", "tensor", AxisType.Explicit),
+    ("blocks, packed", "fsdp", AxisType.Explicit),
+    ("hold", "grid", AxisType.Auto),
+    ("rigl", "tensor", AxisType.Explicit),
+    ("set", "grid", AxisType.Auto),
+    ("straight_through", "replicated", AxisType.Explicit),
+]
+SLOW = [
+    (name, layout, axis_type)
+    for name in sharded.WRAPPERS
+    for layout in sharded.LAYOUTS
+    for axis_type in AXIS_TYPES
+    if (name, layout, axis_type) not in QUICK
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "axis_type"),
+    [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW)],
+)
+def test_weights_cut_over_a_mesh_train_as_on_one_device(name, layout, axis_type):
+    mesh = mesh_of(axis_type)
+    with jax.set_mesh(mesh):
+        got = train(name, sharded.place(sharded.network(), mesh, layout), assert_lie_like)
+    assert_trees_equal(got, on_one_device(name))
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_what_is_done_with_masks_is_done_on_a_mesh(axis_type):
+    """Applied, combined, counted, compared, packed, summed up; searched for within others."""
+    mesh = mesh_of(axis_type)
+    alone = jax.tree.map(jnp.array, sharded.network())
+
+    def use(params):
+        first = jp.find_masks(params, 0.5, scope=scopes.across)
+        other = jp.find_masks(params, 0.5, pattern=patterns.Channels(-1), within=first)
+        both = jp.combine_masks(first, other)
+        told = jp.sparsity(both, params), jp.overlap(first, both), str(jp.summary(params, both))
+        masked = jp.apply_masks(params, jp.unpack(jp.pack(both)))
+        rounds = jp.find_masks(params, 0.7, rounds=3, scope=scopes.across)
+        levels = [level.masks for level in jp.imp(params, lambda p, m: p, rounds=2)]
+        return told, jax.tree.map(np.asarray, (first, other, both, masked, rounds, levels))
+
+    with jax.set_mesh(mesh):
+        params = sharded.place(sharded.network(), mesh, "grid")
+        told, got = use(params)
+        assert_lie_like(jp.find_masks(params, 0.5), params)
+        assert_lie_like(jp.dense_masks(params), params)
+    told_alone, want = use(alone)
+    assert told == told_alone
+    assert_trees_equal(got, want)
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+def test_channels_of_a_network_on_a_mesh_are_coupled_and_cut(axis_type):
+    mesh = mesh_of(axis_type)
+    net = lambda p, x: (
+        jax.nn.relu(x @ p["in"]["kernel"] + p["in"]["bias"][None]) @ p["out"]["kernel"]
+    )
+    x = jnp.ones((2, 16))
+    alone = jax.tree.map(jnp.array, sharded.network())
+    groups = jp.find_groups(net, alone, x)
+    find = functools.partial(jp.find_masks, sparsity=0.5, pattern=patterns.Coupled(groups))
+    want = find(alone)
+    with jax.set_mesh(mesh):
+        params = sharded.place(sharded.network(), mesh, "tensor")
+        masks = find(params)
+        assert_trees_equal(jax.tree.map(np.asarray, masks), jax.tree.map(np.asarray, want))
+    _, small_params = jp.shrink(net, alone, want)
+    assert small_params["in"]["kernel"].shape == (16, 4)
+
+
+# What travels between devices.
+
+COLLECTIVE = re.compile(
+    r"= (?P<result>\(?[^=]*?\)?) (?P<kind>all-reduce|all-gather|all-to-all|collective-permute|"
+    r"collective-broadcast|reduce-scatter|ragged-all-to-all)(?:-start)?\("
+)
+BYTES = {"pred": 1, "u8": 1, "s8": 1, "bf16": 2, "f16": 2, "u16": 2, "s32": 4, "u32": 4, "f32": 4}
+
+
+def travelling(compiled):
+    """The kind and the bytes of every collective of a compiled program."""
+    found = []
+    for match in COLLECTIVE.finditer(compiled.as_text()):
+        shapes = re.findall(r"(\w+)\[([\d,]*)\]", match["result"])
+        size = sum(
+            BYTES[dtype] * int(np.prod([int(n) for n in dims.split(",") if n]))
+            for dtype, dims in shapes
+        )
+        found.append((match["kind"], size))
+    return found
+
+
+def test_collectives_are_found_where_there_are_some():
+    mesh = mesh_of()
+    x = jax.device_put(jnp.ones((8, 128)), NamedSharding(mesh, P(None, "model")))
+    total = jax.jit(jnp.sum).lower(x).compile()
+    assert travelling(total) == [("all-reduce", 4)]
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P())).lower(x).compile()
+    assert travelling(whole) == [("all-gather", 8 * 128 * 4)]
+
+
+WIDE = {"in": {"kernel": (1024, 2048), "bias": (2048,)}, "out": {"kernel": (2048, 512)}}
+
+
+def shapes(mesh, layout, dtype=jnp.float32):
+    return jax.tree.map(
+        lambda shape, spec: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec)),
+        WIDE,
+        sharded.LAYOUTS[layout],
+        is_leaf=lambda x: isinstance(x, tuple),
+    )
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("layout", ["fsdp", "tensor", "grid"])
+@pytest.mark.parametrize("scope", [scopes.across, scopes.per_leaf])
+def test_a_ranking_over_a_mesh_moves_nothing_but_counts(scope, layout, axis_type):
+    mesh = mesh_of(axis_type)
+    with jax.set_mesh(mesh):
+        find = jax.jit(lambda p: jp.find_masks(p, 0.5, scope=scope))
+        compiled = find.lower(shapes(mesh, layout)).compile()
+    moved = travelling(compiled)
+    assert moved and {kind for kind, _ in moved} == {"all-reduce"}
+    assert max(size for _, size in moved) <= 256
+    # What a device needs beside its part: a byte a unit to count, one to compare.
+    part = sum(np.prod(WIDE[name]["kernel"]) for name in WIDE) / (4 if layout == "tensor" else 8)
+    assert compiled.memory_analysis().temp_size_in_bytes <= 2 * part + 100_000
+
+
+@pytest.mark.parametrize("layout", ["fsdp", "grid"])
+def test_an_event_of_a_training_step_moves_nothing_but_counts(layout):
+    mesh = mesh_of()
+    tx = jp.prune(optax.adam(0.1), schedule=sharded.RAMP, scope=scopes.across)
+    params = shapes(mesh, layout)
+    state = jax.eval_shape(tx.init, params)
+    state = jax.jit(tx.init).lower(params).compile().output_shardings, state
+    state = jax.tree.map(
+        lambda cut, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), *state
+    )
+    step = jax.jit(functools.partial(sharded.step, tx)).lower(params, state).compile()
+    assert {kind for kind, _ in travelling(step)} == {"all-reduce"}
+    assert max(size for _, size in travelling(step)) <= 256

@@ -3,6 +3,7 @@
 import json
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -70,7 +71,7 @@ def assert_same_bits(got, want):
         assert (a.dtype, a.shape, a.tobytes()) == (b.dtype, b.shape, b.tobytes())
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_restored_run_goes_on_bit_for_bit_and_without_a_retrace(tmp_path, packed):
     schedule = jp.schedules.cubic(0.8, begin=0, end=6, every=2)
     tx = jp.prune(optax.adam(0.1), schedule=schedule, packed=packed)
@@ -196,7 +197,7 @@ def spread(state, devices):
     return jax.tree.map(put, state)
 
 
-@pytest.mark.parametrize("saved, wanted", [(8, 1), (1, 8), (8, 4), (8, 8)])
+@pytest.mark.parametrize("saved, wanted", [(8, 1), (1, 8), (8, 4)])
 def test_a_run_goes_on_with_another_number_of_devices(tmp_path, saved, wanted):
     state = {**fresh(), "step": 3}
     masks = {"kernel": jnp.asarray(np.random.default_rng(1).random((16, 8)) < 0.5), "bias": None}
@@ -341,6 +342,8 @@ def damage(file, kind, place):
         file.write_bytes(whole)
 
 
+# Orbax 0.12 closes its event loop before it has cleaned up behind what failed in it.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("kind", ["cut", "flip"])
 def test_a_damaged_step_is_refused_or_comes_back_whole(tmp_path, kind):
     state = {"w": jnp.asarray(np.random.default_rng(0).normal(size=300)), "step": 3}
@@ -420,6 +423,54 @@ def test_a_run_that_is_killed_a_dozen_times_keeps_its_latest_complete_step(tmp_p
     kill_in_the_middle(tmp_path, 12, seed=1)
     leftovers = [p.name for p in tmp_path.iterdir() if not p.name.isdigit()]
     assert len(leftovers) <= 1  # of the last kill; a save clears those of the kills before
+
+
+OF_TWO = """
+import sys
+import jax
+import numpy as np
+folder, port, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
+jax.distributed.initialize(f"localhost:{port}", 2, rank)
+import jaxprune as jp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+mesh = jax.make_mesh((16,), ("x",), axis_types=(AxisType.Auto,))
+rows = NamedSharding(mesh, PartitionSpec("x"))
+put = lambda a: jax.make_array_from_callback(a.shape, rows, lambda index: a[index])
+w = np.arange(64, dtype=np.float32).reshape(16, 4)
+mask = w % 3 == 0
+w = w * mask
+
+def holds(got, want):
+    return got.sharding == rows and all(
+        np.array_equal(shard.data, want[shard.index]) for shard in got.addressable_shards
+    )
+
+state = {"w": put(w), "mask": put(mask), "step": 3}
+jp.checkpoint.save_run(f"{folder}/run", 1, state)
+got = jp.checkpoint.restore_run(f"{folder}/run", {"w": put(-w), "mask": put(~mask), "step": 0})
+assert holds(got["w"], w) and holds(got["mask"], mask) and got["step"] == 3
+jp.checkpoint.save(f"{folder}/model", [state["w"]], [state["mask"]])
+params, masks = jp.checkpoint.load(f"{folder}/model", [state["w"]])
+assert holds(params[0], w) and holds(masks[0], mask)
+print("done")
+"""
+
+
+@pytest.mark.slow
+def test_runs_and_models_of_several_processes_are_saved_from_where_they_are(tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-c", OF_TWO, str(tmp_path), port]
+    pair = [subprocess.Popen([*command, rank], stdout=subprocess.PIPE, text=True) for rank in "01"]
+    assert ["done" in process.communicate(timeout=120)[0] for process in pair] == [True, True]
+    assert (
+        restore_run(
+            tmp_path / "run", {"w": jnp.ones((16, 4)), "mask": jnp.ones((16, 4), bool), "step": 0}
+        )["step"]
+        == 3
+    )
 
 
 def test_a_manifest_says_what_there_is_in_plain_json(tmp_path):

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxprune._tree import is_hole, list_paths, path_str
@@ -172,7 +173,12 @@ def on_host(leaf: Any) -> np.ndarray:
         shape = leaf.shape or (1,)
         wide = np.unpackbits(np.asarray(leaf.bits), axis=-1, count=shape[-1]).view(np.bool_)
         return wide.reshape(*_stack(leaf), *leaf.shape)
-    return np.asarray(jax.random.key_data(leaf) if is_key(leaf) else leaf)
+    array = jax.random.key_data(leaf) if is_key(leaf) else leaf
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        array = process_allgather(array, tiled=True)  # from the devices of all processes
+    return np.asarray(array)
 
 
 def place(array: np.ndarray, like: Any = None, key: str | None = None) -> Any:

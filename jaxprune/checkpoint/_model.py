@@ -226,7 +226,7 @@ def _like_mask(like: Any, mask: np.ndarray) -> Any:
 
 
 def _mask(mask: Any) -> np.ndarray | None:
-    return None if is_hole(mask) else np.asarray(mask)
+    return None if is_hole(mask) else on_host(mask)
 
 
 def _refuse_losses(

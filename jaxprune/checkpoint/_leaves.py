@@ -86,7 +86,7 @@ def kind_of(leaf: Any) -> Kind | None:
         return Kind("bool", (*_stack(leaf), *leaf.shape))
     if type(leaf) in NUMBERS:
         return Kind(type(leaf).__name__, ())
-    if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
         return None
     if is_key(leaf):
         data = jax.eval_shape(jax.random.key_data, leaf)

@@ -10,7 +10,15 @@ import numpy as np
 
 from jaxprune._tree import is_hole, list_paths, own_path, path_str
 from jaxprune._types import Masks, Params
-from jaxprune.checkpoint._frame import Tensor, damaged, layout, make_head, put, read_head
+from jaxprune.checkpoint._frame import (
+    Tensor,
+    check_size,
+    damaged,
+    layout,
+    make_head,
+    put,
+    read_head,
+)
 from jaxprune.checkpoint._leaves import (
     Kind,
     differences,
@@ -168,6 +176,7 @@ def load(path: str | os.PathLike[str], like: Params | None = None) -> tuple[Para
     path = Path(path)
     manifest, places, start = read_head(path, "load")
     entries = _entries(manifest, places, path)
+    check_size(path, start + sum(tensor.size for tensor in _tensors(entries).values()), "load")
     goals = {} if like is None else _wanted(entries, like, path)
     bad: list[str] = []
     leaves: dict[str, tuple[Any, Any]] = {}

@@ -95,7 +95,7 @@ def save_run(
         Path(folder).mkdir(parents=True, exist_ok=True)
         with _manager(folder, max_to_keep=keep, cleanup_tmp_directories=True) as manager:
             _refuse_another_run(manager, step, manifest["config"])
-            manager.save(step, args=args.Composite(**items))
+            manager.save(step, args=args.Composite(**items), force=True)
     except OSError as error:
         raise OSError(
             error.errno,

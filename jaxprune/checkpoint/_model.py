@@ -185,7 +185,9 @@ def load(path: str | os.PathLike[str], like: Params | None = None) -> tuple[Para
             offsets = [places[name]["data_offsets"] for name in entry.tensors]
             parts = [_read(file, start + begin, end - begin) for begin, end in offsets]
             if entry.kind is None or digest(*parts) == entry.sha256:
-                leaves[entry.path] = _decode(entry, parts, goals.get(entry.path))
+                pair = _decode(entry, parts, goals.get(entry.path))
+                # Copies to a device run behind; waiting lets go of one leaf before the next.
+                leaves[entry.path] = jax.block_until_ready(pair)
             else:
                 bad.append(entry.path)
     if bad:

@@ -1,5 +1,6 @@
 """Pruning for JAX: functional masks around any optax optimizer."""
 
+from jaxprune import checkpoint as checkpoint
 from jaxprune import criteria as criteria
 from jaxprune import dynamic as dynamic
 from jaxprune import graph as graph
@@ -59,6 +60,7 @@ __all__ = (
     "Summary",
     "apply_masks",
     "by_path",
+    "checkpoint",
     "combine_masks",
     "count_flops",
     "criteria",

@@ -19,10 +19,13 @@ def is_hole(leaf: Any) -> bool:
 
 def path_str(path: tuple[Any, ...]) -> str:
     """Write a key path as ``Dense_0/kernel``; the ``.value`` that nnx adds is left out."""
+    return jax.tree_util.keystr(own_path(path), simple=True, separator="/")
+
+
+def own_path(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """A key path without the ``.value`` that nnx adds."""
     last = jax.tree_util.GetAttrKey("value")
-    if len(path) > 1 and path[-1] == last:
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return path[:-1] if len(path) > 1 and path[-1] == last else path
 
 
 def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:

@@ -6,8 +6,10 @@ import pytest
 
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
+pytest.importorskip("orbax.checkpoint")
+pytest.importorskip("safetensors")
 
-from benchmarks import events, selection, step_overhead, structure, training_speed
+from benchmarks import checkpoint, events, selection, step_overhead, structure, training_speed
 from benchmarks.common import interleave, paired_ratio
 
 
@@ -85,3 +87,14 @@ def test_structure_times_the_analysis_and_counts_what_is_left(tmp_path):
     result = json.loads(out.read_text())
     assert {"resnet", "decoder"} <= result["analysis"]["seconds"].keys()
     assert 0 < result["latency"]["flops"] < 0.6
+
+
+def test_checkpoint_compares_sizes_and_times_of_models_on_disk(tmp_path):
+    out = tmp_path / "checkpoint.json"
+    checkpoint.main(
+        checkpoint.Config(sparsities=(0.9,), weights=40_000, layers=1, turns=2, out=out)
+    )
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["size_over_ours"]["safetensors, dense"] > 6
+    assert 1 <= case["bytes over kept * 4 + n / 8"] < 1.1
+    assert set(case["load_over_ours"]) == set(case["save_over_ours"]) == set(case["size_over_ours"])

@@ -8,6 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "from_jaxpruner.md"
+CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
 
 
 def snippets(lines):
@@ -30,9 +31,9 @@ def snippets(lines):
             ours = False
 
 
-def run(names, number, mode, source):
+def run(names, number, mode, source, page=PAGE):
     """Run a snippet; what fails is reported at its line of the page."""
-    code = compile("\n" * (number - 1) + source, str(PAGE), mode)
+    code = compile("\n" * (number - 1) + source, str(page), mode)
     return (exec if mode == "exec" else eval)(code, names)
 
 
@@ -45,6 +46,22 @@ def test_what_the_page_for_jaxpruner_users_shows_runs():
             value.init(names["params"])
             optimizers += 1
     assert kinds.count("exec") >= 8 and kinds.count("eval") >= 30 and optimizers >= 15
+
+
+def test_what_the_page_of_checkpoints_shows_runs_and_its_reader_reads(tmp_path, monkeypatch):
+    pytest.importorskip("orbax.checkpoint")
+    monkeypatch.chdir(tmp_path)
+    names, (setup, loop, *rest) = {}, snippets(CHECKPOINTS.read_text().splitlines(keepends=True))
+    run(names, *setup, CHECKPOINTS)
+    for stop in (4, 6):  # a run that is stopped goes on
+        source = loop[2].replace('config["steps"]', str(stop))
+        run(names, *loop[:2], source, CHECKPOINTS)
+        assert names["state"]["step"] == stop
+    for snippet in rest:
+        run(names, *snippet, CHECKPOINTS)
+    params, arrays = names["params"], names["arrays"]
+    assert set(arrays) == set(params) and (arrays["kernel"] != 0).sum() == 205
+    assert all((arrays[name] == params[name]).all() for name in params)
 
 
 def test_the_quickstart_and_its_script_are_one_and_hold_no_outputs():

@@ -1,0 +1,235 @@
+"""Leaves on their way to disk and back: what they are, their bits, and where they belong."""
+
+import hashlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.multihost_utils import process_allgather
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
+
+from jaxprune._tree import is_hole, list_paths, path_str
+from jaxprune.masks import Packed
+
+NUMBERS = (bool, int, float, complex)
+
+
+class Kind(NamedTuple):
+    """What an array is, apart from its values.
+
+    Attributes:
+      dtype: its name; ``int``, ``float`` and ``complex`` are those of Python.
+      shape: that of the words, where it holds random keys.
+      key: the implementation of typed random keys, else None.
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    key: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}" + (f" of {self.key} keys" if self.key else "")
+
+
+def is_leaf(node: Any) -> bool:
+    """True for holes and packed masks, beside what is a leaf anyway."""
+    return is_hole(node) or isinstance(node, Packed)
+
+
+def named(tree: Any, user: str, *, numbers: bool = False) -> dict[str, Any]:
+    """List the leaves by path, holes as None; refuse what has no name of its own or no array."""
+    pairs = [(path_str(path), leaf) for path, leaf in paths_and_leaves(tree)]
+    leaves = {path: None if is_hole(leaf) else leaf for path, leaf in pairs}
+    if len(leaves) < len(pairs):
+        paths = [path for path, _ in pairs]
+        twice = [path for path in leaves if paths.count(path) > 1]
+        raise ValueError(
+            f"`{user}` got several leaves at {list_paths(twice)}: paths are joined with '/', and "
+            "leaves are told apart by them. Rename a key that holds a '/'."
+        )
+    bad = [
+        f"{path!r} is {_what(leaf)}"
+        for path, leaf in leaves.items()
+        if leaf is not None and (kind_of(leaf) is None or (type(leaf) in NUMBERS and not numbers))
+    ]
+    if bad:
+        raise TypeError(
+            f"`{user}` got leaves that are no arrays of numbers: {', '.join(bad)}. Make arrays of "
+            "numbers with `jnp.asarray`, and keep all else outside of the tree."
+        )
+    return leaves
+
+
+def paths_and_leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
+    """The leaves, holes and packed masks among them, each with its key path."""
+    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+
+
+def fill_in(like: Any, leaves: Mapping[str, Any]) -> Any:
+    """Give a tree like ``like`` with these leaves, by path; its holes stay what they are."""
+    structure = jax.tree.structure(like, is_leaf=is_leaf)
+    old = [(path_str(path), leaf) for path, leaf in paths_and_leaves(like)]
+    return jax.tree.unflatten(
+        structure, [leaf if is_hole(leaf) else leaves[path] for path, leaf in old]
+    )
+
+
+def _what(leaf: Any) -> str:
+    return str(getattr(leaf, "dtype", None) or f"of type {type(leaf).__name__}")
+
+
+def kind_of(leaf: Any) -> Kind | None:
+    """Describe an array, a shape, a packed mask or a number; None for all else."""
+    if isinstance(leaf, Packed):
+        return Kind("bool", (*_stack(leaf), *leaf.shape))
+    if type(leaf) in NUMBERS:
+        return Kind(type(leaf).__name__, ())
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
+        return None
+    if is_key(leaf):
+        data = jax.eval_shape(jax.random.key_data, leaf)
+        return Kind(data.dtype.name, data.shape, _key_impl(leaf))
+    dtype = np.dtype(leaf.dtype)
+    return Kind(dtype.name, tuple(leaf.shape)) if is_number(dtype) else None
+
+
+def is_key(leaf: Any) -> bool:
+    """True for typed random keys."""
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _key_impl(keys: Any) -> str:
+    """Name the implementation of typed random keys, be they abstract."""
+    names: list[str] = []
+    jax.eval_shape(lambda k: names.append(str(jax.random.key_impl(k))), keys)
+    return names[0]
+
+
+def is_number(dtype: np.dtype) -> bool:
+    """True for dtypes whose bytes mean the same everywhere: not for objects or long doubles."""
+    kinds = jnp.issubdtype(dtype, np.number) or dtype == np.bool_
+    return kinds and (dtype.itemsize <= 8 or dtype == np.complex128)
+
+
+def differences(there: Mapping[str, Kind | None], like: Mapping[str, Kind | None]) -> list[str]:
+    """Say path by path how what is on disk differs from what was asked for."""
+    pairs = {
+        path: (there.get(path, "nothing"), like.get(path, "nothing")) for path in {**there, **like}
+    }
+    return [
+        f"{path!r} is {a} there and {b} in `like`"
+        for path, (a, b) in pairs.items()
+        if not fits(a, b)
+    ]
+
+
+def fits(a: Any, b: Any) -> bool:
+    """True for two of a kind; a number of Python goes with a scalar array of its sort."""
+    if a == b:
+        return True
+    if not (isinstance(a, Kind) and isinstance(b, Kind)) or a.shape or b.shape:
+        return False
+    of_python = {kind.__name__ for kind in NUMBERS} & {a.dtype, b.dtype}
+    return bool(of_python) and np.dtype(a.dtype).kind == np.dtype(b.dtype).kind
+
+
+def list_lines(lines: list[str], most: int = 50) -> str:
+    """One difference a line, cut where there are too many to read."""
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "".join(f"\n  {line}" for line in lines[:most] + more)
+
+
+def words(array: np.ndarray) -> np.ndarray:
+    """View the elements as ``[size, words]`` of unsigned integers: their values mean nothing."""
+    little = array.astype(array.dtype.newbyteorder("<")) if array.dtype.byteorder == ">" else array
+    flat = np.ascontiguousarray(little).reshape(-1)
+    word = min(flat.dtype.itemsize, 8)
+    return flat.view(f"<u{word}").reshape(flat.size, flat.dtype.itemsize // word)
+
+
+def to_bits(mask: np.ndarray) -> np.ndarray:
+    """Pack a mask in C order, eight to a byte; the first is the highest bit."""
+    return np.packbits(mask.reshape(-1))
+
+
+def from_bits(bits: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """Give back what ``to_bits`` packed."""
+    return np.unpackbits(bits, count=int(np.prod(shape))).view(np.bool_).reshape(shape)
+
+
+def digest(*arrays: np.ndarray) -> str:
+    """SHA-256 over the bytes of arrays, as hexadecimal digits."""
+    sha = hashlib.sha256()
+    for array in arrays:
+        sha.update(words(array).data)
+    return sha.hexdigest()
+
+
+def on_host(leaf: Any) -> np.ndarray:
+    """Bring what is to be stored of a leaf to the host: the words of keys, masks unpacked."""
+    if isinstance(leaf, Packed):
+        shape = leaf.shape or (1,)
+        wide = np.unpackbits(np.asarray(leaf.bits), axis=-1, count=shape[-1]).view(np.bool_)
+        return wide.reshape(*_stack(leaf), *leaf.shape)
+    array = jax.random.key_data(leaf) if is_key(leaf) else leaf
+    if isinstance(array, jax.Array) and not (
+        array.is_fully_addressable or array.is_fully_replicated
+    ):
+        array = process_allgather(array, tiled=True)  # from the devices of all processes
+    return np.asarray(array)
+
+
+def place(array: np.ndarray, like: Any = None, key: str | None = None) -> Any:
+    """Turn what was read into what ``like`` is, where ``like`` is.
+
+    That is a JAX array on its devices, a NumPy array, a packed mask or a number of Python. What JAX
+    would cut to 32 bits stays in NumPy.
+    """
+    if key:
+        keys = jax.random.wrap_key_data(jnp.asarray(array), impl=key)
+        return keys if sharding_of(like) is None else jax.device_put(keys, sharding_of(like))
+    if isinstance(like, Packed):
+        wide = array.reshape(*_stack(like), *(like.shape or (1,)))
+        return Packed(place(np.packbits(wide, axis=-1), like.bits), like.shape)
+    if type(like) in NUMBERS:
+        return type(like)(array.item())
+    array = array.astype(getattr(like, "dtype", array.dtype), copy=False)
+    if isinstance(like, np.ndarray | np.generic):
+        return array if isinstance(like, np.ndarray) else array[()]
+    if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
+        return array
+    return _put(array, like)
+
+
+def _put(array: Any, like: Any) -> jax.Array:
+    """Move to where ``like`` is; committed to a device only if that is."""
+    if getattr(like, "weak_type", False) and not array.shape:
+        array = jnp.asarray(array.item())  # a strong type would trace the step anew
+    sharding = sharding_of(like)
+    return jnp.array(array) if sharding is None else jax.device_put(array, sharding)
+
+
+def sharding_of(like: Any) -> Sharding | None:
+    """Where a leaf has been put; None if it just happens to be somewhere."""
+    if isinstance(like, jax.Array) and not like.committed:
+        return None
+    return getattr(like, "sharding", None)
+
+
+def sharding_of_mask(like: Any, shape: tuple[int, ...]) -> Sharding | None:
+    """Where a mask goes: with its parameter, an axis of size 1 to all of its devices."""
+    sharding = sharding_of(like)
+    if sharding is None or sharding.is_fully_replicated or shape == like.shape:
+        return sharding
+    if not isinstance(sharding, NamedSharding):
+        return None
+    names = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
+    spec = (None if n == 1 else name for n, name in zip(shape, names, strict=True))
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _stack(packed: Packed) -> tuple[int, ...]:
+    """Leading axes of a stack of packed masks."""
+    return packed.bits.shape[: packed.bits.ndim - max(len(packed.shape), 1)]

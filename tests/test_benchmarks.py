@@ -9,7 +9,15 @@ pytest.importorskip("rich")
 pytest.importorskip("orbax.checkpoint")
 pytest.importorskip("safetensors")
 
-from benchmarks import checkpoint, events, selection, step_overhead, structure, training_speed
+from benchmarks import (
+    checkpoint,
+    events,
+    scale,
+    selection,
+    step_overhead,
+    structure,
+    training_speed,
+)
 from benchmarks.common import interleave, paired_ratio
 
 
@@ -98,3 +106,21 @@ def test_checkpoint_compares_sizes_and_times_of_models_on_disk(tmp_path):
     assert case["size_over_ours"]["safetensors, dense"] > 6
     assert 1 <= case["bytes over kept * 4 + n / 8"] < 1.1
     assert set(case["load_over_ours"]) == set(case["save_over_ours"]) == set(case["size_over_ours"])
+
+
+@pytest.mark.slow
+def test_scale_ranks_trees_of_many_sizes_alone_and_cut(tmp_path):
+    out = tmp_path / "scale.json"
+    config = scale.Config(
+        weights=(4096,),
+        leaves=2,
+        splits=(1,),
+        split_weights=4096,
+        sharded_weights=2**18,
+        repeats=1,
+        out=out,
+    )
+    scale.main(config)
+    result = json.loads(out.read_text())
+    assert [(row["weights"], row["leaves"]) for row in result["trees"]] == [(4096, 2), (4096, 1)]
+    assert set(result["sharded"]["over_one_device"]) == {"rows", "columns"}

@@ -328,24 +328,16 @@ def test_leaves_are_loaded_one_by_one(path):
     assert result <= peak < result + 3 * array.nbytes  # the file itself is six of them
 
 
-def test_weights_that_masks_remove_have_to_be_zero_in_all_their_bits(path):
+def test_what_the_masks_remove_comes_back_as_apply_masks_leaves_it(path):
     params = {
         "a": jnp.array([1.0, -0.0, 2.0, -0.0]),
         "b": jnp.array([[jnp.nan, 1.0]], jnp.bfloat16),
-        "c": jnp.array([5.0, 0.0]),
+        "c": jnp.array([5.0, jnp.inf]),
     }
     mask = jnp.array([[False, True]])
     masks = {"a": jnp.array([False, False, True, True]), "b": mask, "c": ~mask[0]}
-    message = (
-        "would lose.*1 weights that are not zero and 1 weights of -0.0 at 'a', 1 weights that are "
-        r"not zero at 'b'\. Save `jp.apply_masks\(params, masks\)`"
-    )
-    with pytest.raises(ValueError, match=message):
-        save(path, params, masks)
-    assert list(path.parent.iterdir()) == []
-    params = jp.apply_masks(params, masks)
     save(path, params, masks)
-    assert_same_bits(load(path)[0], params)
+    assert_same_bits(load(path)[0], jp.apply_masks(params, masks))
 
 
 def test_what_is_no_array_is_refused_with_its_path(path):

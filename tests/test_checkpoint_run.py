@@ -294,6 +294,22 @@ def test_a_state_of_another_model_is_refused_path_by_path(tmp_path):
         assert line in text
 
 
+def test_a_mesh_that_does_not_divide_a_leaf_is_refused_with_its_path(tmp_path):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    tall = {"kernel": jnp.ones((12, 8)), "bias": jnp.ones(8)}
+    save_run(tmp_path, 1, tall)
+    jp.checkpoint.save(tmp_path / "model.safetensors", tall, {"kernel": None, "bias": None})
+    cut = NamedSharding(mesh, PartitionSpec("data"))
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), tall)
+    message = (
+        r"cut into parts that are not equal: 'kernel' of shape \(12, 8\) by .*data=8\)\. Choose"
+    )
+    with pytest.raises(ValueError, match=message):
+        restore_run(tmp_path, like)
+    with pytest.raises(ValueError, match=message):
+        jp.checkpoint.load(tmp_path / "model.safetensors", like=like)
+
+
 def test_what_cannot_be_saved_is_refused_with_its_path(tmp_path):
     with pytest.raises(TypeError, match=r"save_run\(state\)` got .*'name' is of type str"):
         save_run(tmp_path, 1, {"name": "lenet", "w": jnp.ones(2)})

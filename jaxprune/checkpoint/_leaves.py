@@ -59,7 +59,27 @@ def named(tree: Any, user: str, *, numbers: bool = False) -> dict[str, Any]:
             f"`{user}` got leaves that are no arrays of numbers: {', '.join(bad)}. Make arrays of "
             "numbers with `jnp.asarray`, and keep all else outside of the tree."
         )
+    _refuse_uneven_parts(leaves, user)
     return leaves
+
+
+def _refuse_uneven_parts(leaves: dict[str, Any], user: str) -> None:
+    """Refuse shapes that a mesh does not divide; an array that has one cannot be."""
+    bad = []
+    for path, leaf in leaves.items():
+        sharding = getattr(leaf, "sharding", None)
+        if not isinstance(sharding, NamedSharding):
+            continue
+        try:
+            sharding.shard_shape(leaf.shape)
+        except ValueError:
+            sizes = ", ".join(f"{name}={size}" for name, size in sharding.mesh.shape.items())
+            bad.append(f"{path!r} of shape {leaf.shape} by {sharding.spec} ({sizes})")
+    if bad:
+        raise ValueError(
+            f"`{user}` wants leaves cut into parts that are not equal: {'; '.join(bad)}. Choose "
+            "mesh axes that divide the axes of the leaf, or leave those whole."
+        )
 
 
 def paths_and_leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:

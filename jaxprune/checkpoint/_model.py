@@ -89,18 +89,18 @@ def save(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
     """Save a finished sparse model as one small file.
 
     It holds the values that the masks keep and one bit a weight that says where they are: close to
-    ``kept * itemsize + n / 8`` bytes. It is a safetensors file with checksums over every byte,
-    needs nothing but NumPy to be written and read, and comes back bit for bit, whatever the dtype.
-    The file is put in place in one stroke; one that is there already stays whole until then.
+    ``kept * itemsize + n / 8`` bytes. What the masks remove is not part of the model: bit for bit,
+    whatever the dtype, ``jp.apply_masks(params, masks)`` comes back. It is a safetensors file with
+    checksums over every byte, and needs nothing but NumPy to be written and read. The file is put
+    in place in one stroke; one that is there already stays whole until then.
 
     Args:
       path: file to write, by custom ``*.safetensors``; its folder is made.
-      params: arrays in any tree, typed random keys too; exactly zero where a mask is False.
+      params: arrays in any tree, typed random keys too.
       masks: masks like ``params``, packed or not; None for leaves to store as they are.
 
     Raises:
-      ValueError: the masks do not mirror the params, weights that they remove are not zero (all
-        bits: ``-0.0`` would not come back), or two leaves have one path.
+      ValueError: the masks do not mirror the params, or two leaves have one path.
       TypeError: a leaf is no array of numbers, or a mask is not bool.
       OSError: the path cannot be written.
 
@@ -111,7 +111,7 @@ def save(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
       >>> params = {"kernel": jnp.ones((1000, 100), jnp.bfloat16), "bias": jnp.zeros(100)}
       >>> masks = jp.find_masks(params, 0.9)
       >>> path = pathlib.Path(tempfile.mkdtemp(), "model.safetensors")
-      >>> jp.checkpoint.save(path, jp.apply_masks(params, masks), masks)
+      >>> jp.checkpoint.save(path, params, masks)
       >>> data = 10_000 * 2 + 100_000 // 8 + 100 * 4  # kept values, bits, bias
       >>> data, path.stat().st_size < data + 1024
       (32900, True)
@@ -132,7 +132,6 @@ def save(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
     ]
     entries = [entry for entry, _ in stored]
     chunks = {name: chunk for _, parts in stored for name, chunk in parts.items()}
-    _refuse_losses(leaves, mask_at, chunks)
     head = make_head(_tensors(entries), [entry.record() for entry in entries])
     put(Path(path), [head, *(chunks[name] for name in layout(_tensors(entries)))], "save")
 
@@ -238,35 +237,6 @@ def _like_mask(like: Any, mask: np.ndarray) -> Any:
 
 def _mask(mask: Any) -> np.ndarray | None:
     return None if is_hole(mask) else on_host(mask)
-
-
-def _refuse_losses(
-    leaves: dict[str, Any], masks: dict[str, np.ndarray | None], chunks: dict[str, np.ndarray]
-) -> None:
-    """Refuse to drop what is not zero, in all its bits."""
-    lost = [
-        _losses(path, on_host(leaves[path]), mask)
-        for path, mask in masks.items()
-        if mask is not None
-        and np.count_nonzero(words(on_host(leaves[path])))
-        != np.count_nonzero(chunks[f"kept/{path}"])
-    ]
-    if lost:
-        raise ValueError(
-            f"`save` would lose what the masks remove: {', '.join(lost)}. Save "
-            "`jp.apply_masks(params, masks)`, where removed weights are zero in all their bits."
-        )
-
-
-def _losses(path: str, array: np.ndarray, mask: np.ndarray) -> str:
-    """Count what a mask removes that is not zero."""
-    gone = array[~np.broadcast_to(mask, array.shape)]
-    some = words(gone).any(axis=1)
-    weights = np.count_nonzero(some & (gone != 0))
-    minus = np.count_nonzero(some) - weights
-    counts = [f"{weights:,} weights that are not zero"] * bool(weights)
-    counts += [f"{minus:,} weights of -0.0"] * bool(minus)
-    return f"{' and '.join(counts)} at {path!r}"
 
 
 def _keys(path: tuple[Any, ...]) -> Keys:

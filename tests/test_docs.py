@@ -9,6 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "from_jaxpruner.md"
 CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
+DEVICES = ROOT / "docs" / "devices.md"
 
 
 def snippets(lines):
@@ -62,6 +63,13 @@ def test_what_the_page_of_checkpoints_shows_runs_and_its_reader_reads(tmp_path, 
     params, arrays = names["params"], names["arrays"]
     assert set(arrays) == set(params) and (arrays["kernel"] != 0).sum() == 205
     assert all((arrays[name] == params[name]).all() for name in params)
+
+
+def test_what_the_page_of_devices_shows_runs_on_eight_of_them():
+    names, found = {}, list(snippets(DEVICES.read_text().splitlines(keepends=True)))
+    for snippet in found:
+        run(names, *snippet, DEVICES)
+    assert len(found) == 4 and names["masks"]["in"].shape == (64, 128)
 
 
 def test_the_quickstart_and_its_script_are_one_and_hold_no_outputs():

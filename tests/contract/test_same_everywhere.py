@@ -76,7 +76,17 @@ def assert_close(got, want):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["taylor across", "random channels", "rigl"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "taylor across",
+        *(
+            pytest.param(name, marks=pytest.mark.slow)
+            for name in (*SETTINGS, *TRAININGS)
+            if name != "taylor across"
+        ),
+    ],
+)
 def test_replicas_under_pmap_agree_with_one_another_and_with_one_device(name):
     tx = pruner(name, optax.sgd(0.05, momentum=0.9))
     want_params, want_masks = on_one_device(tx)

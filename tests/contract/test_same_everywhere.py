@@ -110,12 +110,18 @@ def test_replicas_under_pmap_agree_with_one_another_and_with_one_device(name):
     assert_close(jax.tree.map(lambda p: p[0], params), want_params)
 
 
+QUICK = [("taylor across", True), ("windows, packed", False), ("rigl", True)]
+
+
 @pytest.mark.parametrize(
     ("name", "check_vma"),
     [
-        *itertools.product([*SETTINGS, *TRAININGS], [True]),
-        *itertools.product(SETTINGS, [False]),
-        *(pytest.param(name, False, marks=pytest.mark.slow) for name in TRAININGS),
+        *QUICK,
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in itertools.product([*SETTINGS, *TRAININGS], [True, False])
+            if case not in QUICK
+        ),
     ],
 )
 def test_replicas_under_shard_map_agree_with_one_device(name, check_vma):

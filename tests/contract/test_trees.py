@@ -82,7 +82,9 @@ def test_training_prunes_every_kind_of_tree(kind):
     assert jp.summary(params, masks).total.sparsity == 0.5
 
 
-@pytest.mark.parametrize("kind", TREES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k == "nnx state" else pytest.mark.slow) for k in TREES]
+)
 def test_sparse_training_takes_every_kind_of_tree(kind):
     for name, wrap in TRAININGS.items():
         params, tx = TREES[kind](), wrap(optax.adam(0.1))

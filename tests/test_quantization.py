@@ -23,18 +23,18 @@ class Linen(nn.Module):
 
     @nn.compact
     def __call__(self, x):
-        x = nn.relu(nn.Conv(self.width, (3, 3), name="conv")(x))
+        x = nn.relu(nn.Conv(self.width, (3, 3), name="hidden")(x))
         return nn.Dense(4, name="out")(x.mean((1, 2)))
 
 
 class Nnx(nnx.Module):
     def __init__(self, width=8):
         rngs = nnx.Rngs(0)
-        self.conv = nnx.Conv(2, width, (3, 3), rngs=rngs)
+        self.hidden = nnx.Linear(72, width, rngs=rngs)
         self.out = nnx.Linear(width, 4, rngs=rngs)
 
     def __call__(self, x):
-        return self.out(nnx.relu(self.conv(x)).mean((1, 2)))
+        return self.out(nnx.relu(self.hidden(x.reshape(x.shape[0], -1))))
 
 
 def linen_network(x, provider=None):
@@ -58,7 +58,7 @@ def linen_int8(params, x, width=8):
     abstract = jax.eval_shape(model.init, jax.random.key(0), x)["params"]
     quantized = qwix.quantize_params(params, abstract)
     apply = jax.jit(lambda x: model.apply({"params": quantized}, x))
-    return apply, {name: quantized[name]["kernel"].array for name in ("conv", "out")}
+    return apply, {name: quantized[name]["kernel"].array for name in ("hidden", "out")}
 
 
 def nnx_int8(state, x, width=8):
@@ -66,7 +66,7 @@ def nnx_int8(state, x, width=8):
     nnx.update(model, state)
     provider = qwix.PtqProvider([qwix.QuantizationRule(**INT8)])
     model = qwix.quantize_model(model, provider, x)
-    return model, {name: getattr(model, name).kernel.array for name in ("conv", "out")}
+    return model, {name: getattr(model, name).kernel.array for name in ("hidden", "out")}
 
 
 LIBRARIES = pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_masks_hold_while_training_with_quantization(network, int8, wrapper, x):
     assert jp.sparsity(masks, params) == pytest.approx(0.8, abs=0.01) and losses[-1] < losses[0]
     # Fake quantization passes gradients straight through, to removed weights too; the optimizer
     # gets none of them: its mean has only decayed since they were removed, 22 steps ago at least.
-    for name in ("conv", "out"):
+    for name in ("hidden", "out"):
         gone = ~kernel(masks, name)
         moment = kernel(optax.tree.get(state, "mu"), name)
         assert kernel(grads, name)[gone].any()
@@ -165,12 +165,13 @@ def test_a_network_that_trains_with_quantization_is_shrunk_as_it_is(network, int
     assert jp.verify_shrink(fn, params, masks, x) < 1e-6
     small_fn, small = jp.shrink(fn, params, masks)
     grads = jax.grad(lambda p: jnp.sum(small_fn(p, x) ** 2))(small)
-    assert kernel(grads, "conv").shape == (3, 3, 2, 4) and kernel(grads, "conv").any()
+    assert kernel(grads, "hidden").shape[-1] == 4 and kernel(grads, "hidden").any()
     masked = jp.apply_masks(params, masks)
     large = jax.grad(lambda p: jnp.sum(fn(p, x) ** 2))(masked)
-    keep = np.array(jp.cut_list(params, masks)["conv/kernel"][3])
-    want = kernel(large, "conv")[..., keep]
-    np.testing.assert_allclose(kernel(grads, "conv"), want, rtol=1e-4, atol=1e-6)
+    axes = jp.cut_list(params, masks)["hidden/kernel"]
+    (keep,) = map(np.array, axes.values())
+    want = kernel(large, "hidden")[..., keep]
+    np.testing.assert_allclose(kernel(grads, "hidden"), want, rtol=1e-4, atol=1e-6)
 
 
 @LIBRARIES
@@ -180,6 +181,6 @@ def test_small_params_go_into_a_module_of_the_small_width_and_into_int8(network,
     masks = jp.find_masks(params, 0.5, pattern=jp.patterns.Coupled(groups))
     small_fn, small = jp.shrink(fn, params, masks)
     quantized, kernels = int8(small, x, width=4)
-    assert kernels["conv"].qvalue.shape == (3, 3, 2, 4)
+    assert kernels["hidden"].qvalue.shape[-1] == 4
     want = small_fn(small, x)
     np.testing.assert_allclose(quantized(x), want, atol=0.03 * float(jnp.abs(want).max()))

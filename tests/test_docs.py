@@ -72,6 +72,27 @@ def test_what_the_page_of_devices_shows_runs_on_eight_of_them():
     assert len(found) == 4 and names["masks"]["in"].shape == (64, 128)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(flax|qwix)")
+def test_what_the_page_on_deploying_shows_runs(tmp_path, monkeypatch):
+    for package in ("jax2onnx", "onnxruntime", "qwix", "sklearn"):
+        pytest.importorskip(package)
+    page = ROOT / "docs" / "deploying.md"
+    blocks = list(snippets(page.read_text().splitlines(keepends=True)))
+    assert len(blocks) >= 10
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for number, mode, source in blocks:
+        run(names, number, mode, source, page)
+    dense = names["dense_accuracy"]
+    assert dense > 0.9 and names["small_accuracy"] > dense - 0.03
+    assert names["int8_accuracy"] > dense - 0.05
+    assert names["report"].parity < 1e-5 and names["small_int8"].agreement >= 0.98
+    assert names["small_int8"].bytes < names["report"].bytes / 2
+    assert names["logits"].shape == (397, 10)
+    assert 0 <= names["sparsity"] <= 0.9 and float(names["match"]) >= 0
+
+
 def test_the_quickstart_and_its_script_are_one_and_hold_no_outputs():
     jupytext = pytest.importorskip("jupytext")
     notebook = jupytext.read(ROOT / "notebooks" / "quickstart.ipynb")

@@ -51,6 +51,8 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m benchmarks.step_overhead
 	$(BIN)/python -m benchmarks.events
 	$(BIN)/python -m benchmarks.structure
+	$(BIN)/python -m benchmarks.scale
+	$(BIN)/python -m benchmarks.checkpoint
 	$(BIN)/python -m benchmarks.training_speed
 
 # The lock names the public package index; where that is not reachable, take what there is.

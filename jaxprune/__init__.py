@@ -2,6 +2,7 @@
 
 from jaxprune import criteria as criteria
 from jaxprune import dynamic as dynamic
+from jaxprune import export as export
 from jaxprune import graph as graph
 from jaxprune import patterns as patterns
 from jaxprune import schedules as schedules
@@ -65,6 +66,7 @@ __all__ = (
     "cut_list",
     "dense_masks",
     "dynamic",
+    "export",
     "find_blocks",
     "find_groups",
     "find_masks",

@@ -77,7 +77,7 @@ class LeNet5(nn.Module):
         maps = images.reshape(-1, 28, 28, 1)
         for i, features in enumerate((6, 16)):
             maps = halve(nn.relu(PatchConv(features, name=f"conv_{i}")(maps)))
-        units = maps.reshape(len(maps), -1)
+        units = maps.reshape(maps.shape[0], -1)
         for i, width in enumerate((120, 84)):
             units = nn.relu(nn.Dense(width, kernel_init=GLOROT, name=f"hidden_{i}")(units))
         return nn.Dense(self.classes, kernel_init=GLOROT, name="out")(units)

@@ -1,0 +1,9 @@
+"""What leaves JAX: masks baked in, programs and ONNX files, verified before they are in place."""
+
+from jaxprune.export._bake import bake as bake
+from jaxprune.export._onnx import onnx as onnx
+from jaxprune.export._quantize import quantize_onnx as quantize_onnx
+from jaxprune.export._report import Report as Report
+from jaxprune.export._stablehlo import stablehlo as stablehlo
+
+__all__ = ("Report", "bake", "onnx", "quantize_onnx", "stablehlo")

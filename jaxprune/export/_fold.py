@@ -1,0 +1,170 @@
+"""A jaxpr evaluated as inference needs it: constants computed, norms taken into the weights."""
+
+import collections
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.extend import core
+
+from jaxprune.graph._analysis import source_line
+
+# Calls of one jaxpr, and the parameter that holds it. Derivatives have no use in a file.
+CALLS = {
+    **dict.fromkeys(("jit", "closed_call", "composite", "remat", "remat2", "checkpoint"), "jaxpr"),
+    **dict.fromkeys(("core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
+}
+SMALL = 65536  # entries; a larger constant is only kept if it is no larger than what made it
+
+
+class Product(NamedTuple):
+    """A convolution or matrix product with constant weights, still open to scales and shifts.
+
+    Batch normalisation behind it is a scale and a shift of each feature. Inside of the weights it
+    costs nothing, and what comes next, such as a ReLU, can be fused with the product.
+
+    Attributes:
+      make: computes the product from weights.
+      weights: the weights.
+      shift: what is added to the product, of its rank; None for nothing.
+      place: for each axis of the result the axis of the weights that it comes from, or None.
+    """
+
+    make: Callable[[Any], Any]
+    weights: Any
+    shift: Any
+    place: tuple[int | None, ...]
+
+
+def fold(closed: Any, *inputs: Any) -> list[Any]:
+    """Evaluate a closed jaxpr on traced inputs, and all that depends on no input right away."""
+    return _run(closed.jaxpr, closed.consts, inputs)
+
+
+def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
+    read = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
+    uses = collections.Counter(v for v in read if isinstance(v, core.Var))
+
+    def value(atom: Any) -> Any:
+        return env[atom] if isinstance(atom, core.Var) else atom.val
+
+    for eqn in jaxpr.eqns:
+        with eqn.ctx.manager:
+            outs = _evaluate(eqn, [value(v) for v in eqn.invars])
+            # What is read twice is computed once, as it is.
+            outs = [
+                x if uses[v] == 1 else _value(x) for v, x in zip(eqn.outvars, outs, strict=True)
+            ]
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [_value(value(v)) for v in jaxpr.outvars]
+
+
+def _evaluate(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    name = eqn.primitive.name
+    merged = _merge(name, operands)
+    if merged is not None:
+        return [merged]
+    values = [_value(x) for x in operands]
+    if name in CALLS:
+        inner = eqn.params[CALLS[name]]
+        return _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
+    if not eqn.effects and all(map(is_known, values)) and _is_small(eqn):
+        with jax.ensure_compile_time_eval():
+            return bind(eqn, values)
+    if name == "max" and is_known(values[1]) and np.ndim(values[1]) == 0 and not values[1]:
+        return [jax.nn.relu(values[0])]
+    product = _product(eqn, values)
+    return bind(eqn, values) if product is None else [product]
+
+
+def equations(jaxpr: Any, caller: str | None = None) -> Iterator[tuple[Any, str | None]]:
+    """All equations and the lines they are from, those inside of a call in place of the call."""
+    for eqn in jaxpr.eqns:
+        line = source_line(eqn) or caller  # what jax caches has lost who called it
+        if eqn.primitive.name in CALLS:
+            inner = eqn.params[CALLS[eqn.primitive.name]]
+            yield from equations(getattr(inner, "jaxpr", inner), line)
+        else:
+            yield eqn, line
+
+
+def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Evaluate an equation."""
+    out = eqn.primitive.bind(*values, **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def is_known(value: Any) -> bool:
+    """True for what depends on no input."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def _is_small(eqn: Any) -> bool:
+    """Tell whether results are small enough to be kept in place of what computes them."""
+    shapes = [getattr(v.aval, "shape", ()) for v in (*eqn.invars, *eqn.outvars)]
+    if not all(isinstance(n, int) for shape in shapes for n in shape):
+        return False
+    sizes = [math.prod(shape) for shape in shapes]
+    made = sum(sizes[len(eqn.invars) :])
+    return made <= max(SMALL, sum(sizes[: len(eqn.invars)]))
+
+
+def _product(eqn: Any, values: Sequence[Any]) -> Product | None:
+    """Hold a product with constant weights back, to see what follows it."""
+    out = eqn.outvars[0].aval
+    if len(values) != 2 or is_known(values[0]) or not is_known(values[1]):
+        return None
+    if out.dtype not in (np.float32, np.float64) or out.dtype != values[1].dtype:
+        return None
+    place: list[int | None] = [None] * out.ndim
+    if eqn.primitive.name == "conv_general_dilated" and eqn.params["batch_group_count"] == 1:
+        spec = eqn.params["dimension_numbers"]
+        place[spec.out_spec[1]] = spec.rhs_spec[0]
+    elif eqn.primitive.name == "dot_general" and not eqn.params["dimension_numbers"][1][1]:
+        summed = eqn.params["dimension_numbers"][0][1]
+        free = [i for i in range(values[1].ndim) if i not in summed]
+        place[out.ndim - len(free) :] = free
+    else:
+        return None
+    return Product(lambda w: bind(eqn, [values[0], w])[0], values[1], None, tuple(place))
+
+
+def _merge(name: str, operands: Sequence[Any]) -> Product | None:
+    """Take a constant that varies along features alone into a product."""
+    if name not in ("add", "mul", "sub"):
+        return None
+    a, b = operands
+    if isinstance(b, Product) and name != "sub":
+        a, b = b, a
+    if not isinstance(a, Product) or isinstance(b, Product) or not is_known(b):
+        return None
+    c = np.asarray(b)
+    c = c.reshape(c.shape or (1,) * len(a.place))
+    if any(n > 1 and p is None for n, p in zip(c.shape, a.place, strict=True)):
+        return None
+    if name == "mul":
+        return _scaled(a, c)
+    c = -c if name == "sub" else c
+    return a._replace(shift=c if a.shift is None else a.shift + c)
+
+
+def _scaled(product: Product, c: np.ndarray) -> Product:
+    shape = [1] * np.ndim(product.weights)
+    for n, p in zip(c.shape, product.place, strict=True):
+        if p is not None:
+            shape[p] = n
+    weights = np.asarray(product.weights) * c.reshape(shape)
+    return product._replace(
+        weights=weights, shift=None if product.shift is None else product.shift * c
+    )
+
+
+def _value(x: Any) -> Any:
+    """Compute a product that was held back."""
+    if not isinstance(x, Product):
+        return x
+    out = x.make(x.weights)
+    return out if x.shift is None else out + x.shift

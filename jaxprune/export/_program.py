@@ -1,0 +1,147 @@
+"""A function with its parameters inside, the shapes of its inputs, and values to try it on."""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._tree import leaves_with_path, list_paths, path_str
+from jaxprune._types import Masks, Params
+from jaxprune.export._bake import bake
+from jaxprune.graph._network import is_array, join_static, split_static
+
+
+class Program(NamedTuple):
+    """A function that is ready to leave.
+
+    Attributes:
+      reference: the function, compiled, from the input arrays to the list of results.
+      closed: its jaxpr at the specs, parameters inside.
+      specs: shapes and types of the input arrays, the batch symbolic.
+      given: the input arrays as they were given.
+      spec_tree: the specs nested as the inputs are, without inputs that hold no array.
+      outputs: shapes and types of the results.
+      batch: size of the batch that was given; None where it is not symbolic.
+    """
+
+    reference: Callable[..., list[Any]]
+    closed: Any
+    specs: list[jax.ShapeDtypeStruct]
+    given: list[Any]
+    spec_tree: tuple[Any, ...]
+    outputs: Any
+    batch: int | None
+
+
+def make_program(
+    user: str,
+    fn: Callable[..., Any],
+    params: Params,
+    inputs: Sequence[Any],
+    *,
+    masks: Masks | None,
+    batch: str | None,
+) -> Program:
+    """Take the parameters in and find out that the function can be traced at these shapes."""
+    arrays, static = split_static(inputs)
+    _check_arrays(user, params, arrays)
+    if masks is not None:
+        params = bake(params, masks)
+    weights, others = split_static(params)
+    weights = jax.device_put(weights, cpu())
+
+    @jax.jit  # the weights as an argument: constants would be folded at every compilation
+    def run(weights: Any, arrays: Any) -> Any:
+        return fn(join_static(weights, others), *join_static(arrays, static))
+
+    fixed = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    size = next((x.shape[0] for x in fixed if x.shape), None) if batch else None
+    specs = fixed if batch is None or size is None else _symbolic(fixed, size, batch)
+    closed, outputs = _trace(user, lambda *arrays: run(weights, arrays), specs, fixed)
+    left = iter(specs)
+    nested = (jax.tree.map(lambda x: next(left) if is_array(x) else None, x) for x in inputs)
+    trees = tuple(tree for tree in nested if jax.tree.leaves(tree))
+    reference = lambda *arrays: jax.tree.leaves(run(weights, arrays))  # noqa: E731
+    return Program(reference, closed, specs, arrays, trees, outputs, size)
+
+
+def cpu() -> jax.Device:
+    """Where files are compared with JAX: elsewhere a float32 product may be less than that."""
+    return jax.devices("cpu")[0]
+
+
+def _check_arrays(user: str, params: Params, arrays: Sequence[Any]) -> None:
+    abstract = [p for p, x in leaves_with_path(params) if isinstance(x, jax.ShapeDtypeStruct)]
+    if abstract:
+        raise TypeError(
+            f"`export.{user}` got params without values at {list_paths(abstract)}. Pass arrays."
+        )
+    if not arrays:
+        raise ValueError(
+            f"`export.{user}` got no input array, so that nobody knows what `fn` takes. Pass "
+            "examples after the params, arrays or jax.ShapeDtypeStruct."
+        )
+    kinds = [f"{x.dtype}" for x in arrays if jnp.issubdtype(x.dtype, jax.dtypes.extended)]
+    if kinds:
+        raise TypeError(
+            f"`export.{user}` got an input of type {kinds[0]}, which exists in JAX only. Close "
+            "over keys, or export the function without randomness."
+        )
+
+
+def _symbolic(fixed: Sequence[Any], size: int, name: str) -> list[jax.ShapeDtypeStruct]:
+    """Give a name to the first axis of all inputs that have the size of the first one's."""
+    batch = jax.export.symbolic_shape(name)[0]
+    return [
+        jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) if x.shape[:1] == (size,) else x
+        for x in fixed
+    ]
+
+
+def _trace(user: str, flat: Any, specs: Sequence[Any], fixed: Sequence[Any]) -> tuple[Any, Any]:
+    """Trace, and tell a function that fails from one that needs to know its batch."""
+    try:
+        return jax.make_jaxpr(flat, return_shape=True)(*specs)
+    except Exception as error:
+        if list(specs) != list(fixed):
+            jax.eval_shape(flat, *fixed)  # what fails here as well is the function's own error
+            raise ValueError(
+                f"`export.{user}` cannot trace `fn` for a batch of any size: "
+                f"{type(error).__name__}: {str(error).splitlines()[0]} Write shapes as "
+                "`x.shape[0]` instead of `len(x)` or a number, or pass `batch=None` for the shapes "
+                "as given."
+            ) from error
+        raise
+
+
+def names(tree: Any, prefix: str) -> list[str]:
+    """Name the leaves of a tree by their paths: ``output``, ``input_0``, ``output_logits``."""
+    paths = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return ["_".join([prefix, *path.split("/")]) if path else prefix for path in paths]
+
+
+def trials(program: Program, seed: int) -> Iterator[list[np.ndarray]]:
+    """Inputs to compare on: those given, random ones, and random ones for another batch size."""
+    rng = np.random.default_rng(seed)
+    if not any(isinstance(x, jax.ShapeDtypeStruct) for x in program.given):
+        yield [np.asarray(x) for x in program.given]
+    yield draw(program, rng, program.batch)
+    if program.batch is not None:
+        yield draw(program, rng, 3 if program.batch == 1 else 1)
+
+
+def draw(program: Program, rng: np.random.Generator, batch: int | None) -> list[np.ndarray]:
+    """Random inputs: normal floats, integers between the smallest and the largest given."""
+    drawn = []
+    for given, spec in zip(program.given, program.specs, strict=True):
+        shape: Any = tuple(n if isinstance(n, int) else batch for n in spec.shape)
+        if jnp.issubdtype(spec.dtype, jnp.inexact):
+            values: Any = rng.standard_normal(shape)
+        else:
+            known = np.zeros(1) if isinstance(given, jax.ShapeDtypeStruct) else np.asarray(given)
+            low, high = (int(known.min()), int(known.max())) if known.size else (0, 0)
+            values = rng.integers(low, high, shape, endpoint=True)
+        drawn.append(np.asarray(values).astype(spec.dtype))
+    return drawn

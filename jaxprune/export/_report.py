@@ -1,0 +1,74 @@
+"""What an exported file is like, and how it gets in place."""
+
+import contextlib
+import dataclasses
+import gzip
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """An exported file in figures; print it.
+
+    Attributes:
+      path: the file.
+      bytes: its size.
+      gzip_bytes: its size once compressed, where zeros take no room.
+      parity: the largest difference from what it was made of, as a fraction of the largest value
+        of the same output.
+      agreement: the fraction of top-1 predictions (largest entry along the last axis of the first
+        output) that both agree on; None where the first output is no row of scores.
+      latency_ms: milliseconds of a call by batch size, under onnxruntime with one thread, the
+        median of interleaved repeats; None for what onnxruntime does not run.
+    """
+
+    path: Path
+    bytes: int
+    gzip_bytes: int
+    parity: float
+    agreement: float | None = None
+    latency_ms: Mapping[int, float] | None = None
+
+    def __str__(self) -> str:
+        rows = [("file", str(self.path)), ("bytes", f"{self.bytes:,}")]
+        rows += [("gzipped", f"{self.gzip_bytes:,}"), ("parity", f"{self.parity:.1e}")]
+        if self.agreement is not None:
+            rows.append(("agreement", f"{self.agreement:.2%}"))
+        for batch, taken in (self.latency_ms or {}).items():
+            rows.append((f"batch {batch}", f"{taken:.3f} ms"))
+        width = max(len(name) for name, _ in rows)
+        return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
+
+
+def describe(
+    path: str | Path,
+    written: Path,
+    compared: tuple[float, float | None],
+    latency: Mapping | None = None,
+) -> Report:
+    """Report what has been written; ``path`` is where it is going to be."""
+    data = written.read_bytes()
+    parity, agreement = compared
+    size = len(gzip.compress(data, mtime=0))
+    return Report(Path(path), len(data), size, parity, agreement, latency)
+
+
+@contextlib.contextmanager
+def in_place(path: str | Path) -> Iterator[Path]:
+    """Give a path to write to, beside the one that it replaces if all went well.
+
+    Readers see the old file or the new one, whole, and where something is raised the old one stays.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder. Pass the path of a file.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
+        written = Path(folder) / path.name
+        yield written
+        with written.open("rb+") as file:  # on the disk before it gets its name
+            os.fsync(file.fileno())
+        written.replace(path)

@@ -1,0 +1,441 @@
+"""Files that leave JAX: what they compute, what they weigh, and what happens if they cannot."""
+
+import gzip
+import sys
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune.export import _onnx
+from jaxprune.export._biases import merge_biases
+from jaxprune.export._fold import fold
+from tests.helpers import TraceCount
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("jax2onnx")
+
+CALLED = {"onnx": jp.export.onnx, "stablehlo": jp.export.stablehlo}
+EXPORTS = pytest.mark.parametrize("export", CALLED.values(), ids=CALLED)
+
+
+def mlp(params, x):
+    return jax.nn.relu(x @ params["w"] + params["b"][None]) @ params["v"]
+
+
+@pytest.fixture
+def params(key):
+    w, v = jax.random.split(key)
+    return {
+        "w": jax.random.normal(w, (16, 32)),
+        "b": jnp.linspace(-1, 1, 32),
+        "v": jax.random.normal(v, (32, 10)),
+    }
+
+
+X = jnp.sin(jnp.arange(80.0)).reshape(5, 16)
+
+
+def run(path, *inputs):
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
+    return session.run(None, dict(zip(names, map(np.asarray, inputs), strict=True)))
+
+
+def files(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+# Masks
+
+
+def test_bake_sets_to_zero_what_masks_remove_and_leaves_all_else(params):
+    masks = jp.find_masks(params, 0.5)
+    variables = {"params": params, "flag": True}
+    baked = jp.export.bake(variables, {"params": jp.pack(masks)})
+    assert baked["flag"] is True
+    for name in params:
+        want = params[name] if masks[name] is None else np.where(masks[name], params[name], 0)
+        np.testing.assert_array_equal(baked["params"][name], want)
+
+
+def test_bake_names_masks_that_the_params_lack(params):
+    with pytest.raises(ValueError, match=r"masks of 'u', which the params lack.*'b', 'v', 'w'"):
+        jp.export.bake(params, {"u": jnp.ones(3, bool)})
+
+
+def test_bake_names_masks_that_do_not_fit(params):
+    with pytest.raises(ValueError, match=r"'w' has shape \(3, 2\)"):
+        jp.export.bake(params, {"w": jnp.ones((3, 2), bool)})
+
+
+# Files
+
+
+@EXPORTS
+def test_a_file_computes_what_the_masked_function_computes(export, params, tmp_path):
+    masks = jp.find_masks(params, 0.9)
+    kwargs = {"latency": (1, 2)} if export is jp.export.onnx else {}
+    report = export(tmp_path / "net", mlp, params, X, masks=masks, **kwargs)
+    inputs = jnp.cos(jnp.arange(7 * 16.0)).reshape(7, 16)  # neither values nor batch were seen
+    want = mlp(jp.apply_masks(params, masks), inputs)
+    if export is jp.export.onnx:
+        (got,) = run(report.path, inputs)
+        assert set(report.latency_ms) == {1, 2} and min(report.latency_ms.values()) > 0
+    else:
+        exported = jax.export.deserialize(bytearray(report.path.read_bytes()))
+        assert exported.platforms == ("cpu", "cuda", "tpu")
+        got, report_latency = exported.call(inputs), report.latency_ms
+        assert report_latency is None
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
+    data = report.path.read_bytes()
+    assert (report.bytes, report.gzip_bytes) == (len(data), len(gzip.compress(data, mtime=0)))
+    assert report.parity < 1e-6 and report.agreement == 1.0
+    assert files(tmp_path) == ["net"]
+
+
+def test_zeros_take_no_room_in_a_compressed_file(params, tmp_path):
+    params["w"] = jnp.sin(jnp.arange(16 * 2048.0)).reshape(16, 2048)
+    params |= {"b": jnp.ones(2048), "v": jnp.cos(params["w"].T)}
+    dense = jp.export.stablehlo(tmp_path / "dense", mlp, params, X)
+    masks = jp.find_masks(params, 0.9)
+    pruned = jp.export.stablehlo(tmp_path / "pruned", mlp, params, X, masks=masks)
+    assert pruned.bytes == pytest.approx(dense.bytes, rel=0.02)
+    assert pruned.gzip_bytes < dense.gzip_bytes / 2
+
+
+@EXPORTS
+def test_an_exported_small_function_is_small_and_takes_any_batch(export, params, tmp_path):
+    groups = jp.find_groups(mlp, params, X)
+    masks = jp.find_masks(params, 0.75, pattern=jp.patterns.Coupled(groups))
+    small_fn, small = jp.shrink(mlp, params, masks)
+    kwargs = {"latency": ()} if export is jp.export.onnx else {}
+    dense = export(tmp_path / "dense", mlp, params, X, **kwargs)
+    report = export(tmp_path / "small", small_fn, small, X, **kwargs)
+    assert report.parity < 1e-6
+    gone = 4 * (sum(w.size for w in params.values()) - sum(w.size for w in small.values()))
+    assert dense.bytes - report.bytes == pytest.approx(gone, rel=0.3)
+
+
+def test_a_report_prints_a_table(tmp_path):
+    report = jp.export.Report(tmp_path / "a.onnx", 12345, 99, 1e-7, 0.995, {1: 0.5, 64: 12.0})
+    assert str(report).splitlines()[1:] == [
+        "bytes      12,345",
+        "gzipped    99",
+        "parity     1.0e-07",
+        "agreement  99.50%",
+        "batch 1    0.500 ms",
+        "batch 64   12.000 ms",
+    ]
+    assert "agreement" not in str(jp.export.Report(tmp_path, 1, 1, 0.0))
+
+
+def test_trees_of_inputs_and_outputs_are_named_by_their_paths(tmp_path):
+    def fn(_, batch, tokens, train):
+        total = batch["a"] + batch["b"] * (2 if train else 1)
+        return {"sum": total, "both": (tokens, batch["a"], batch["a"])}
+
+    inputs = ({"a": X, "b": X + 1}, jnp.array([[3], [5], [7], [2], [4]]), False)
+    report = jp.export.onnx(tmp_path / "net", fn, {}, *inputs, latency=())
+    graph = onnx.load(report.path).graph
+    assert [v.name for v in graph.input] == ["input_0_a", "input_0_b", "input_1"]
+    assert [v.name for v in graph.output] == [
+        "output_both_0",
+        "output_both_1",
+        "output_both_2",
+        "output_sum",
+    ]
+    tokens, first, second, total = run(report.path, X, X + 1, inputs[1])
+    np.testing.assert_array_equal(tokens, inputs[1])
+    np.testing.assert_array_equal(first, second)
+    np.testing.assert_allclose(total, 2 * X + 1, rtol=1e-6)
+    program = jp.export.stablehlo(tmp_path / "program", fn, {}, *inputs)
+    loaded = jax.export.deserialize(bytearray(program.path.read_bytes()))
+    out = loaded.call({"a": X, "b": X + 1}, inputs[1])
+    assert jax.tree.structure(out) == jax.tree.structure(fn({}, *inputs))
+    np.testing.assert_allclose(out["sum"], 2 * X + 1, rtol=1e-6)
+
+
+@EXPORTS
+def test_shapes_alone_are_examples_enough_and_a_batch_can_be_fixed(export, params, tmp_path):
+    kwargs = {"latency": (1, 64)} if export is jp.export.onnx else {}
+    example = jax.ShapeDtypeStruct((5, 16), jnp.float32)
+    report = export(tmp_path / "net", mlp, params, example, batch=None, **kwargs)
+    if export is jp.export.onnx:
+        assert onnx.load(report.path).graph.input[0].type.tensor_type.shape.dim[0].dim_value == 5
+        assert list(report.latency_ms) == [5]
+    else:
+        loaded = jax.export.deserialize(bytearray(report.path.read_bytes()))
+        assert loaded.in_avals[0].shape == (5, 16)
+
+
+# What is made simpler
+
+
+class Normed(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 3), feature_group_count=2)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+        branch = nn.BatchNorm(use_running_average=True)(nn.Conv(6, (1, 1), use_bias=False)(x))
+        x = nn.relu(x + branch) * 2.0
+        x = nn.BatchNorm(use_running_average=True)(nn.Dense(5)(x.mean((1, 2))))
+        return jnp.concatenate([x, x - 1], axis=-1)
+
+
+def normed(key):
+    """A network whose norms do something."""
+    x = jax.random.normal(key, (2, 8, 8, 4))
+    variables = Normed().init(key, x)
+    leaves, structure = jax.tree.flatten(variables)
+    moved = [jnp.abs(w + 0.1 * jax.random.normal(key, w.shape)) + 0.1 for w in leaves]
+    return jax.tree.unflatten(structure, moved), x
+
+
+def test_folding_changes_no_value_and_leaves_no_norm(key):
+    variables, x = normed(key)
+    closed = jax.make_jaxpr(lambda x: Normed().apply(variables, x))(x)
+    folded = jax.make_jaxpr(lambda x: fold(closed, x)[0])(x)
+    (got,) = jax.core.eval_jaxpr(folded.jaxpr, folded.consts, x)
+    np.testing.assert_allclose(got, Normed().apply(variables, x), rtol=1e-4, atol=1e-4)
+    names = [eqn.primitive.name for eqn in folded.jaxpr.eqns]
+    assert names.count("conv_general_dilated") == 2 and names.count("dot_general") == 1
+    # A bias each, the way around, the multiplication by 2; `x - 1` behind what is read twice.
+    assert names.count("mul") == 1 and "rsqrt" not in names and names.count("sub") == 1
+
+
+def test_folding_computes_what_is_read_twice_once(key):
+    weights = jax.random.normal(key, (3, 3))
+
+    def twice(x):
+        y = x @ weights
+        return y * 2.0, y + 1.0
+
+    closed = jax.make_jaxpr(twice)(X[:, :3])
+    folded = jax.make_jaxpr(lambda x: fold(closed, x))(X[:, :3])
+    assert [eqn.primitive.name for eqn in folded.jaxpr.eqns].count("dot_general") == 1
+
+
+def test_folding_keeps_large_constants_out_of_the_file():
+    closed = jax.make_jaxpr(lambda x: x + jnp.broadcast_to(jnp.float32(3.0), (400, 400)))(
+        jnp.ones((400, 400))
+    )
+    folded = jax.make_jaxpr(lambda x: fold(closed, x))(jnp.ones((400, 400)))
+    assert all(np.size(c) <= 1 for c in folded.consts)
+
+
+def test_a_bias_moves_into_the_matrix_product():
+    from onnx.reference import ReferenceEvaluator
+
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    weights = onnx.numpy_helper.from_array(np.ones((3, 2), np.float32), "weights")
+    zero = onnx.numpy_helper.from_array(np.float32(0.0), "zero")
+    bias = onnx.numpy_helper.from_array(np.array([[1.0, 2.0]], np.float32), "bias")
+    nodes = [
+        helper.make_node("Gemm", ["x", "weights", "zero"], ["product"], beta=0.0),
+        helper.make_node("Add", ["product", "bias"], ["y"]),
+        helper.make_node("Gemm", ["x", "weights", "zero"], ["bare"]),
+    ]
+    values = [helper.make_tensor_value_info(n, kind, None) for n in ("x", "y", "bare")]
+    graph = helper.make_graph(nodes, "net", values[:1], values[1:], [weights, zero, bias])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
+    want = ReferenceEvaluator(model).run(None, {"x": np.eye(3, dtype=np.float32)})
+    merge_biases(model)
+    assert [node.op_type for node in model.graph.node] == ["Gemm", "Gemm"]
+    assert [len(node.input) for node in model.graph.node] == [3, 2]
+    assert "zero" not in {tensor.name for tensor in model.graph.initializer}
+    got = ReferenceEvaluator(model).run(None, {"x": np.eye(3, dtype=np.float32)})
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+# int8
+
+
+def int8_weights(path):
+    """The int8 matrices of a file, and whether all zero points beside them are zero."""
+    graph = onnx.load(path).graph
+    arrays = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    nodes = [node for node in graph.node if node.op_type == "DequantizeLinear"]
+    found = [(arrays[n.input[0]], arrays[n.input[2]]) for n in nodes if n.input[0] in arrays]
+    return {w.shape: w for w, _ in found if w.ndim > 1}, all(not z.any() for _, z in found)
+
+
+def test_pruned_weights_stay_zero_in_int8_and_the_file_is_smaller(key, tmp_path):
+    w, v = jax.random.split(key)
+    params = {"w": jax.random.normal(w, (16, 256)), "b": jnp.linspace(-1, 1, 256)}
+    params["v"] = jax.random.normal(v, (256, 10))
+    masks = jp.find_masks(params, 0.5)
+    x = jax.random.normal(key, (300, 16))
+    dense = jp.export.onnx(tmp_path / "net", mlp, params, x, masks=masks, latency=())
+    report = jp.export.quantize_onnx(tmp_path / "int8", tmp_path / "net", x, latency=(1,))
+    weights, symmetric = int8_weights(report.path)
+    assert symmetric and set(weights) == {(16, 256), (256, 10)}
+    for name in ("w", "v"):
+        assert (weights[params[name].shape][~np.asarray(masks[name])] == 0).all()
+    assert report.bytes < dense.bytes / 2
+    assert report.parity < 0.05 and report.agreement > 0.9 and list(report.latency_ms) == [1]
+    assert files(tmp_path) == ["int8", "net"]
+
+
+@pytest.fixture(scope="module")
+def float_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("float") / "net.onnx"
+    params = {"w": jnp.eye(16, 32), "b": jnp.zeros(32), "v": jnp.ones((32, 10))}
+    jp.export.onnx(path, mlp, params, X, latency=())
+    return path
+
+
+@pytest.mark.parametrize(
+    "calibration",
+    [
+        np.asarray(X),
+        (X,),
+        {"input_0": X},
+        [X[:2], X[2:]],
+        iter([(X[:2],), {"input_0": X[2:]}]),
+    ],
+    ids=["array", "tuple", "dict", "list", "generator"],
+)
+def test_calibration_inputs_come_in_many_forms_and_mean_the_same(float_file, calibration, tmp_path):
+    report = jp.export.quantize_onnx(tmp_path / "a", float_file, calibration, test=X, latency=())
+    want = jp.export.quantize_onnx(tmp_path / "b", float_file, X, latency=())
+    assert report.parity == want.parity and report.path.read_bytes() == want.path.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "calibration, words",
+    [
+        ([], r"got no calibration inputs.*some hundred"),
+        (X[:0], r"got no calibration inputs"),
+        (X[:, :3], r"'input_0' is float32\[5, 3\], wanted tensor\(float\)\['batch', 16\]"),
+        (X.astype(jnp.int32), r"'input_0' is int32\[5, 16\]"),
+        ({"images": X}, r"inputs \['images'\], but the file takes \['input_0'\]"),
+        ((X, X), r"inputs 2 arrays, but the file takes \['input_0'\]"),
+        (X.at[0, 0].set(jnp.nan), r"'input_0' holds values that are not finite"),
+    ],
+)
+def test_calibration_inputs_that_do_not_fit_are_refused(float_file, calibration, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        jp.export.quantize_onnx(tmp_path / "int8", float_file, calibration)
+    assert files(tmp_path) == []
+
+
+def test_quantization_says_what_is_wrong_and_leaves_the_old_file(float_file, tmp_path):
+    old = tmp_path / "int8"
+    old.write_bytes(b"old")
+    with pytest.raises(ValueError, match=r"method='max'\)` is unknown.*'minmax', 'entropy'"):
+        jp.export.quantize_onnx(old, float_file, X, method="max")
+    with pytest.raises(FileNotFoundError, match=r"no file 'nowhere'.*jp.export.onnx"):
+        jp.export.quantize_onnx(old, "nowhere", X)
+    with pytest.raises(ValueError, match=r"top-1 predictions, less than `min_agreement=1.01`"):
+        jp.export.quantize_onnx(old, float_file, X, min_agreement=1.01)
+    (tmp_path / "broken").write_bytes(b"no model")
+    with pytest.raises(ValueError, match=r"cannot load '.*broken'"):
+        jp.export.quantize_onnx(old, tmp_path / "broken", X)
+    assert old.read_bytes() == b"old" and files(tmp_path) == ["broken", "int8"]
+
+
+# What goes wrong
+
+
+@EXPORTS
+def test_a_file_is_replaced_whole_or_stays_as_it_was(export, params, tmp_path):
+    path = tmp_path / "new" / "net"
+    kwargs = {"latency": ()} if export is jp.export.onnx else {}
+    first = export(path, mlp, params, X, **kwargs)
+    again = export(path, mlp, params, X, **kwargs)
+    assert again.bytes == first.bytes  # never appended
+    before = path.read_bytes()
+    drifting = iter([0.0, *[1.0] * 9])  # another number at every trace
+    with pytest.raises(ValueError, match=r"differs from JAX by .*0.0001`: 'output' at \["):
+        export(path, lambda p, x: mlp(p, x) + next(drifting), params, X, **kwargs)
+    assert path.read_bytes() == before and files(path.parent) == ["net"]
+
+
+@EXPORTS
+def test_a_folder_is_no_file(export, params, tmp_path):
+    with pytest.raises(ValueError, match=r"is a folder. Pass the path of a file"):
+        export(tmp_path, mlp, params, X)
+
+
+@EXPORTS
+def test_an_operation_without_a_counterpart_is_named_with_a_way_out(export, params, tmp_path):
+    def unknown(params, x):
+        return mlp(params, jax.pure_callback(np.sin, jax.ShapeDtypeStruct((5, 16), x.dtype), x))
+
+    with pytest.raises(ValueError, match=r"`pure_callback` at test_export.py:\d+.*out of `fn`"):
+        export(tmp_path / "net", unknown, params, X, batch=None)
+    assert files(tmp_path) == []
+
+
+def test_onnx_names_a_decomposition_that_it_does_not_know(tmp_path):
+    eigen = lambda p, x: jnp.linalg.eigvalsh(x @ jnp.swapaxes(x, -1, -2))
+    with pytest.raises(ValueError, match=r"`eigh` at test_export.py:\d+.*jp.export.stablehlo"):
+        jp.export.onnx(tmp_path / "net", eigen, {}, jnp.ones((2, 4, 4)))
+    assert jp.export.stablehlo(tmp_path / "net", eigen, {}, jnp.ones((2, 4, 4))).parity < 1e-4
+
+
+@EXPORTS
+def test_a_function_that_needs_to_know_its_batch_is_told_how_not_to(export, tmp_path):
+    fn = lambda p, x: x.reshape(len(x), -1) + 1
+    with pytest.raises(ValueError, match=r"batch of any size.*`x.shape\[0\]`.*`batch=None`"):
+        export(tmp_path / "net", fn, {}, X)
+    assert export(tmp_path / "net", fn, {}, X, batch=None).parity == 0.0
+
+
+@EXPORTS
+def test_an_error_of_the_function_itself_passes_as_it_is(export, tmp_path):
+    with pytest.raises(TypeError, match="contracting dimensions"):
+        export(tmp_path / "net", lambda p, x: x @ x, {}, X)
+
+
+@EXPORTS
+@pytest.mark.parametrize(
+    "params, inputs, error, words",
+    [
+        ({"w": jax.ShapeDtypeStruct((1,), jnp.float32)}, (X,), TypeError, r"without values at 'w'"),
+        ({}, (), ValueError, r"got no input array.*examples after the params"),
+        ({}, (3,), ValueError, r"got no input array"),
+        ({}, (jax.random.key(0),), TypeError, r"of type key<fry>, which exists in JAX only"),
+    ],
+)
+def test_inputs_that_cannot_be_exported_are_refused(export, params, inputs, error, words, tmp_path):
+    with pytest.raises(error, match=words):
+        export(tmp_path / "net", lambda p, x: x, params, *inputs)
+
+
+def test_stablehlo_for_other_platforms_alone_could_not_be_checked(params, tmp_path):
+    with pytest.raises(ValueError, match=r"platforms=\('cuda',\)\)` could not be compared.*'cpu'"):
+        jp.export.stablehlo(tmp_path / "net", mlp, params, X, platforms=("cuda",))
+
+
+def test_onnx_refuses_weights_beyond_the_limit_of_a_file(params, tmp_path, monkeypatch):
+    monkeypatch.setattr(_onnx, "LIMIT", 3000)
+    with pytest.raises(ValueError, match=r"GiB of weights.*less than 2 GiB. Shrink more"):
+        jp.export.onnx(tmp_path / "net", mlp, params, X)
+
+
+@pytest.mark.parametrize(
+    "module, call",
+    [
+        ("jax2onnx", lambda p: jp.export.onnx(p, mlp, {}, X)),
+        ("flatbuffers", lambda p: jp.export.stablehlo(p, mlp, {}, X)),
+        ("onnxruntime", lambda p: jp.export.quantize_onnx(p, p, X)),
+    ],
+)
+def test_a_missing_package_is_named_with_its_extra(module, call, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, module, None)
+    (tmp_path / "net").write_bytes(b"")
+    with pytest.raises(ImportError, match=rf"'{module}'.*pip install 'jaxprune\[export\]'"):
+        call(tmp_path / "net")
+
+
+def test_a_reference_is_compiled_once_for_a_batch_size(params, tmp_path):
+    counted = TraceCount(mlp)
+    jp.export.stablehlo(tmp_path / "net", counted, params, X)
+    assert counted.count == 3  # for any batch; for the batch given; for a batch of one

@@ -13,6 +13,8 @@ from jaxprune._find import make_masks as make_masks
 from jaxprune._tree import by_path as by_path
 from jaxprune._tree import is_matrix as is_matrix
 from jaxprune._tree import prunable as prunable
+from jaxprune.distill import distillation_loss as distillation_loss
+from jaxprune.distill import feature_loss as feature_loss
 from jaxprune.graph import count_flops as count_flops
 from jaxprune.graph import find_blocks as find_blocks
 from jaxprune.graph import find_groups as find_groups
@@ -36,6 +38,7 @@ from jaxprune.report import overlap as overlap
 from jaxprune.report import summary as summary
 from jaxprune.rewind import Level as Level
 from jaxprune.rewind import imp as imp
+from jaxprune.search import find_sparsity as find_sparsity
 from jaxprune.shrink import cut_list as cut_list
 from jaxprune.shrink import masks_within_budget as masks_within_budget
 from jaxprune.shrink import shrink as shrink
@@ -65,11 +68,14 @@ __all__ = (
     "criteria",
     "cut_list",
     "dense_masks",
+    "distillation_loss",
     "dynamic",
     "export",
+    "feature_loss",
     "find_blocks",
     "find_groups",
     "find_masks",
+    "find_sparsity",
     "forward_params",
     "get_masks",
     "graph",

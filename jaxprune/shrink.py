@@ -29,6 +29,7 @@ def shrink(
     groups: Groups | None = None,
     counts: str = "masked",
     rules: Mapping[str, Rule] | None = None,
+    cut_outputs: bool = False,
 ) -> tuple[Callable[..., Any], Params]:
     """Cut what masks remove out of a function and its parameters.
 
@@ -49,6 +50,9 @@ def shrink(
         keeps the old number, which equals the masked network; ``"rescaled"`` takes the number that
         is left, which equals the module built at the smaller width.
       rules: rules for further primitives, as for ``find_groups``.
+      cut_outputs: let results lose the channels that are cut instead of refusing the masks: for a
+        function that returns its hidden features too, see ``feature_loss``. Masks are found for
+        the function that returns predictions alone.
 
     Returns:
       ``(small_fn, small_params)``. ``small_params`` is a tree of the same structure; parameters of
@@ -82,7 +86,7 @@ def shrink(
         cut = cut_list(params, masks if groups is None else groups.spread(masks, params))
     kept = _read_cut(cut or {}, params)
     return (
-        small_function(fn, params, kept, counts=counts, rules=rules),
+        small_function(fn, params, kept, counts=counts, rules=rules, cut_outputs=cut_outputs),
         _cut_tree(params, kept),
     )
 

@@ -19,8 +19,8 @@ LAYERS = (
     ("_types", "_tree", "_errors"),
     ("groups", *PARTS),
     ("masks", "_find", "report", "graph"),
-    ("_event", "optim", "dynamic", "straight_through", "shrink"),
-    ("rewind", "checkpoint", "export"),
+    ("_event", "optim", "dynamic", "straight_through", "shrink", "distill"),
+    ("rewind", "search", "checkpoint", "export"),
 )
 FILES_ON_DISK = {"checkpoint", "export"}  # these write, and what they write is timed
 ORDER = [name for layer in LAYERS for name in layer]

@@ -70,11 +70,12 @@ def network(
     frozen: Where | None = None,
     exact: bool = True,
     complain: bool = True,
+    whole_outputs: bool = True,
 ) -> Network:
     """Trace ``fn(params, *inputs)`` and analyse it.
 
     ``exact`` asks for the places where cutting differs from masking, ``complain`` for warnings of
-    what is strange about the params.
+    what is strange about the params, ``whole_outputs`` for results that are never cut.
     """
     with_paths = [
         (path_str(path), leaf)
@@ -110,7 +111,8 @@ def network(
         _warn_of_unread(frame, with_paths)
     first = specs[: len(paths)]
     mirrors = mirrored_outputs(outputs, paths, first)
-    _close_outputs(analysis, frame, [None if m is None else axes[m] for m in mirrors])
+    states = [None if m is None else axes[m] for m in mirrors]
+    _close_outputs(analysis, frame, states, whole_outputs)
     analysis.coupling.solve()
     return Network(analysis, frame, paths, [s.shape for s in first], first, axes, outputs)
 
@@ -170,14 +172,16 @@ def _warn_of_unread(frame: Frame, params: Sequence[tuple[str, Any]]) -> None:
         )
 
 
-def _close_outputs(analysis: Analysis, frame: Frame, states: Sequence[Axes | None]) -> None:
+def _close_outputs(
+    analysis: Analysis, frame: Frame, states: Sequence[Axes | None], whole: bool
+) -> None:
     """Results stay whole, but for new values of the state: they are cut as the state is."""
     for out, state in zip(frame.outs, states, strict=True):
         for j, axis in enumerate(out):
             mine = None if state is None else state[j]
             if axis is not None and mine is not None:
                 analysis.coupling.join(axis.ids, mine.ids)
-            elif axis is not None:
+            elif axis is not None and whole:
                 analysis.coupling.freeze(axis.ids, f"it is axis {j} of an output")
             elif mine is not None:
                 analysis.coupling.freeze(mine.ids, "its new value stays whole")

@@ -25,7 +25,13 @@ Kept = Mapping[str, Mapping[int, np.ndarray]]  # path: axis: indices that stay
 
 
 def small_function(
-    fn: Any, params: Any, kept: Kept, *, counts: str, rules: Mapping[str, Rule] | None
+    fn: Any,
+    params: Any,
+    kept: Kept,
+    *,
+    counts: str,
+    rules: Mapping[str, Rule] | None,
+    cut_outputs: bool,
 ) -> Callable[..., Any]:
     """Make the function that takes small params. ``params`` say what the whole ones look like."""
     whole = jax.tree.map(
@@ -35,7 +41,15 @@ def small_function(
     @functools.partial(jax.jit, static_argnums=1)
     def run(arrays: Sequence[Any], static: Any) -> Any:
         small, *inputs = join_static(arrays, static)
-        net = network(fn, whole, inputs, rules=rules, exact=False, complain=False)
+        net = network(
+            fn,
+            whole,
+            inputs,
+            rules=rules,
+            exact=False,
+            complain=False,
+            whole_outputs=not cut_outputs,
+        )
         dropped = drop_blocks(net, {path for path, cut in kept.items() if _is_empty(cut)})
         alive = _alive(net, kept, dropped)
         if counts == "rescaled":

@@ -30,7 +30,7 @@ MODELS = {
 }
 TRAININGS = {
     "digits": {"steps": 300, "fine_tune_steps": 300, "search_steps": 150, "batch_size": 64},
-    "mnist": {"steps": 600, "fine_tune_steps": 600, "search_steps": 200, "batch_size": 64},
+    "mnist": {"steps": 400, "fine_tune_steps": 400, "search_steps": 150, "batch_size": 64},
 }
 LEARNING_RATE = 3e-3  # of Adam at its highest, in both parts of a training
 SCORED_BATCHES = 8  # that the gradient of the criterion is averaged over
@@ -77,9 +77,9 @@ class Config:
         searched network may lose.
       resolution: of the search, as a fraction of the channels.
       seeds: how many seeds, counted from 0.
-      steps: training steps before anything is removed (digits 300, mnist 600).
-      fine_tune_steps: steps after that, whether pruned or not (digits 300, mnist 600).
-      search_steps: of those, how many a network of the search has (digits 150, mnist 200).
+      steps: training steps before anything is removed (digits 300, mnist 400).
+      fine_tune_steps: steps after that, whether pruned or not (digits 300, mnist 400).
+      search_steps: of those, how many a network of the search has (digits 150, mnist 150).
       batch_size: examples of a training step (64).
       out: run folder (results/edge_deployment_DATASET).
 
@@ -486,7 +486,7 @@ def train_thin(bench: Bench, course: Course, lesson: Lesson) -> Outcome:
     _, cut = runs.load_network(network_of(bench.settings, Run("pruned", course.seed, 0.0)))
     start = jax.jit(bench.model.init)(course.key, bench.data.test.images[:1])
     learn, infer, small = cut_down(bench, start, cut)
-    variables = draw_kernels(small, course.key)
+    variables = jax.jit(draw_kernels)(small, course.key)
     for order in (course.before, course.after):
         variables = fit(bench, learn, variables, lesson, order)
     return Outcome(infer, variables, cut)

@@ -23,7 +23,7 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments.common import comparison, costs, data, figures, runs, training
+from experiments.common import comparison, costs, data, figures, files, programs, runs, training
 from experiments.common.models import MLP, LeNet5
 
 Name = Literal[
@@ -312,19 +312,20 @@ def train_together(seeds: Seed, target: Target, dataset: data.Dataset, **setting
 def main(config: Config) -> runs.Record:
     """Run the experiment, or what is left of it, and print, draw and return its summary."""
     settings = resolve(config)
-    records = runs.open_run(settings.out, recorded(settings))
-    finished = {run_of(record) for record in records}
     planned = plan(settings)
+    with files.locked(settings.out):
+        records = runs.open_run(settings.out, recorded(settings))
+        finished = {run_of(record) for record in records}
 
-    with tqdm(total=len(planned), initial=len(finished), unit="run") as bar:
-        if set(planned) - finished:
-            for record in run_all(settings, planned, finished):
-                runs.append_record(settings.out, record)
-                records.append(record)
-                bar.set_postfix_str("{method} at {sparsity}".format(**record), refresh=False)
-                bar.update()
+        with tqdm(total=len(planned), initial=len(finished), unit="run") as bar:
+            if set(planned) - finished:
+                for record in run_all(settings, planned, finished):
+                    runs.append_record(settings.out, record)
+                    records.append(record)
+                    bar.set_postfix_str("{method} at {sparsity}".format(**record), refresh=False)
+                    bar.update()
 
-    return report(settings, records)
+        return report(settings, records)
 
 
 def resolve(config: Config) -> Config:
@@ -563,4 +564,5 @@ def _lines(
 
 
 if __name__ == "__main__":
+    programs.keep()
     main(tyro.cli(Config))

@@ -18,7 +18,7 @@ import tyro
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments.common import data, figures, results, runs, training
+from experiments.common import data, figures, files, programs, results, runs, training
 from experiments.common.models import MLP
 
 CONTROLS = ("reinit", "shuffle", "random")
@@ -79,23 +79,24 @@ class Config:
 def main(config: Config) -> runs.Record:
     """Run the experiment, or what is left of it, and print, draw and return its summary."""
     settings = resolve(config)
-    records = runs.open_run(settings.out, recorded(settings))
-    finished = {run_of(record) for record in records}
     planned = plan(settings)
-    seeds = sorted({seed for seed, level, condition in set(planned) - finished})
+    with files.locked(settings.out):
+        records = runs.open_run(settings.out, recorded(settings))
+        finished = {run_of(record) for record in records}
+        seeds = sorted({seed for seed, level, condition in set(planned) - finished})
 
-    with tqdm(total=len(planned), initial=len(finished), unit="run") as bar:
-        dataset = load(settings) if seeds else None
-        for seed in seeds:
-            for record in run_seed(settings, dataset, seed, finished):
-                runs.append_record(settings.out, record)
-                records.append(record)
-                bar.set_postfix_str(
-                    "{condition} {level} of seed {seed}".format(**record), refresh=False
-                )
-                bar.update()
+        with tqdm(total=len(planned), initial=len(finished), unit="run") as bar:
+            dataset = load(settings) if seeds else None
+            for seed in seeds:
+                for record in run_seed(settings, dataset, seed, finished):
+                    runs.append_record(settings.out, record)
+                    records.append(record)
+                    bar.set_postfix_str(
+                        "{condition} {level} of seed {seed}".format(**record), refresh=False
+                    )
+                    bar.update()
 
-    return report(settings, records)
+        return report(settings, records)
 
 
 def resolve(config: Config) -> Config:
@@ -213,7 +214,8 @@ def run_seed(
         here = {"seed": seed, "level": level.index, "remaining": results.remaining(level.masks)}
         if outcome is not None:
             runs.save_level(settings.out, seed, level.index, level.masks, level.trained)
-            yield {**here, "condition": _ticket(level.index), **tell(outcome)}
+            if (seed, level.index, _ticket(level.index)) not in finished:
+                yield {**here, "condition": _ticket(level.index), **tell(outcome)}
         for condition in settings.controls if level.index else ():
             if (seed, level.index, condition) not in finished:
                 key = jax.random.fold_in(control_key, level.index)
@@ -252,7 +254,8 @@ def find_tickets(
 
     def fit(ticket: Any, masks: Any) -> Any:
         level = len(outcomes)
-        if (seed, level, _ticket(level)) in finished:
+        done = (seed, level, _ticket(level)) in finished
+        if done and runs.has_level(settings.out, seed, level):
             outcomes.append(None)
             return runs.load_level(settings.out, seed, level)[1]
         outcomes.append(train(ticket, masks))
@@ -378,4 +381,5 @@ def _accuracies(row: runs.Record) -> str:
 
 
 if __name__ == "__main__":
+    programs.keep()
     main(tyro.cli(Config))

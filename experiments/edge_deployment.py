@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import gzip
 import itertools
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -20,7 +22,18 @@ from tqdm import tqdm
 
 import jaxprune as jp
 from benchmarks.common import machine, paired_ratio
-from experiments.common import data, deployment, device, figures, latency, loop, runs, training
+from experiments.common import (
+    data,
+    deployment,
+    device,
+    figures,
+    files,
+    latency,
+    loop,
+    programs,
+    runs,
+    training,
+)
 from experiments.common.models import ResidualNet
 
 Method = Literal["one_shot", "iterative"]
@@ -213,21 +226,25 @@ class Outcome(NamedTuple):
 def main(config: Config) -> runs.Record:
     """Run the experiment, or what is left of it, and print, draw and return its summary."""
     settings = resolve(config)
-    known = {run_of(r): r for r in runs.open_run(settings.out, recorded(settings))}
-    bench = functools.cache(lambda: load(settings))  # a finished run needs neither data nor this
+    bench = functools.cache(lambda: load(settings))  # a finished run does without
+    if not (settings.out / "config.json").exists():
+        bench()  # what cannot be run leaves no folder
+    with files.locked(settings.out):
+        known = {run_of(r): r for r in runs.open_run(settings.out, recorded(settings))}
 
-    def ensure(planned: list[Run]) -> list[runs.Record]:
-        """Give the records of networks, of which those that are not there are made first."""
-        missing = [run for run in planned if run not in known]
-        for record in make_all(bench(), missing) if missing else ():
-            runs.append_record(settings.out, record)
-            known[run_of(record)] = record
-        return [known[run] for run in planned]
+        def ensure(planned: list[Run]) -> list[runs.Record]:
+            """Give the records of networks, of which what is missing is made first."""
+            missing = [run for run in planned if run not in known or not is_saved(settings, run)]
+            for run, record in make_all(bench(), missing) if missing else ():
+                if run not in known:  # or only a file of it was missing
+                    runs.append_record(settings.out, record)
+                    known[run] = record
+            return [known[run] for run in planned]
 
-    ensure(plan(settings))
-    sparsity = search(settings, ensure)
-    ensure(plan_searched(settings, sparsity))
-    return report(settings, list(known.values()), sparsity, latencies(settings, bench))
+        ensure(plan(settings))
+        sparsity = search(settings, ensure)
+        ensure(plan_searched(settings, sparsity))
+        return report(settings, list(known.values()), sparsity, latencies(settings, bench))
 
 
 def resolve(config: Config) -> Config:
@@ -365,14 +382,14 @@ def _refuse_to_remove_nothing(settings: Config, channels: int, branches: int) ->
         raise ValueError(f"{'; '.join(problems)}. Remove more, or no branches with `blocks=0`.")
 
 
-def make_all(bench: Bench, missing: list[Run]) -> Iterator[runs.Record]:
+def make_all(bench: Bench, missing: list[Run]) -> Iterator[tuple[Run, runs.Record]]:
     """Make networks, and yield a record for each."""
     with tqdm(total=len(missing), unit="network") as bar:
         for seed, of_seed in itertools.groupby(missing, lambda run: run.seed):
             course = begin(bench, seed)
             for run in of_seed:
                 bar.set_postfix_str(f"{run.stage}, seed {seed}")
-                yield {**run._asdict(), **make(bench, course, run)}
+                yield run, {**run._asdict(), **make(bench, course, run)}
                 bar.update()
 
 
@@ -410,6 +427,14 @@ def network_of(settings: Config, run: Run) -> Path:
 def file_of(settings: Config, stage: str, seed: int) -> Path:
     """Say where the file lies that a device would run."""
     return folder_of(settings, seed) / f"{stage}.onnx"
+
+
+def is_saved(settings: Config, run: Run) -> bool:
+    """Tell whether all files of a network are there."""
+    found = [file_of(settings, run.stage, run.seed)] if run.stage != "search" else []
+    if recipes(settings)[run.stage].int8_of is None:
+        found.append(network_of(settings, run))
+    return all(path.exists() for path in found)
 
 
 def make(bench: Bench, course: Course, run: Run) -> runs.Record:
@@ -576,41 +601,49 @@ def find(bench: Bench, cut: Removal, variables: Any, grads: Any, *, within: Any)
 def export(bench: Bench, run: Run, outcome: Outcome) -> runs.Record:
     """Write the file of a network, and put in figures what it does with the whole test set."""
     infer, variables = outcome.infer, outcome.variables
-    path = file_of(bench.settings, run.stage, run.seed)
     images, _ = bench.data.test
-    report = jp.export.onnx(path, infer, variables, images[:1], latency=())
     ours = loop.predict(infer, variables, images, bench.compile_)
+    path = file_of(bench.settings, run.stage, run.seed)
+    place(path, jp.export.onnx, infer, variables, images[:1])
     return {
-        **measure(bench, report, ours),
+        **measure(bench, path, ours),
         "parity": float(np.abs(device.predict(path, images) - ours).max() / np.abs(ours).max()),
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(variables["params"])),
         "flops": jp.count_flops(infer, variables, images[:1]),
     }
 
 
-def quantize(bench: Bench, course: Course, run: Run, source: str) -> runs.Record:
-    """Write the int8 file of a stage, calibrated on its training examples."""
-    source = file_of(bench.settings, source, run.seed)
-    batches = (bench.take(indices).inputs for indices in course.after[:CALIBRATED_BATCHES])
-    report = jp.export.quantize_onnx(file_of(bench.settings, run.stage, run.seed), source, batches)
-    return measure(bench, report, device.predict(source, bench.data.test.images))
+def quantize(bench: Bench, course: Course, run: Run, stage: str) -> runs.Record:
+    """Write the int8 file of a stage, calibrated on training examples."""
+    batches = [bench.take(indices).inputs for indices in course.after[:CALIBRATED_BATCHES]]
+    source = file_of(bench.settings, stage, run.seed)
+    path = file_of(bench.settings, run.stage, run.seed)
+    place(path, jp.export.quantize_onnx, source, batches)
+    return measure(bench, path, device.predict(source, bench.data.test.images))
 
 
-def measure(bench: Bench, report: Any, reference: np.ndarray) -> runs.Record:
+def place(path: Path, write: Callable[..., Any], *args: Any) -> None:
+    """Export a file elsewhere, and put it in place like all others of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        report = write(Path(folder) / path.name, *args, latency=())
+        files.write(path, report.path.read_bytes())
+
+
+def measure(bench: Bench, path: Path, reference: np.ndarray) -> runs.Record:
     """Put a file in figures: its size, and what it answers to the test set.
 
     Args:
       bench: with the test set.
-      report: of the export.
-      reference: logits `[n, classes]` that the file should give.
+      path: of the file.
+      reference: logits `[n, classes]` that it should give.
     """
     images, labels = bench.data.test
-    logits = device.predict(report.path, images)
+    logits, content = device.predict(path, images), path.read_bytes()
     return {
         "accuracy": hits(logits, labels),
         "agreement": hits(logits, reference.argmax(-1)),
-        "bytes": report.bytes,
-        "gzip_bytes": report.gzip_bytes,
+        "bytes": len(content),
+        "gzip_bytes": len(gzip.compress(content, mtime=0)),
     }
 
 
@@ -657,7 +690,7 @@ def latencies(settings: Config, bench: Callable[[], Bench]) -> list[runs.Record]
             times = {"ms": 1e3 * float(np.median(taken)), "ratio": ratio}
             found[name][str(batch)] = times
     told = {"machine": machine(), "stages": list(found.values())}
-    runs.write(path, json.dumps(told, indent=2) + "\n")
+    files.write(path, json.dumps(told, indent=2) + "\n")
     return told["stages"]
 
 
@@ -672,9 +705,9 @@ def report(
     }
     answer = deployment.answer(summary)
     figure = figures.pareto_figure(summary["rows"], tolerance=settings.tolerance)
-    runs.write(settings.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    runs.write(settings.out / "pareto.png", figures.png(figure))
-    runs.write(settings.out / "answer.md", answer)
+    files.write(settings.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write(settings.out / "pareto.png", figures.png(figure))
+    files.write(settings.out / "answer.md", answer)
 
     console = rich.console.Console(width=None if sys.stdout.isatty() else 140)
     console.print(table(summary["rows"], title=f"{settings.dataset}, seeds: {settings.seeds}"))
@@ -696,4 +729,5 @@ def table(rows: list[runs.Record], *, title: str) -> rich.table.Table:
 
 
 if __name__ == "__main__":
+    programs.keep()
     main(tyro.cli(Config))

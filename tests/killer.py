@@ -80,10 +80,9 @@ def killing(number):
 
 def prepare(module):
     """What is measured is not the same twice, and a CNN takes long to compile."""
-    if module.__name__ == "experiments.structured":
-        from tests import test_experiments_structured
-
-        test_experiments_structured.stand_in(pytest.MonkeyPatch())
+    tests = importlib.import_module(f"tests.test_{module.__name__.replace('.', '_')}")
+    if hasattr(tests, "stand_in"):
+        tests.stand_in(pytest.MonkeyPatch())
 
 
 if __name__ == "__main__":

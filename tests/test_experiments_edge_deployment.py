@@ -1,7 +1,7 @@
 """Tests of experiments/edge_deployment.py, what only it uses, and the notebook over its results."""
 
 import dataclasses
-import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -13,6 +13,7 @@ import jaxprune as jp
 from experiments import edge_deployment as edge
 from experiments.common import data, deployment, device, figures, latency, loop, runs
 from experiments.edge_deployment import Config, Removal, Run, main, resolve
+from tests import crash
 
 pytest.importorskip("jax2onnx")
 ROOT = Path(edge.__file__).parents[1]
@@ -57,18 +58,23 @@ class Tiny:
         return (logits, {"batch_stats": {"mean": 0.9 * mean + 0.1 * now}}) if train else logits
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """A tiny network and data that can be learnt, less optimised; every call takes 2 ms."""
+def stand_in(monkeypatch):
+    """Put a tiny network and data that it can learn in place of the CNN's, and times of clocks."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 90).astype(np.int32)
     images = rng.normal(size=(10, 16))[labels] + 0.3 * rng.normal(size=(90, 16))
     split = data.Split(images.astype(np.float32), labels)
+    monkeypatch.setitem(edge.MODELS, "digits", Tiny())
+    monkeypatch.setattr(data, "load_digits", lambda: data.Dataset(split, split, split))
+    monkeypatch.setattr(latency, "in_turns", timed)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Small and less optimised: compiling takes longer than running what is compiled here."""
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(edge.MODELS, "digits", Tiny())
-        patch.setattr(data, "load_digits", lambda: data.Dataset(split, split, split))
-        patch.setattr(latency, "in_turns", timed)
+        stand_in(patch)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 
@@ -195,40 +201,45 @@ def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):
         assert word in printed and word in answer
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes longest here
-    cut_short(toy, tmp_path, lines=7)
-    for name in ("distilled.npz", "distilled.onnx", "teacher.npz", "searched.onnx"):
-        (tmp_path / "seed_0" / name).unlink()
+def test_a_killed_run_goes_on_to_the_same_bytes(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "png", lambda figure: b"png")  # drawing takes longest here
+    state = crash.contents(toy)
+    lines = state["metrics.jsonl"].splitlines(keepends=True)
+    state["metrics.jsonl"] = b"".join(lines[:7]) + lines[7][:40]
+    gone = "summary.json", "answer.md", "seed_0/distilled.npz", "seed_0/teacher.npz"
+    crash.restore({name: state[name] for name in state if name not in gone}, tmp_path)
     main(dataclasses.replace(TOY, out=tmp_path))
-    assert_same_files(toy, tmp_path)
+    assert crash.contents(tmp_path) == {**crash.contents(toy), "pareto.png": b"png"}
+
+
+def test_a_file_that_is_missing_is_made_again(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(figures, "png", lambda figure: b"png")
+    crash.restore(crash.contents(toy), tmp_path)
+    (tmp_path / "seed_0" / "quantized.onnx").unlink()
+    main(dataclasses.replace(TOY, out=tmp_path))
+    assert crash.contents(tmp_path) == {**crash.contents(toy), "pareto.png": b"png"}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("lines", [0, 1, 3, 9, -4, -1])
-def test_a_run_killed_anywhere_goes_on_to_the_same_numbers(whole, tmp_path, lines):
-    cut_short(whole, tmp_path, lines=lines)
-    if lines == 0:
-        for seed in (0, 1):
-            shutil.rmtree(tmp_path / f"seed_{seed}")
-    main(dataclasses.replace(WHOLE, out=tmp_path))
-    assert_same_files(whole, tmp_path)
+def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    programs = loop.compiler()
+    monkeypatch.setattr(loop, "compiler", lambda: programs)
+    config = dataclasses.replace(TOY, steps=2, out=tmp_path)
+    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=25, at_least=120, every=9)
 
 
-def cut_short(finished, folder, *, lines):
-    """Copy a run as whoever kills it in the middle of a line leaves it."""
-    shutil.copytree(finished, folder, dirs_exist_ok=True)
-    for name in ("summary.json", "pareto.png", "answer.md", "latency.json"):
-        (folder / name).unlink()
-    text = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(text[:lines]) + text[lines][:40])
-
-
-def assert_same_files(folder, other):
-    for name in ("config.json", "metrics.jsonl", "latency.json", "summary.json", "answer.md"):
-        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
-    for path in folder.rglob("*.onnx"):
-        assert path.read_bytes() == (other / path.relative_to(folder)).read_bytes(), path
+@pytest.mark.slow
+def test_a_process_killed_at_random_goes_on_to_the_same_bytes(tmp_path):
+    arguments = ["--channels", "0.5", "--blocks", "0.5", "--rounds", "2", "--tolerance", "2"]
+    arguments += ["--resolution", "0.2", "--seeds", "2", "--steps", "20", "--fine-tune-steps", "12"]
+    arguments += ["--search-steps", "6", "--batch-size", "16", "--out"]
+    delays = np.random.default_rng(0).uniform(0, 6.0, 30).tolist()
+    codes, whole = (
+        crash.kill_and_go_on("edge_deployment", [*arguments, str(tmp_path / name)], kills)
+        for name, kills in (("killed", delays), ("whole", []))
+    )
+    assert codes.count(-signal.SIGKILL) >= 10 and whole == [0], codes
+    assert crash.contents(tmp_path / "killed") == crash.contents(tmp_path / "whole")
 
 
 @pytest.mark.slow
@@ -366,7 +377,7 @@ def test_fractions_that_remove_nothing_are_refused_before_anything_is_trained(tm
     words = "`channels=0.05` removes none of the 6 channels.*`blocks=0.2` removes none of 2 branch"
     with pytest.raises(ValueError, match=words):
         main(config)
-    assert not (tmp_path / "run" / "seed_0").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_data_decide_what_is_left_out():

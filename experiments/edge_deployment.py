@@ -406,9 +406,15 @@ def begin(bench: Bench, seed: int) -> Course:
     before, after = np.split(np.asarray(order), [settings.steps])
     path = folder_of(settings, seed) / "trained.npz"
     if not path.exists():
-        start = jax.jit(bench.model.init)(init_key, bench.data.test.images[:1])
+        start = initial(bench, init_key)
         runs.save_network(path, fit(bench, bench.learn, start, by_labels(bench), before), {})
     return Course(seed, before, after, runs.load_network(path)[0], thin_key)
+
+
+def initial(bench: Bench, key: jax.Array) -> Any:
+    """Draw the variables of the dense network."""
+    images = bench.data.test.images[:1]
+    return bench.compile_(bench.model.init, key, images)(key, images)
 
 
 def folder_of(settings: Config, seed: int) -> Path:
@@ -509,8 +515,7 @@ def fit(bench: Bench, learn: loop.Learn, variables: Any, lesson: Lesson, order: 
 def train_thin(bench: Bench, course: Course, lesson: Lesson) -> Outcome:
     """Train a network of the size of the pruned one, as long as the dense one was."""
     _, cut = runs.load_network(network_of(bench.settings, Run("pruned", course.seed, 0.0)))
-    start = jax.jit(bench.model.init)(course.key, bench.data.test.images[:1])
-    learn, infer, small = cut_down(bench, start, cut)
+    learn, infer, small = cut_down(bench, initial(bench, course.key), cut)
     variables = jax.jit(draw_kernels)(small, course.key)
     for order in (course.before, course.after):
         variables = fit(bench, learn, variables, lesson, order)

@@ -30,9 +30,9 @@ def snippets(lines):
             ours = False
 
 
-def run(names, number, mode, source):
+def run(names, number, mode, source, page=PAGE):
     """Run a snippet; what fails is reported at its line of the page."""
-    code = compile("\n" * (number - 1) + source, str(PAGE), mode)
+    code = compile("\n" * (number - 1) + source, str(page), mode)
     return (exec if mode == "exec" else eval)(code, names)
 
 
@@ -45,6 +45,27 @@ def test_what_the_page_for_jaxpruner_users_shows_runs():
             value.init(names["params"])
             optimizers += 1
     assert kinds.count("exec") >= 8 and kinds.count("eval") >= 30 and optimizers >= 15
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:(flax|qwix)")
+def test_what_the_page_on_deploying_shows_runs(tmp_path, monkeypatch):
+    for package in ("jax2onnx", "onnxruntime", "qwix", "sklearn"):
+        pytest.importorskip(package)
+    page = ROOT / "docs" / "deploying.md"
+    blocks = list(snippets(page.read_text().splitlines(keepends=True)))
+    assert len(blocks) >= 10
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for number, mode, source in blocks:
+        run(names, number, mode, source, page)
+    dense = names["dense_accuracy"]
+    assert dense > 0.9 and names["small_accuracy"] > dense - 0.03
+    assert names["int8_accuracy"] > dense - 0.05
+    assert names["report"].parity < 1e-5 and names["small_int8"].agreement >= 0.98
+    assert names["small_int8"].bytes < names["report"].bytes / 2
+    assert names["logits"].shape == (397, 10)
+    assert 0 <= names["sparsity"] <= 0.9 and float(names["match"]) >= 0
 
 
 def test_the_quickstart_and_its_script_are_one_and_hold_no_outputs():

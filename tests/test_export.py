@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
+from experiments.common import models
 from jaxprune.export import _onnx
 from jaxprune.export._biases import merge_biases
 from jaxprune.export._fold import fold
@@ -98,9 +99,10 @@ def test_a_file_computes_what_the_masked_function_computes(export, params, tmp_p
     assert files(tmp_path) == ["net"]
 
 
-def test_zeros_take_no_room_in_a_compressed_file(params, tmp_path):
-    params["w"] = jnp.sin(jnp.arange(16 * 2048.0)).reshape(16, 2048)
-    params |= {"b": jnp.ones(2048), "v": jnp.cos(params["w"].T)}
+def test_zeros_take_no_room_in_a_compressed_file(tmp_path):
+    rng = np.random.default_rng(0)
+    params = {"w": rng.standard_normal((16, 512), np.float32), "b": np.ones(512, np.float32)}
+    params["v"] = rng.standard_normal((512, 10), np.float32)
     dense = jp.export.stablehlo(tmp_path / "dense", mlp, params, X)
     masks = jp.find_masks(params, 0.9)
     pruned = jp.export.stablehlo(tmp_path / "pruned", mlp, params, X, masks=masks)
@@ -160,6 +162,12 @@ def test_trees_of_inputs_and_outputs_are_named_by_their_paths(tmp_path):
     np.testing.assert_allclose(out["sum"], 2 * X + 1, rtol=1e-6)
 
 
+def test_names_that_would_meet_are_numbered(tmp_path):
+    fn = lambda _, x: {"a": {"b": x + 1}, "a_b": x + 2}
+    report = jp.export.onnx(tmp_path / "net", fn, {}, X, latency=())
+    assert [v.name for v in onnx.load(report.path).graph.output] == ["output_0", "output_1"]
+
+
 @EXPORTS
 def test_shapes_alone_are_examples_enough_and_a_batch_can_be_fixed(export, params, tmp_path):
     kwargs = {"latency": (1, 64)} if export is jp.export.onnx else {}
@@ -187,21 +195,19 @@ class Normed(nn.Module):
         return jnp.concatenate([x, x - 1], axis=-1)
 
 
-def normed(key):
-    """A network whose norms do something."""
-    x = jax.random.normal(key, (2, 8, 8, 4))
-    variables = Normed().init(key, x)
-    leaves, structure = jax.tree.flatten(variables)
-    moved = [jnp.abs(w + 0.1 * jax.random.normal(key, w.shape)) + 0.1 for w in leaves]
-    return jax.tree.unflatten(structure, moved), x
+def moved(tree, seed=0):
+    """The tree with other numbers, so that no bias is 0 and no scale is 1; all positive."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda w: jnp.asarray(rng.uniform(0.1, 0.9, w.shape), w.dtype), tree)
 
 
 def test_folding_changes_no_value_and_leaves_no_norm(key):
-    variables, x = normed(key)
+    x = jnp.sin(jnp.arange(2 * 64 * 4.0)).reshape(2, 8, 8, 4)
+    variables = moved(jax.eval_shape(Normed().init, key, x))
     closed = jax.make_jaxpr(lambda x: Normed().apply(variables, x))(x)
     folded = jax.make_jaxpr(lambda x: fold(closed, x)[0])(x)
-    (got,) = jax.core.eval_jaxpr(folded.jaxpr, folded.consts, x)
-    np.testing.assert_allclose(got, Normed().apply(variables, x), rtol=1e-4, atol=1e-4)
+    both = jax.jit(lambda x: (fold(closed, x)[0], Normed().apply(variables, x)))
+    np.testing.assert_allclose(*both(x), rtol=1e-4)
     names = [eqn.primitive.name for eqn in folded.jaxpr.eqns]
     assert names.count("conv_general_dilated") == 2 and names.count("dot_general") == 1
     # A bias each, the way around, the multiplication by 2; `x - 1` behind what is read twice.
@@ -265,12 +271,12 @@ def int8_weights(path):
     return {w.shape: w for w, _ in found if w.ndim > 1}, all(not z.any() for _, z in found)
 
 
-def test_pruned_weights_stay_zero_in_int8_and_the_file_is_smaller(key, tmp_path):
-    w, v = jax.random.split(key)
-    params = {"w": jax.random.normal(w, (16, 256)), "b": jnp.linspace(-1, 1, 256)}
-    params["v"] = jax.random.normal(v, (256, 10))
+def test_pruned_weights_stay_zero_in_int8_and_the_file_is_smaller(tmp_path):
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: rng.standard_normal(shape).astype(np.float32)
+    params = {"w": draw(16, 256), "b": draw(256), "v": draw(256, 10)}
     masks = jp.find_masks(params, 0.5)
-    x = jax.random.normal(key, (300, 16))
+    x = draw(300, 16)
     dense = jp.export.onnx(tmp_path / "net", mlp, params, x, masks=masks, latency=())
     report = jp.export.quantize_onnx(tmp_path / "int8", tmp_path / "net", x, latency=(1,))
     weights, symmetric = int8_weights(report.path)
@@ -401,12 +407,13 @@ def test_an_error_of_the_function_itself_passes_as_it_is(export, tmp_path):
         ({"w": jax.ShapeDtypeStruct((1,), jnp.float32)}, (X,), TypeError, r"without values at 'w'"),
         ({}, (), ValueError, r"got no input array.*examples after the params"),
         ({}, (3,), ValueError, r"got no input array"),
+        (None, (X,), ValueError, r"a function that returns no array"),
         ({}, (jax.random.key(0),), TypeError, r"of type key<fry>, which exists in JAX only"),
     ],
 )
 def test_inputs_that_cannot_be_exported_are_refused(export, params, inputs, error, words, tmp_path):
     with pytest.raises(error, match=words):
-        export(tmp_path / "net", lambda p, x: x, params, *inputs)
+        export(tmp_path / "net", lambda p, x: None if p is None else x, params, *inputs)
 
 
 def test_stablehlo_for_other_platforms_alone_could_not_be_checked(params, tmp_path):
@@ -439,3 +446,92 @@ def test_a_reference_is_compiled_once_for_a_batch_size(params, tmp_path):
     counted = TraceCount(mlp)
     jp.export.stablehlo(tmp_path / "net", counted, params, X)
     assert counted.count == 3  # for any batch; for the batch given; for a batch of one
+
+
+# Whole networks, slow
+
+
+@pytest.fixture(scope="module", params=["mlp", "lenet", "residual", "transformer"])
+def model(request):
+    """A network of the experiments as it is initialised, and inputs."""
+    key = jax.random.key(0)
+    images, codes = jax.random.normal(key, (3, 784)), jax.random.randint(key, (3, 16), 0, 20)
+    net, x = {
+        "mlp": (models.MLP((64, 32), 10), images),
+        "lenet": (models.LeNet5(10), images),
+        "residual": (models.ResidualNet((8, 16), 10, 1), images),
+        "transformer": (models.Transformer(20, 16, 32, 2, 4), codes),
+    }[request.param]
+    return net, jax.jit(net.init)(key, x), x
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small", [False, True], ids=["pruned", "shrunk"])
+@EXPORTS
+def test_whole_networks_pruned_and_shrunk_are_exported_for_any_batch(
+    export, small, model, tmp_path
+):
+    net, variables, x = model
+    rng = np.random.default_rng(0)  # no bias is 0 any more and no scale is 1
+    nudge = lambda w: w + 0.1 * np.abs(rng.standard_normal(w.shape)).astype(w.dtype)
+    variables = jax.tree.map(nudge, variables)
+    if small:
+        groups = jp.find_groups(net.apply, variables, x)
+        masks = jp.find_masks(variables, 0.5, pattern=jp.patterns.Coupled(groups))
+        fn, params = jp.shrink(net.apply, variables, masks)
+    else:
+        masks = jp.find_masks(
+            variables, 0.8, where=lambda path, w: "params/" in path and w.ndim > 1
+        )
+        fn, params = net.apply, jp.export.bake(variables, masks)
+    report = export(tmp_path / "net", fn, params, x)
+    assert report.parity < 1e-5 and report.agreement == 1.0
+    seven = jnp.tile(x, (3, 1))[:7]
+    want = net.apply(jp.apply_masks(variables, masks), seven)
+    if export is jp.export.onnx:
+        (got,) = run(report.path, seven)
+    else:
+        got = jax.export.deserialize(bytearray(report.path.read_bytes())).call(seven)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-4 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.slow
+def test_whole_networks_are_quantized(model, tmp_path):
+    net, variables, x = model
+    rng = np.random.default_rng(1)
+    shape = (256, *x.shape[1:])
+    calibration = (
+        rng.integers(0, 20, shape).astype(np.int32)
+        if x.dtype == jnp.int32
+        else rng.standard_normal(shape).astype(np.float32)
+    )
+    dense = jp.export.onnx(tmp_path / "net", net.apply, variables, x, latency=())
+    report = jp.export.quantize_onnx(tmp_path / "int8", dense.path, calibration, latency=())
+    assert report.bytes < dense.bytes and report.parity < 0.1 and report.agreement > 0.9
+    assert int8_weights(report.path)[1]
+
+
+@pytest.mark.slow
+def test_nnx_equinox_and_haiku_are_functions_like_any_other(tmp_path):
+    equinox, haiku = pytest.importorskip("equinox"), pytest.importorskip("haiku")
+    from flax import nnx
+
+    x = jnp.sin(jnp.arange(24.0)).reshape(3, 8)
+    graphdef, state = nnx.split(nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+    arrays, rest = equinox.partition(
+        equinox.nn.Linear(8, 4, key=jax.random.key(0)), equinox.is_array
+    )
+
+    @haiku.without_apply_rng
+    @haiku.transform
+    def net(x):
+        return haiku.Linear(4)(x)
+
+    for fn, params in (
+        (lambda state, x: nnx.merge(graphdef, state)(x), state),
+        (lambda arrays, x: jax.vmap(equinox.combine(arrays, rest))(x), arrays),
+        (net.apply, net.init(jax.random.key(0), x)),
+    ):
+        report = jp.export.onnx(tmp_path / "net", fn, params, x, latency=())
+        assert report.parity < 1e-5
+        assert jp.export.stablehlo(tmp_path / "program", fn, params, x).parity < 1e-5

@@ -294,6 +294,7 @@ PRODUCTS = {
         [],
     ),
     "sum": (*between(lambda h: h * h.sum(1, keepdims=True)), PLAIN),
+    "scale of quantization": (*between(lambda h: h / (1 + jnp.abs(h).max(1)[:, None])), PLAIN),
     "norm": (*between(lambda h: h / jnp.linalg.norm(h, axis=1, keepdims=True)), PLAIN),
     **{
         f"{name} of {what}": (*between(run, *x), units)
@@ -485,6 +486,14 @@ def test_frozen_axes_name_the_operation_and_its_line(name, words):
     fn, params, inputs, _ = network(name)
     text = str(jp.find_groups(fn, params, *inputs))
     assert re.search("frozen:.*" + words, text, re.DOTALL), text
+
+
+def test_the_largest_magnitude_is_exact_only_without_what_is_zero():
+    scale = lambda h: h / jnp.abs(jax.nn.sigmoid(h)).max(1, keepdims=True)
+    fn, shapes, inputs = between(scale)
+    params = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    groups = jp.find_groups(fn, params, jnp.ones(inputs))
+    assert not groups[0].exact and "`reduce_max` at test_graph.py" in groups[0].reason
 
 
 def test_an_operation_without_a_rule_freezes_what_it_touches_and_names_its_line():

@@ -17,10 +17,13 @@ def culprits(
     If some are in the words of the error, these are the reason; others may fail for being alone.
     """
     found: dict[str, str] = {}
+    tried: set[str] = set()
     for eqn, line in equations(jaxpr):
         name = eqn.primitive.name
-        if name not in found and not _goes(eqn, attempt):
+        same = f"{name} {[str(v.aval) for v in eqn.invars]} {eqn.params}"
+        if name not in found and same not in tried and not _goes(eqn, attempt):
             found[name] = f"`{name}` at {line or 'an unknown line'}"
+        tried.add(same)
     named = [words for name, words in found.items() if name in str(error)]
     return ", ".join(named or found.values()) or "this function"
 

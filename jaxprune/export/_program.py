@@ -60,6 +60,8 @@ def make_program(
     size = next((x.shape[0] for x in fixed if x.shape), None) if batch else None
     specs = fixed if batch is None or size is None else _symbolic(fixed, size, batch)
     closed, outputs = _trace(user, lambda *arrays: run(weights, arrays), specs, fixed)
+    if not jax.tree.leaves(outputs):
+        raise ValueError(f"`export.{user}` got a function that returns no array. Return one.")
     left = iter(specs)
     nested = (jax.tree.map(lambda x: next(left) if is_array(x) else None, x) for x in inputs)
     trees = tuple(tree for tree in nested if jax.tree.leaves(tree))
@@ -119,7 +121,9 @@ def _trace(user: str, flat: Any, specs: Sequence[Any], fixed: Sequence[Any]) -> 
 def names(tree: Any, prefix: str) -> list[str]:
     """Name the leaves of a tree by their paths: ``output``, ``input_0``, ``output_logits``."""
     paths = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    return ["_".join([prefix, *path.split("/")]) if path else prefix for path in paths]
+    found = ["_".join([prefix, *path.split("/")]) if path else prefix for path in paths]
+    twice = len(set(found)) < len(found)  # such as `a_b` beside `a/b`
+    return [f"{prefix}_{i}" for i in range(len(found))] if twice else found
 
 
 def trials(program: Program, seed: int) -> Iterator[list[np.ndarray]]:

@@ -90,6 +90,14 @@ def reduce_whole(at: Site) -> list[Axes]:
     return [tuple(kept)] * len(at.eqn.outvars)
 
 
+def reduce_max(at: Site) -> list[Axes]:
+    """The largest magnitude is the same without zeros: scales of quantization may lose channels."""
+    made = (eqn for eqn in at.frame.jaxpr.eqns[: at.number] if at.eqn.invars[0] in eqn.outvars)
+    if any(eqn.primitive.name == "abs" for eqn in made):
+        return reduce_sum(at)
+    return reduce_whole(at)
+
+
 def along(param: str) -> Rule:
     """Rule of a primitive that runs along one axis and leaves the others as they are."""
 
@@ -147,7 +155,8 @@ RULES = {
     "dot_general": Rule(dot_general),
     "conv_general_dilated": Rule(conv, cut_conv),
     "reduce_sum": Rule(reduce_sum),
-    **{f"reduce_{name}": Rule(reduce_whole) for name in ("max", "min", "prod", "and", "or", "xor")},
+    "reduce_max": Rule(reduce_max),
+    **{f"reduce_{name}": Rule(reduce_whole) for name in ("min", "prod", "and", "or", "xor")},
     "argmax": Rule(reduce_whole),
     "argmin": Rule(reduce_whole),
     **{f"cum{name}": along("axis") for name in ("sum", "prod", "max", "min", "logsumexp")},

@@ -12,9 +12,11 @@ import pytest
 import jaxprune as jp
 from experiments import edge_deployment as edge
 from experiments.common import data, deployment, device, figures, latency, loop, runs
+from experiments.common.models import ResidualNet
 from experiments.edge_deployment import Config, Removal, Run, main, resolve
 from tests import crash
 
+onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 pytest.importorskip("jax2onnx")
 ROOT = Path(edge.__file__).parents[1]
 TOY = Config(
@@ -180,15 +182,30 @@ def test_an_int8_file_is_compared_with_its_float_file(toy, bench):
     assert 0 < np.abs(small - large).max() < 0.1 * np.abs(large).max()
 
 
-def test_a_thin_network_starts_from_kernels_drawn_for_its_size(bench, key):
-    start = jax.jit(bench.model.init)(key, bench.data.test.images[:1])
-    wide = {"kernel": jnp.zeros((400, 300)), "bias": jnp.ones(300), "gone": {"kernel": jnp.ones(0)}}
-    drawn = edge.draw_kernels(wide, key)
-    assert drawn["kernel"].std() == pytest.approx(400**-0.5, rel=0.02)
-    np.testing.assert_array_equal(drawn["bias"], wide["bias"])
-    again = edge.draw_kernels(start, key)
-    assert jax.tree.map(jnp.shape, again) == jax.tree.map(jnp.shape, start)
-    assert not np.allclose(again["params"]["up_0"]["kernel"], again["params"]["up_1"]["kernel"])
+def test_int8_convolutions_are_computed_in_integers(tmp_path, key):
+    model = ResidualNet((4, 8), 10, blocks=1)
+    images = np.random.default_rng(0).normal(size=(8, 36)).astype(np.float32)
+    variables = jax.jit(model.init)(key, images)
+    variables = jax.tree.map(lambda x: x + 0.1, variables)  # norms that do something
+    float_, int8, optimised = (
+        tmp_path / f"{name}.onnx" for name in ("float", "int8", "as_it_runs")
+    )
+    jp.export.onnx(float_, jax.jit(model.apply), variables, images, latency=())
+    jp.export.quantize_onnx(int8, float_, images, latency=())
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath, options.log_severity_level = str(optimised), 3
+    onnxruntime.InferenceSession(str(int8), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(optimised).graph.node]
+    assert kinds.count("QLinearConv") == 6 and "Conv" not in kinds
+
+
+def test_a_thin_network_starts_from_kernels_drawn_for_its_size(key):
+    wide = {"kernel": jnp.zeros((400, 300)), "bias": jnp.ones(300)}
+    drawn = edge.draw_kernels({"a": wide, "b": wide, "gone": {"kernel": jnp.ones(0)}}, key)
+    for name in ("a", "b"):
+        assert drawn[name]["kernel"].std() == pytest.approx(400**-0.5, rel=0.02)
+        np.testing.assert_array_equal(drawn[name]["bias"], wide["bias"])
+    assert not np.allclose(drawn["a"]["kernel"], drawn["b"]["kernel"])
 
 
 def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):

@@ -5,6 +5,7 @@ import functools
 import gzip
 import itertools
 import json
+import math
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -184,7 +185,7 @@ class Course(NamedTuple):
       before: examples of the batches before anything is removed, `[steps, batch size]`.
       after: those of the others.
       trained: variables of the dense network between the two.
-      key: draws the weights of networks that are small from the start.
+      key: of the weights of networks that are small from the start.
     """
 
     seed: int
@@ -515,23 +516,26 @@ def fit(bench: Bench, learn: loop.Learn, variables: Any, lesson: Lesson, order: 
 def train_thin(bench: Bench, course: Course, lesson: Lesson) -> Outcome:
     """Train a network of the size of the pruned one, as long as the dense one was."""
     _, cut = runs.load_network(network_of(bench.settings, Run("pruned", course.seed, 0.0)))
-    learn, infer, small = cut_down(bench, initial(bench, course.key), cut)
-    variables = jax.jit(draw_kernels)(small, course.key)
+    start = initial(bench, course.key)
+    learn, infer, small = cut_down(bench, start, cut)
+    variables = rescale(small, start)
     for order in (course.before, course.after):
         variables = fit(bench, learn, variables, lesson, order)
     return Outcome(infer, variables, cut)
 
 
-def draw_kernels(variables: Any, key: jax.Array) -> Any:
-    """Draw kernels for the size that they have, as flax does; all else stays as it starts."""
-    leaves, tree = jax.tree.flatten_with_path(variables)
-    keys = jax.random.split(key, len(leaves))
-    draw = nn.initializers.lecun_normal()
-    drawn = [
-        draw(key, leaf.shape) if path[-1].key == "kernel" and leaf.size else leaf
-        for (path, leaf), key in zip(leaves, keys, strict=True)
-    ]
-    return jax.tree.unflatten(tree, drawn)
+def rescale(small: Any, whole: Any) -> Any:
+    """Make kernels that are part of fresh ones what flax would have drawn at their size.
+
+    There the variance is 1 over the number of inputs (LeCun), and inputs are fewer now.
+    """
+
+    def scale(path: Any, part: jax.Array, kernel: jax.Array) -> jax.Array:
+        if path[-1].key != "kernel" or not part.size:
+            return part
+        return part * math.sqrt(math.prod(kernel.shape[:-1]) / math.prod(part.shape[:-1]))
+
+    return jax.tree.map_with_path(scale, small, whole)
 
 
 def cut_down(bench: Bench, variables: Any, cut: runs.Cut) -> tuple[loop.Learn, loop.Infer, Any]:

@@ -199,13 +199,14 @@ def test_int8_convolutions_are_computed_in_integers(tmp_path, key):
     assert kinds.count("QLinearConv") == 6 and "Conv" not in kinds
 
 
-def test_a_thin_network_starts_from_kernels_drawn_for_its_size(key):
-    wide = {"kernel": jnp.zeros((400, 300)), "bias": jnp.ones(300)}
-    drawn = edge.draw_kernels({"a": wide, "b": wide, "gone": {"kernel": jnp.ones(0)}}, key)
-    for name in ("a", "b"):
-        assert drawn[name]["kernel"].std() == pytest.approx(400**-0.5, rel=0.02)
-        np.testing.assert_array_equal(drawn[name]["bias"], wide["bias"])
-    assert not np.allclose(drawn["a"]["kernel"], drawn["b"]["kernel"])
+def test_a_thin_network_starts_as_if_drawn_at_its_size(key):
+    kernel, gone = jax.nn.initializers.lecun_normal()(key, (3, 3, 64, 64)), jnp.ones((0, 64))
+    whole = {"a": {"kernel": kernel, "bias": jnp.ones(64)}, "b": {"kernel": jnp.ones((64, 64))}}
+    small = {"a": {"kernel": kernel[:, :, ::4, ::2], "bias": jnp.ones(32)}, "b": {"kernel": gone}}
+    thin = edge.rescale(small, whole)
+    np.testing.assert_allclose(thin["a"]["kernel"], 2 * small["a"]["kernel"], rtol=1e-6)
+    assert thin["a"]["kernel"].std() == pytest.approx((3 * 3 * 16) ** -0.5, rel=0.02)
+    assert thin["a"]["bias"] is small["a"]["bias"] and thin["b"]["kernel"] is gone
 
 
 def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):

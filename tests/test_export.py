@@ -214,6 +214,43 @@ def test_folding_changes_no_value_and_leaves_no_norm(key):
     assert names.count("mul") == 1 and "rsqrt" not in names and names.count("sub") == 1
 
 
+@pytest.mark.parametrize(
+    "sums, shapes",
+    [
+        ("btc,cd->btd", [(2, 3, 4), (4, 5)]),
+        ("btc,chd->bthd", [(2, 3, 4), (4, 2, 5)]),
+        ("bthd,hdc->btc", [(2, 3, 2, 5), (2, 5, 4)]),
+        ("bthd,dhc->btc", [(2, 3, 2, 5), (5, 2, 4)]),
+        ("cbt,cd->btd", [(4, 2, 3), (4, 5)]),
+    ],
+)
+def test_products_with_weights_become_matrix_products_with_their_norms_inside(sums, shapes):
+    rng = np.random.default_rng(0)
+    x, weights = (rng.standard_normal(shape, np.float32) for shape in shapes)
+    size = jnp.einsum(sums, x, weights).shape
+    scale, shift = (jnp.asarray(rng.standard_normal((1,) * (len(size) - 1) + size[-1:], np.float32))
+                    for _ in range(2))  # fmt: skip
+    fn = lambda x: jnp.einsum(sums, x, weights) * scale + shift
+    closed = jax.make_jaxpr(fn)(x)
+    folded = jax.make_jaxpr(lambda x: fold(closed, x)[0])(x)
+    assert "mul" not in str(folded)
+    np.testing.assert_allclose(
+        jax.jit(lambda x: fold(closed, x)[0])(x), fn(x), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("sums", ["bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", "bij,bjk->bik"])
+def test_batches_of_products_keep_their_values(sums):
+    rng = np.random.default_rng(0)
+    sizes = dict(zip("bqkhdij", (2, 3, 3, 4, 5, 3, 6), strict=True))
+    a, b = (rng.standard_normal([sizes[i] for i in s], np.float32)
+            for s in sums.split("->")[0].split(","))  # fmt: skip
+    fn = lambda a, b: jnp.einsum(sums, a, b)
+    closed = jax.make_jaxpr(fn)(a, b)
+    got = jax.jit(lambda a, b: fold(closed, a, b)[0])(a, b)
+    np.testing.assert_allclose(got, fn(a, b), rtol=1e-5, atol=1e-6)
+
+
 def test_folding_computes_what_is_read_twice_once(key):
     weights = jax.random.normal(key, (3, 3))
 

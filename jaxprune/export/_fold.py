@@ -1,11 +1,13 @@
 """A jaxpr evaluated as inference needs it: constants computed, norms taken into the weights."""
 
 import collections
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
@@ -26,13 +28,13 @@ class Product(NamedTuple):
     costs nothing, and what comes next, such as a ReLU, can be fused with the product.
 
     Attributes:
-      make: computes the product from weights.
+      make: computes the product from weights and a shift.
       weights: the weights.
       shift: what is added to the product, of its rank; None for nothing.
       place: for each axis of the result the axis of the weights that it comes from, or None.
     """
 
-    make: Callable[[Any], Any]
+    make: Callable[[Any, Any], Any]
     weights: Any
     shift: Any
     place: tuple[int | None, ...]
@@ -74,10 +76,20 @@ def _evaluate(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     if not eqn.effects and all(map(is_known, values)) and _is_small(eqn):
         with jax.ensure_compile_time_eval():
             return bind(eqn, values)
+    other = _simpler(eqn, values)
+    return bind(eqn, values) if other is None else [other]
+
+
+def _simpler(eqn: Any, values: Sequence[Any]) -> Any | None:
+    """What onnxruntime computes faster than the operation as it is."""
+    name, x = eqn.primitive.name, values[0]
     if name == "max" and is_known(values[1]) and np.ndim(values[1]) == 0 and not values[1]:
-        return [jax.nn.relu(values[0])]
-    product = _product(eqn, values)
-    return bind(eqn, values) if product is None else [product]
+        return jax.nn.relu(x)
+    if name == "integer_pow" and eqn.params["y"] in (2, 3):
+        return x * x if eqn.params["y"] == 2 else x * x * x
+    if name == "dot_general" and _is_batched(eqn, values):
+        return _batched(eqn, *values)
+    return _product(eqn, values)
 
 
 def equations(jaxpr: Any, caller: str | None = None) -> Iterator[tuple[Any, str | None]]:
@@ -119,6 +131,7 @@ def _product(eqn: Any, values: Sequence[Any]) -> Product | None:
         return None
     if out.dtype not in (np.float32, np.float64) or out.dtype != values[1].dtype:
         return None
+    make = functools.partial(_product_of, eqn, values[0])
     place: list[int | None] = [None] * out.ndim
     if eqn.primitive.name == "conv_general_dilated" and eqn.params["batch_group_count"] == 1:
         spec = eqn.params["dimension_numbers"]
@@ -127,9 +140,55 @@ def _product(eqn: Any, values: Sequence[Any]) -> Product | None:
         summed = eqn.params["dimension_numbers"][0][1]
         free = [i for i in range(values[1].ndim) if i not in summed]
         place[out.ndim - len(free) :] = free
+        if _is_matrix_product(eqn, values):
+            make = functools.partial(_matrix_product, eqn, values[0])
     else:
         return None
-    return Product(lambda w: bind(eqn, [values[0], w])[0], values[1], None, tuple(place))
+    return Product(make, values[1], None, tuple(place))
+
+
+def _product_of(eqn: Any, x: Any, weights: Any, shift: Any) -> Any:
+    (out,) = bind(eqn, [x, weights])
+    return out if shift is None else out + shift
+
+
+def _is_matrix_product(eqn: Any, values: Sequence[Any]) -> bool:
+    """Tell whether the last axes of the input are summed with the first ones of the weights."""
+    (left, right), _ = eqn.params["dimension_numbers"]
+    ranks = [np.ndim(x) for x in values]
+    last = tuple(range(ranks[0] - len(left), ranks[0]))
+    ordered = tuple(left) == last and tuple(right) == tuple(range(len(right)))
+    return ordered and max(ranks) > 2
+
+
+def _matrix_product(eqn: Any, x: Any, weights: Any, shift: Any) -> Any:
+    """Multiply with a matrix: quantizers look for ``MatMul``, jax2onnx would write ``Einsum``."""
+    summed = len(eqn.params["dimension_numbers"][0][1])
+    rows, features = math.prod(weights.shape[:summed]), weights.shape[summed:]
+    out = jnp.matmul(
+        jnp.reshape(x, (*x.shape[: x.ndim - summed], rows)),
+        np.reshape(np.asarray(weights), (rows, -1)),
+        precision=eqn.params["precision"],
+    )
+    if shift is not None:
+        whole = np.broadcast_to(shift, (*np.shape(shift)[: out.ndim - 1], *features))
+        out = out + whole.reshape((1,) * (out.ndim - 1) + (-1,))
+    return jnp.reshape(out, eqn.outvars[0].aval.shape)
+
+
+def _is_batched(eqn: Any, values: Sequence[Any]) -> bool:
+    """Tell a batch of plain matrix products: attention, for one."""
+    (left, _), (batch, _) = eqn.params["dimension_numbers"]
+    return len(left) == 1 and len(batch) > 0 and {np.ndim(x) for x in values} == {len(batch) + 2}
+
+
+def _batched(eqn: Any, a: Any, b: Any) -> Any:
+    """Bring the axes into the order of ``MatMul``: ``Einsum`` is slower."""
+    ((i,), (j,)), (left, right) = eqn.params["dimension_numbers"]
+    (rows,) = set(range(np.ndim(a))) - {i, *left}
+    (columns,) = set(range(np.ndim(b))) - {j, *right}
+    a, b = jnp.transpose(a, (*left, rows, i)), jnp.transpose(b, (*right, j, columns))
+    return jnp.matmul(a, b, precision=eqn.params["precision"])
 
 
 def _merge(name: str, operands: Sequence[Any]) -> Product | None:
@@ -166,5 +225,4 @@ def _value(x: Any) -> Any:
     """Compute a product that was held back."""
     if not isinstance(x, Product):
         return x
-    out = x.make(x.weights)
-    return out if x.shift is None else out + x.shift
+    return x.make(x.weights, x.shift)

@@ -140,6 +140,7 @@ def _to_onnx(
             output_names=outputs,
         )
     merge_biases(model)
+    del model.graph.value_info[:]  # shapes in between: runtimes infer them, and some are wrong
     need("onnx.checker", "onnx").check_model(model)
     return bytes(model.SerializeToString())
 

@@ -1,9 +1,11 @@
 """Run folders as a kill may leave them: caught at every file operation of an undisturbed run."""
 
+import contextlib
 import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -83,16 +85,18 @@ def assert_any_kill_is_survived(main, config, monkeypatch, *, files, at_least, e
         assert contents(config.out) == undisturbed, list(state)
 
 
-def kill_and_go_on(experiment, arguments, kills):
-    """Run an experiment in processes that are killed; see ``tests/killer.py``.
+def run_processes(experiment, arguments, kills=(), *, starts=None, timeout=300):
+    """Run an experiment in processes of their own, which may be killed; see ``tests/killer.py``.
 
     Args:
       experiment: its name.
-      arguments: of its command line; the last is the run folder.
-      kills: when; at the end a process is left alone.
+      arguments: of the command line of each process.
+      kills: when one is to be killed; the last start is left alone.
+      starts: how many; without it, until nobody is killed any more.
+      timeout: seconds after which all are killed.
 
     Returns:
-      The exit codes, the last of them that of the one that nobody killed.
+      The exit codes of the processes, start by start, and what they wrote to stderr.
     """
     environment = {
         **os.environ,
@@ -100,22 +104,33 @@ def kill_and_go_on(experiment, arguments, kills):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
+    if "--coordinator" in arguments[0]:  # jax would listen to the whole network
+        meeting = arguments[0][arguments[0].index("--coordinator") + 1]
+        environment["JAX_COORDINATOR_BIND_ADDRESS"] = meeting
     if kills:  # as experiments do it; whom nobody kills shows that it makes no difference
-        environment["JAX_COMPILATION_CACHE_DIR"] = arguments[-1] + "_programs"
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(folder_of(arguments)) + "_programs"
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
-    plan = {"experiment": experiment, "arguments": arguments, "kills": kills}
-    command = [sys.executable, "-m", "tests.killer"]
-    done = subprocess.run(
-        command,
+    plan = {"experiment": experiment, "arguments": arguments, "kills": list(kills)}
+    plan["starts"] = starts or len(kills) + 1
+    with subprocess.Popen(
+        [sys.executable, "-m", "tests.killer"],
         cwd=ROOT,
         env=environment,
-        input=json.dumps(plan),
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=600,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    codes = json.loads(done.stdout)
-    assert codes[-1] == 0, done.stderr
-    return codes
+        start_new_session=True,
+    ) as process:
+        try:
+            out, told = process.communicate(json.dumps(plan), timeout=timeout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, told
+    return json.loads(out), told
+
+
+def folder_of(arguments):
+    """Read the run folder off the command lines of a run."""
+    return arguments[0][arguments[0].index("--out") + 1]

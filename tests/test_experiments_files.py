@@ -41,7 +41,9 @@ def test_a_second_run_is_told_who_is_there_and_changes_nothing(tmp_path):
         before = crash.contents(tmp_path)
         holder = re.escape(f"process {os.getpid()} on {socket.gethostname()!r}")
         with (
-            pytest.raises(RuntimeError, match=f"run'` is in use by {holder}. Wait until"),
+            pytest.raises(
+                RuntimeError, match=f"run'` is in use by {holder}. Wait until that run ends, stop"
+            ),
             files.locked(tmp_path / "run"),
         ):
             pass

@@ -10,7 +10,7 @@ import pytest
 
 import jaxprune as jp
 from experiments import lottery_ticket
-from experiments.common import results, runs
+from experiments.common import parallel, results, runs
 from experiments.common.models import MLP
 from experiments.lottery_ticket import CONTROLS, Config, main, resolve
 from tests import crash
@@ -146,22 +146,30 @@ def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, 
 
 
 def test_a_process_killed_three_times_goes_on_to_the_same_bytes(toy, tmp_path):
-    codes = kill_and_go_on(tmp_path, [{"write": 5}, {"write": 9}, {"write": 16}])
-    assert codes == [-signal.SIGKILL] * 3 + [0]
+    kills = [{"write": n} for n in (5, 9, 16)]
+    codes, _ = crash.run_processes("lottery_ticket", [[*OPTIONS, str(tmp_path / "run")]], kills)
+    assert codes == [[-signal.SIGKILL]] * 3 + [[0]]
     assert crash.contents(tmp_path / "run") == crash.contents(toy)
 
 
 @pytest.mark.slow
 def test_a_process_killed_at_random_goes_on_to_the_same_bytes(toy, tmp_path):
     delays = np.random.default_rng(0).uniform(0, 1.5, 40).tolist()
-    codes = kill_and_go_on(tmp_path, delays)
-    assert codes.count(-signal.SIGKILL) >= 20, codes
+    arguments = [[*OPTIONS, str(tmp_path / "run")]]
+    codes, _ = crash.run_processes("lottery_ticket", arguments, delays, timeout=1200)
+    assert codes.count([-signal.SIGKILL]) >= 20 and codes[-1] == [0]
     assert crash.contents(tmp_path / "run") == crash.contents(toy)
 
 
-def kill_and_go_on(folder, kills):
-    options = ["--levels", "2", "--steps", "20", "--seeds", "2", "--eval-every", "5", "--out"]
-    return crash.kill_and_go_on("lottery_ticket", [*options, str(folder / "run")], kills)
+OPTIONS = ["--levels", "2", "--steps", "20", "--seeds", "2", "--eval-every", "5", "--out"]
+
+
+def test_seeds_side_by_side_killed_at_any_file_operation_go_on_to_the_same_bytes(
+    tmp_path, monkeypatch
+):
+    config = Config(levels=1, steps=10, seeds=2, eval_every=5, controls=("reinit",), out=tmp_path)
+    config = dataclasses.replace(config, parallel_seeds="on")
+    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=11, at_least=70, every=2)
 
 
 @pytest.mark.slow
@@ -170,6 +178,54 @@ def test_a_rewound_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(
 ):
     config = dataclasses.replace(TOY, rewind_step=10, out=tmp_path)
     crash.assert_any_kill_is_survived(main, config, monkeypatch, files=13, at_least=100)
+
+
+def test_seeds_side_by_side_have_the_records_of_seeds_alone(toy, tmp_path):
+    # Two seeds on two devices of eight.
+    main(dataclasses.replace(TOY, parallel_seeds="on", out=tmp_path))
+    records, alone = runs.read_records(tmp_path), runs.read_records(toy)
+    assert [(r["level"], r["seed"]) for r in records[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert sorted(records, key=lottery_ticket.run_of) == sorted(alone, key=lottery_ticket.run_of)
+    assert (tmp_path / "summary.json").read_bytes() == (toy / "summary.json").read_bytes()
+    for seed in range(2):
+        folder = f"seed_{seed}"
+        assert crash.contents(tmp_path / folder) == crash.contents(toy / folder)
+
+
+def test_seeds_side_by_side_on_one_device_differ_by_rounding(toy, tmp_path, monkeypatch):
+    one = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: one)
+    jax.clear_caches()
+    main(dataclasses.replace(TOY, parallel_seeds="on", levels=1, controls=(), out=tmp_path))
+    jax.clear_caches()
+    for seed in range(2):
+        for level in range(2):
+            masks, trained = map(paths, runs.load_level(tmp_path, seed, level))
+            masks_alone, trained_alone = map(paths, runs.load_level(toy, seed, level))
+            for path, mask in masks.items():
+                np.testing.assert_array_equal(mask, masks_alone[path])
+            for path, weights in trained.items():
+                np.testing.assert_allclose(weights, trained_alone[path], atol=1e-5)
+
+
+def test_one_program_trains_all_levels_and_conditions_of_all_seeds(tmp_path, monkeypatch):
+    traced, side_by_side = [], parallel.side_by_side
+    monkeypatch.setattr(
+        parallel, "side_by_side", lambda *args: traced.append(1) or side_by_side(*args)
+    )
+    config = dataclasses.replace(TOY, parallel_seeds="on", batch_size=30, out=tmp_path)
+    main(config)
+    (tmp_path / "metrics.jsonl").write_text("")
+    main(config)
+    assert len(traced) == 1
+
+
+def test_seeds_train_side_by_side_where_that_is_faster(monkeypatch):
+    assert not lottery_ticket.together(TOY)
+    assert lottery_ticket.together(dataclasses.replace(TOY, parallel_seeds="on"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert lottery_ticket.together(TOY)
+    assert not lottery_ticket.together(dataclasses.replace(TOY, parallel_seeds="off"))
 
 
 def test_levels_that_are_missing_are_computed_again(toy, tmp_path):
@@ -252,6 +308,7 @@ def test_mnist_comes_from_the_data_path(tmp_path):
         ({"rate": float("nan")}, "`rate=nan` must lie between 0 and 1"),
         ({"output_rate": 0.0}, "`output_rate=0.0` must lie between 0 and 1"),
         ({"steps": 0}, "`steps=0` must be positive"),
+        ({"parallel_seeds": "maybe"}, "`parallel_seeds='maybe'` must be auto, on or off"),
         ({"seeds": 0}, "`seeds=0` must be positive"),
         ({"batch_size": -5}, "`batch_size=-5` must be positive"),
         ({"learning_rate": 0.0}, "`learning_rate=0.0` must be positive"),

@@ -71,7 +71,7 @@ def cut(path: Path, end: int) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, process: int = 0, processes: int = 1) -> Iterator[None]:
     """Keep a run folder to this process until the block ends.
 
     The lock is the system's: whatever ends the process opens it at once, even ``kill -9``. Those
@@ -79,22 +79,58 @@ def locked(folder: Path) -> Iterator[None]:
 
     Args:
       folder: made if need be.
+      process: which of those that share the run this is; each has a lock of its own.
+      processes: how many there are.
 
     Raises:
       RuntimeError: another process is at work in the folder, which is left as it is.
       OSError: the folder cannot be made or written to.
     """
-    path = folder / ".lock"
+    path = _lock(folder, process)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _take(path)
     except OSError as error:
         raise _refusal(folder, error) from error
     try:
+        if process == 0:
+            _refuse_strangers(folder, processes)
         yield
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
+
+
+def held(folder: Path, process: int) -> bool:
+    """Tell whether a process that shares a run is at work in its folder."""
+    if fcntl is None:
+        return False
+    try:
+        handle = os.open(_lock(folder, process), os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _lock(folder: Path, process: int) -> Path:
+    return folder / (f".lock.{process}" if process else ".lock")
+
+
+def _refuse_strangers(folder: Path, processes: int) -> None:
+    """See that no process of an earlier run, which more of them shared, is still at work."""
+    for path in sorted(folder.glob(".lock.*")):
+        number = int(path.suffix[1:])
+        if number < processes:
+            continue
+        if held(folder, number):
+            raise RuntimeError(_in_use(path))
+        path.unlink()
 
 
 def _take(path: Path) -> int:
@@ -106,10 +142,7 @@ def _take(path: Path) -> int:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(handle)
-        raise RuntimeError(
-            f"`out={str(path.parent)!r}` is in use by {_holder(path)}. Wait until that run ends or "
-            f"stop it, or choose another `out`."
-        ) from error
+        raise RuntimeError(_in_use(path)) from error
     if not os.fstat(handle).st_nlink:  # its last holder has just removed it
         os.close(handle)
         return _take(path)
@@ -118,11 +151,15 @@ def _take(path: Path) -> int:
     return handle
 
 
-def _holder(path: Path) -> str:
+def _in_use(path: Path) -> str:
     try:
-        return "process {pid} on {host!r}".format(**json.loads(path.read_text()))
+        holder = "process {pid} on {host!r}".format(**json.loads(path.read_text()))
     except (OSError, ValueError, KeyError):  # the note is not written yet, or not any more there
-        return "another process"
+        holder = "another process"
+    return (
+        f"`out={str(path.parent)!r}` is in use by {holder}. Wait until that run ends, stop it, or "
+        f"choose another `out`."
+    )
 
 
 def _write_through(file: BinaryIO, content: bytes) -> None:

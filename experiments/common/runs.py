@@ -41,18 +41,33 @@ def open_run(folder: Path, config: Record) -> list[Record]:
         )
     else:
         write(path, json.dumps(config, indent=2) + "\n")
-    records, end = _scan(metrics)
-    files.cut(metrics, end)  # without the torn line, if there was one
+    files.cut(metrics, _scan(metrics)[1])  # without the torn line, if there was one
+    records = read_records(folder)
+    if _parts(folder):
+        settle(folder, records)
     return records
 
 
-def append_record(folder: Path, record: Record) -> None:
-    """Add a line to ``metrics.jsonl``.
+def append_record(folder: Path, record: Record, part: str = "") -> None:
+    """Add a line to ``metrics.jsonl``, or to a process's part of it.
 
     Raises:
       OSError: it cannot be written; the lines before it are still there.
     """
-    files.append(folder / "metrics.jsonl", _line(record))
+    files.append(folder / f"metrics{part}.jsonl", _line(record))
+
+
+def settle(folder: Path, records: list[Record]) -> None:
+    """Make ``records`` all of ``metrics.jsonl``; parts of it are done with.
+
+    Raises:
+      OSError: it cannot be written; it and its parts are as they were.
+    """
+    lines, path = "".join(map(_line, records)), folder / "metrics.jsonl"
+    if path.read_text() != lines:
+        write(path, lines)
+    for part in _parts(folder):
+        part.unlink()
 
 
 def read_config(folder: Path) -> Record:
@@ -66,12 +81,17 @@ def read_summary(folder: Path) -> Record:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Read ``metrics.jsonl``; a last line that was cut short counts as never written.
+    """Read ``metrics.jsonl`` and what several processes have not yet put into it.
+
+    A last line that was cut short counts as never written.
 
     Raises:
       ValueError: a line before the last cannot be read.
     """
-    return _scan(folder / "metrics.jsonl")[0]
+    records = _scan(folder / "metrics.jsonl")[0]
+    for part in _parts(folder):  # a kill may have left what is in both
+        records += [record for record in _scan(part)[0] if record not in records]
+    return records
 
 
 def save_level(folder: Path, seed: int, level: int, masks: Any, trained: Any) -> None:
@@ -124,6 +144,10 @@ def load_network(path: Path) -> tuple[Any, Cut]:
         name, _, axis = place.rpartition(":")
         cut.setdefault(name, {})[int(axis)] = indices.tolist()
     return unflatten_dict(saved["variables"], sep="/"), cut
+
+
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("metrics.p*of*.jsonl"))
 
 
 def _start(folder: Path, seed: int) -> Path:

@@ -38,13 +38,21 @@ from experiments.common import (
 from experiments.common.models import ResidualNet
 
 Method = Literal["one_shot", "iterative"]
-MODELS = {
-    "digits": ResidualNet((16, 32, 64), classes=10),
-    "mnist": ResidualNet((32, 64, 128), classes=10, stride=2),
-}
-TRAININGS = {
-    "digits": {"steps": 300, "fine_tune_steps": 300, "search_steps": 150, "batch_size": 64},
-    "mnist": {"steps": 400, "fine_tune_steps": 400, "search_steps": 150, "batch_size": 64},
+DEFAULTS = {
+    "digits": {
+        "widths": (16, 32, 64),
+        "steps": 300,
+        "fine_tune_steps": 300,
+        "search_steps": 150,
+        "batch_size": 64,
+    },
+    "mnist": {
+        "widths": (32, 64, 128),
+        "steps": 400,
+        "fine_tune_steps": 600,
+        "search_steps": 200,
+        "batch_size": 64,
+    },
 }
 LEARNING_RATE = 3e-3  # of Adam at its highest, in both parts of a training
 SCORED_BATCHES = 8  # that the gradient of the criterion is averaged over
@@ -81,19 +89,20 @@ class Config:
     Attributes:
       dataset: digits (from scikit-learn) or mnist.
       data_path: MNIST as one .npz in the layout of keras; downloaded once if left out.
+      widths: channels of each stage of the dense network (digits 16 32 64, mnist 32 64 128).
       channels: fraction of the channels to remove, the same of every group.
       blocks: fraction of the residual branches to remove, of those that go around an identity.
       method: of the stages; the other one is shown beside pruned.
       rounds: of iterative.
       temperature: of the distillation.
-      alpha: weight of the teacher against the labels.
+      alpha: weight of the teacher; in the paper little was left for the labels.
       tolerance: points of accuracy, on the validation set and in the mean over the seeds, that the
         searched network may lose.
       resolution: of the search, as a fraction of the channels.
       seeds: how many seeds, counted from 0.
       steps: training steps before anything is removed (digits 300, mnist 400).
-      fine_tune_steps: steps after that, whether pruned or not (digits 300, mnist 400).
-      search_steps: of those, how many a network of the search has (digits 150, mnist 150).
+      fine_tune_steps: steps after that, whether pruned or not (digits 300, mnist 600).
+      search_steps: of those, how many a network of the search has (digits 150, mnist 200).
       batch_size: examples of a training step (64).
       out: run folder (results/edge_deployment_DATASET).
 
@@ -107,12 +116,13 @@ class Config:
 
     dataset: Literal["digits", "mnist"] = "digits"
     data_path: Path | None = None
+    widths: tuple[int, ...] | None = None
     channels: float = 0.75
     blocks: float = 0.25
     method: Method = "iterative"
     rounds: int = 3
     temperature: float = 4.0
-    alpha: float = 0.5
+    alpha: float = 0.9
     tolerance: float = 0.5
     resolution: float = 0.05
     seeds: int = 3
@@ -254,12 +264,12 @@ def resolve(config: Config) -> Config:
     Raises:
       ValueError: a field has a bad value; all of them are named.
     """
-    if config.dataset not in TRAININGS:
+    if config.dataset not in DEFAULTS:
         raise ValueError(
-            f"`dataset={config.dataset!r}` is not known. Choose one of {', '.join(TRAININGS)}."
+            f"`dataset={config.dataset!r}` is not known. Choose one of {', '.join(DEFAULTS)}."
         )
     defaults = {"out": Path("results") / f"edge_deployment_{config.dataset}"}
-    defaults |= TRAININGS[config.dataset]
+    defaults |= DEFAULTS[config.dataset]
     left_out = {name: v for name, v in defaults.items() if getattr(config, name) is None}
     settings = dataclasses.replace(config, **left_out)
     if problems := _problems(settings):
@@ -271,6 +281,7 @@ def _problems(settings: Config) -> list[str]:
     """Say which fields have a bad value, and what would be right."""
     s = settings
     checks = [
+        ("widths", s.widths and min(s.widths) > 0, "must name a positive number for each stage"),
         ("channels", 0 < s.channels < 1, "must lie between 0 and 1"),
         ("blocks", 0 <= s.blocks < 1, "must be 0 or more and below 1"),
         ("method", s.method in get_args(Method), f"must be {' or '.join(get_args(Method))}"),
@@ -363,12 +374,17 @@ def load(settings: Config) -> Bench:
     """
     mnist = settings.dataset == "mnist"
     examples = data.load_mnist(settings.data_path) if mnist else data.load_digits()
-    model, inputs = MODELS[settings.dataset], examples.test.images[:1]
+    model, inputs = model_of(settings), examples.test.images[:1]
     shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
     channels = jp.find_groups(model.apply, shapes, inputs)
     branches = jp.find_blocks(model.apply, shapes, inputs)
     _refuse_to_remove_nothing(settings, min(group.size for group in channels), len(branches))
     return Bench(settings, model, examples, channels, branches, loop.compiler())
+
+
+def model_of(settings: Config) -> nn.Module:
+    """Give the dense network; that for the larger images halves them before anything else."""
+    return ResidualNet(settings.widths, classes=10, stride=2 if settings.dataset == "mnist" else 1)
 
 
 def _refuse_to_remove_nothing(settings: Config, channels: int, branches: int) -> None:

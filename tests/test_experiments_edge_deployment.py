@@ -66,7 +66,7 @@ def stand_in(monkeypatch):
     labels = rng.integers(0, 10, 90).astype(np.int32)
     images = rng.normal(size=(10, 16))[labels] + 0.3 * rng.normal(size=(90, 16))
     split = data.Split(images.astype(np.float32), labels)
-    monkeypatch.setitem(edge.MODELS, "digits", Tiny())
+    monkeypatch.setattr(edge, "model_of", lambda settings: Tiny())
     monkeypatch.setattr(data, "load_digits", lambda: data.Dataset(split, split, split))
     monkeypatch.setattr(latency, "in_turns", timed)
 
@@ -321,7 +321,7 @@ def test_a_student_learns_from_the_teacher_and_the_labels(toy, bench):
     asked = bench.infer(dense, bench.data.train.images[[3, 5]])
     np.testing.assert_allclose(teacher, asked, atol=1e-5)
     student = jnp.asarray(teacher) + 1.0
-    expected = jp.distillation_loss(student, teacher, labels, temperature=4.0, alpha=0.5)
+    expected = jp.distillation_loss(student, teacher, labels, temperature=4.0, alpha=0.9)
     assert lesson.loss(student, (labels, teacher)) == expected
 
 
@@ -358,7 +358,7 @@ def test_a_file_answers_the_same_in_parts(toy, bench, monkeypatch):
 
 
 def test_another_config_is_refused(toy):
-    with pytest.raises(ValueError, match=r"another config: alpha \(0.5 there, 0.7 now\)"):
+    with pytest.raises(ValueError, match=r"another config: alpha \(0.9 there, 0.7 now\)"):
         main(dataclasses.replace(TOY, alpha=0.7, out=toy))
 
 
@@ -366,6 +366,8 @@ def test_another_config_is_refused(toy):
     ("changes", "words"),
     [
         ({"dataset": "cifar"}, "`dataset='cifar'` is not known. Choose one of digits, mnist"),
+        ({"widths": ()}, r"`widths=\(\)` must name a positive number for each stage"),
+        ({"widths": (8, 0)}, r"`widths=\(8, 0\)` must name a positive number"),
         ({"channels": 1.0}, "`channels=1.0` must lie between 0 and 1"),
         ({"blocks": -0.1}, "`blocks=-0.1` must be 0 or more and below 1"),
         ({"method": "lucky"}, "`method='lucky'` must be one_shot or iterative"),
@@ -401,7 +403,7 @@ def test_fractions_that_remove_nothing_are_refused_before_anything_is_trained(tm
 def test_the_data_decide_what_is_left_out():
     settings = resolve(Config(dataset="mnist", steps=7))
     assert settings.out == Path("results/edge_deployment_mnist") and settings.steps == 7
-    left_out = {**edge.TRAININGS["mnist"], "steps": 7}
+    left_out = {**edge.DEFAULTS["mnist"], "steps": 7}
     assert {name: getattr(settings, name) for name in left_out} == left_out
 
 

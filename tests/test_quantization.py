@@ -184,3 +184,12 @@ def test_small_params_go_into_a_module_of_the_small_width_and_into_int8(network,
     assert kernels["hidden"].qvalue.shape[-1] == 4
     want = small_fn(small, x)
     np.testing.assert_allclose(quantized(x), want, atol=0.03 * float(jnp.abs(want).max()))
+
+
+@pytest.mark.slow
+def test_a_quantized_function_goes_to_stablehlo_and_onnx_names_what_it_cannot_write(x, tmp_path):
+    pytest.importorskip("jax2onnx")
+    fn, params = nnx_network(x, in_training())
+    assert jp.export.stablehlo(tmp_path / "net", fn, params, x).parity < 1e-5
+    with pytest.raises(ValueError, match=r"`dot_general` at test_quantization.py"):
+        jp.export.onnx(tmp_path / "onnx", fn, params, x)

@@ -104,6 +104,9 @@ def run_processes(experiment, arguments, kills=(), *, starts=None, timeout=300):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
+    if "--coordinator" in arguments[0]:  # jax would listen to the whole network
+        meeting = arguments[0][arguments[0].index("--coordinator") + 1]
+        environment["JAX_COORDINATOR_BIND_ADDRESS"] = meeting
     if kills:  # as experiments do it; whom nobody kills shows that it makes no difference
         environment["JAX_COMPILATION_CACHE_DIR"] = str(folder_of(arguments)) + "_programs"
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"

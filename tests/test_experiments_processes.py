@@ -51,9 +51,9 @@ def test_two_processes_leave_the_bytes_of_one(whole, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("victim, others", [(0, 0), (1, 1)])
-def test_processes_go_on_when_one_of_them_was_killed(whole, tmp_path, victim, others):
-    kills = [{"write": n, "process": victim} for n in (6, 3)]
+@pytest.mark.parametrize("victim, others, writes", [(0, 0, (6, 3)), (1, 1, (4, 3))])
+def test_processes_go_on_when_one_of_them_was_killed(whole, tmp_path, victim, others, writes):
+    kills = [{"write": n, "process": victim} for n in writes]
     lines = command_lines(tmp_path / "run", timeout=40)
     codes, told = crash.run_processes("lottery_ticket", lines, kills)
     assert [pair[victim] for pair in codes] == [-signal.SIGKILL, -signal.SIGKILL, 0]
@@ -205,6 +205,19 @@ def test_a_process_without_a_cluster_is_told_what_to_set(tmp_path, monkeypatch):
 
 def refuse(*_, **__):
     raise ValueError("coordinator_address should be defined.")
+
+
+@pytest.mark.slow
+def test_a_port_that_is_taken_is_named(tmp_path):
+    lines = command_lines(tmp_path / "run")
+    port = lines[0][lines[0].index("--coordinator") + 1]
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", int(port.rpartition(":")[2])))
+        there.listen()
+        codes, told = crash.run_processes("lottery_ticket", lines[:1])
+    assert codes == [[1]]
+    assert f"The processes cannot meet at `coordinator='{port}'`: UNKNOWN: Failed to start" in told
+    assert "a port that is free there" in told
 
 
 def test_a_process_of_an_earlier_larger_run_keeps_the_folder(tmp_path):

@@ -103,6 +103,8 @@ def locked(folder: Path, process: int = 0, processes: int = 1) -> Iterator[None]
 
 def held(folder: Path, process: int) -> bool:
     """Tell whether a process that shares a run is at work in its folder."""
+    if fcntl is None:
+        return False
     try:
         handle = os.open(_lock(folder, process), os.O_RDONLY)
     except FileNotFoundError:

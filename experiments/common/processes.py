@@ -179,6 +179,11 @@ def _meet(peers: Peers, out: Path) -> Share:
             f"`distributed=True` finds no cluster that jax knows ({error}). Set `coordinator`, "
             f"`processes` and `process_id`."
         ) from error
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"The processes cannot meet at `coordinator={peers.coordinator!r}`: {error}. It has to "
+            f"be an address of process 0 with a port that is free there, the same for all."
+        ) from error
     finally:
         late.cancel()
     from jax._src.distributed import global_state  # as in _client

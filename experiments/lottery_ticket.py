@@ -183,11 +183,11 @@ def run_of(record: runs.Record) -> tuple[int, int, str]:
 def together(settings: Config) -> bool:
     """Decide whether the seeds of a level and condition train side by side.
 
-    What `auto` goes by is `python -m benchmarks.parallel_seeds`, on two busy CPU cores: a step takes
-    a seed of eight 1.07 times as long as one alone (95 % interval 0.90 to 1.18) with the network
-    of the digits, one of three 1.08 times (1.04 to 1.42) with LeNet-300-100. Together, seeds share
-    what a step costs whatever its size. That is little here, and should be most of it on an
-    accelerator, where it has not been measured.
+    What `auto` goes by is `python -m benchmarks.parallel_seeds`, on two busy CPU cores: a step
+    takes a seed of eight 1.07 times as long as one alone (95 % interval 0.90 to 1.18) with the
+    network of the digits, one of three 1.08 times (1.04 to 1.42) with LeNet-300-100. Together,
+    seeds share what a step costs whatever its size. That is little here, and should be most of it
+    on an accelerator, where it has not been measured.
     """
     if settings.parallel_seeds != "auto":
         return settings.parallel_seeds == "on"

@@ -7,12 +7,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
 
-.PHONY: help ticket compare structured test test-slow lint types notebooks benchmarks clean
+.PHONY: help ticket compare structured edge test test-slow lint types notebooks benchmarks clean
 
 help:
 	@echo "make ticket      find a lottery ticket on the digits (a minute or two)"
 	@echo "make compare     compare all pruning methods on the digits (a few minutes)"
 	@echo "make structured  cut channels and layers out of networks (some ten minutes)"
+	@echo "make edge        from a trained network to files in int8 (some ten minutes)"
 	@echo "make test        lint, types, doctests and the fast tests"
 	@echo "make test-slow   all tests, the slow ones too"
 	@echo "make notebooks   execute the notebooks on the results at hand"
@@ -27,6 +28,9 @@ compare: $(VENV)/ready
 
 structured: $(VENV)/ready
 	$(BIN)/python -m experiments.structured
+
+edge: $(VENV)/ready
+	$(BIN)/python -m experiments.edge_deployment
 
 test: lint types
 	$(BIN)/python -m pytest -n $(JOBS) -q
@@ -53,6 +57,8 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m benchmarks.structure
 	$(BIN)/python -m benchmarks.scale
 	$(BIN)/python -m benchmarks.checkpoint
+	$(BIN)/python -m benchmarks.parallel_seeds
+	$(BIN)/python -m benchmarks.restart
 	$(BIN)/python -m benchmarks.training_speed
 
 # The lock names the public package index; where that is not reachable, take what there is.

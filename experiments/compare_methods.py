@@ -4,11 +4,10 @@ import dataclasses
 import functools
 import json
 import math
-import operator
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -23,7 +22,17 @@ from flax.traverse_util import flatten_dict
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments.common import comparison, costs, data, figures, runs, training
+from experiments.common import (
+    comparison,
+    costs,
+    data,
+    figures,
+    parallel,
+    processes,
+    programs,
+    runs,
+    training,
+)
 from experiments.common.models import MLP, LeNet5
 
 Name = Literal[
@@ -73,6 +82,7 @@ class Config:
       parallel_seeds: whether the seeds of a method train side by side in one program; auto does
         where that was measured to be faster. Results are the same but for float rounding.
       out: run folder (results/compare_methods_DATASET).
+      peers: other processes that share the run.
 
     References:
       Gale et al., `The State of Sparsity in Deep Neural Networks
@@ -91,6 +101,7 @@ class Config:
     learning_rate: float = 5e-3
     parallel_seeds: Literal["auto", "on", "off"] = "auto"
     out: Path | None = None
+    peers: Annotated[processes.Peers, tyro.conf.arg(name="")] = processes.ALONE
 
 
 def beat(steps: int) -> dict[str, int]:
@@ -302,29 +313,35 @@ def train_alone(seed: Seed, target: Target, dataset: data.Dataset, **settings: A
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
-def train_together(seeds: Seed, target: Target, dataset: data.Dataset, **settings: Any) -> Outcome:
+def train_together(
+    stacked: Seed, target: Target, dataset: data.Dataset, **settings: Any
+) -> Outcome:
     """Train seeds side by side; they and the outcome have a leading axis."""
-    return jax.vmap(functools.partial(train, **settings), in_axes=(0, None, None))(
-        seeds, target, dataset
-    )
+    run = functools.partial(train, **settings)
+    return parallel.side_by_side(run, stacked, target, dataset)
 
 
-def main(config: Config) -> runs.Record:
-    """Run the experiment, or what is left of it, and print, draw and return its summary."""
+def main(config: Config) -> runs.Record | None:
+    """Run the experiment, or what is left of it, and print, draw and return its summary.
+
+    Of several processes the first does so, when all have done their share.
+    """
     settings = resolve(config)
-    records = runs.open_run(settings.out, recorded(settings))
-    finished = {run_of(record) for record in records}
     planned = plan(settings)
+    with processes.running(settings.peers, settings.out, recorded(settings)) as (share, records):
+        finished = {run_of(record) for record in records}
+        mine = [run for run in planned if share.has(run[2])]
 
-    with tqdm(total=len(planned), initial=len(finished), unit="run") as bar:
-        if set(planned) - finished:
-            for record in run_all(settings, planned, finished):
-                runs.append_record(settings.out, record)
-                records.append(record)
-                bar.set_postfix_str("{method} at {sparsity}".format(**record), refresh=False)
-                bar.update()
+        with tqdm(total=len(mine), initial=len(finished & set(mine)), unit="run") as bar:
+            if set(mine) - finished:
+                for record in run_all(settings, mine, finished):
+                    runs.append_record(settings.out, record, share.part)
+                    bar.set_postfix_str("{method} at {sparsity}".format(**record), refresh=False)
+                    bar.update()
 
-    return report(settings, records)
+        if share.index:
+            return None
+        return report(settings, processes.gather(settings.out, planned, run_of, settings.peers))
 
 
 def resolve(config: Config) -> Config:
@@ -368,13 +385,14 @@ def _problems(settings: Config) -> list[str]:
             "goes with dataset='mnist'; the digits come with scikit-learn",
         ),
     ]
-    return [f"`{name}={getattr(s, name)!r}` {wanted}" for name, good, wanted in checks if not good]
+    bad = [f"`{name}={getattr(s, name)!r}` {wanted}" for name, good, wanted in checks if not good]
+    return bad + processes.problems(s.peers)
 
 
 def recorded(settings: Config) -> runs.Record:
-    """Settings that the results depend on, as JSON types; where the folder lies is not one."""
+    """Settings that the results depend on, as JSON types; neither where nor by whom is one."""
     fields = dataclasses.asdict(settings)
-    del fields["out"]
+    del fields["out"], fields["peers"]
     return {**fields, "data_path": settings.data_path and str(settings.data_path)}
 
 
@@ -398,30 +416,34 @@ def run_all(
 ) -> Iterator[runs.Record]:
     """Train what is not ``finished``, and yield a record for each training run."""
     model = MODELS[settings.dataset]
-    dataset = load(settings)
-    seeds = [make_seed(settings, model, dataset, seed) for seed in range(settings.seeds)]
-    measure = measurement(settings, model, seeds[0].start, dataset)
+    numbers = sorted({seed for *_, seed in planned})
+    dataset = load(settings, len(numbers))
+    seeds = {number: make_seed(settings, model, dataset, number) for number in numbers}
+    start = seeds[numbers[0]].start
+    measure = measurement(settings, model, start, dataset)
     for method, sparsity in dict.fromkeys(run[:2] for run in planned):
-        missing = [n for n in range(settings.seeds) if (method, sparsity, n) not in finished]
+        missing = [number for number in numbers if (method, sparsity, number) not in finished]
         fit = functools.partial(
             fit_seeds,
-            target=share_out(seeds[0].start, sparsity),
+            target=share_out(start, sparsity),
             dataset=dataset,
             together=together(settings),
             method=method,
             model=model,
             learning_rate=settings.learning_rate,
         )
-        for n, outcome in fit(seeds, missing):
-            here = {"method": method, "sparsity": sparsity, "seed": n}
+        for number, outcome in fit(seeds, missing):
+            here = {"method": method, "sparsity": sparsity, "seed": number}
             yield {**here, **measure(outcome, method)}
 
 
-def load(settings: Config) -> data.Dataset:
-    """Load the dataset onto the device."""
-    if settings.dataset == "mnist":
-        return jax.device_put(data.load_mnist(settings.data_path))
-    return jax.device_put(data.load_digits())
+def load(settings: Config, side_by_side: int) -> data.Dataset:
+    """Load the dataset onto the device, or onto those that share the seeds."""
+    mnist = settings.dataset == "mnist"
+    dataset = data.load_mnist(settings.data_path) if mnist else data.load_digits()
+    if together(settings):
+        return parallel.everywhere(dataset, side_by_side)
+    return jax.device_put(dataset)
 
 
 def make_seed(settings: Config, model: nn.Module, dataset: data.Dataset, seed: int) -> Seed:
@@ -452,10 +474,12 @@ def share_out(params: Any, sparsity: float) -> Target:
 def together(settings: Config) -> bool:
     """Decide whether the seeds of a method train side by side.
 
-    What `auto` goes by, in milliseconds a step and seed for five seeds on two CPU cores: the
-    network of the digits takes 0.076 alone and 0.063 together (gradual; dense 0.045 and 0.049),
-    LeNet-5 2.2 alone and 3.4 together. Together, seeds share what a step costs whatever its size,
-    which is most of it for a small network on a CPU, or for either on an accelerator.
+    What `auto` goes by is `python -m benchmarks.parallel_seeds`, on two busy CPU cores: a step of
+    gradual pruning takes a seed of five 0.81 of the time that one alone takes (95 % interval 0.78
+    to 0.92) with the network of the digits, one of eight 1.30 times as long (0.95 to 1.88) with
+    LeNet-5. Together, seeds share what a step costs whatever its size, which is a good part of it
+    for a small network on a CPU, and should be most of it for either on an accelerator, where it
+    has not been measured.
     """
     if settings.parallel_seeds != "auto":
         return settings.parallel_seeds == "on"
@@ -463,20 +487,21 @@ def together(settings: Config) -> bool:
 
 
 def fit_seeds(
-    seeds: list[Seed], missing: list[int], *, together: bool, **settings: Any
+    seeds: dict[int, Seed], missing: list[int], *, together: bool, **settings: Any
 ) -> Iterator[tuple[int, Outcome]]:
     """Train the ``missing`` seeds, one after another or in one program.
 
     That program is always the one of all seeds, so that a run which goes on has the same numbers.
     """
     if together and missing:
-        stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
-        outcomes = jax.device_get(train_together(stacked, **settings))
-        for n in missing:
-            yield n, jax.tree.map(operator.itemgetter(n), outcomes)
+        stacked = parallel.stack(list(seeds.values()))
+        outcomes = parallel.unstack(train_together(stacked, **settings))
+        for number, outcome in zip(seeds, outcomes, strict=True):
+            if number in missing:
+                yield number, outcome
     if not together:
-        for n in missing:
-            yield n, jax.device_get(train_alone(seeds[n], **settings))
+        for number in missing:
+            yield number, jax.device_get(train_alone(seeds[number], **settings))
 
 
 def measurement(
@@ -563,4 +588,5 @@ def _lines(
 
 
 if __name__ == "__main__":
+    programs.keep()
     main(tyro.cli(Config))

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ import tyro
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments.common import data, figures, results, runs, training
+from experiments.common import data, figures, parallel, processes, programs, results, runs, training
 from experiments.common.models import MLP
 
 CONTROLS = ("reinit", "shuffle", "random")
@@ -52,9 +52,12 @@ class Config:
         inside each layer (shuffle), as many weights at random over all layers (random).
       rewind_step: step of the dense training that tickets are rewound to, and go on from.
       scope: which weights compete; across the layers, output_rate says nothing.
+      parallel_seeds: whether the seeds of a level and condition train side by side in one program;
+        auto does where that was measured to be faster. Results are the same but for float rounding.
       eval_every: steps from one look at the validation set to the next (digits 10, mnist 100, or
         what they have in common with steps and rewind_step).
       out: run folder (results/lottery_ticket_DATASET).
+      peers: other processes that share the run.
 
     References:
       Frankle and Carbin, `The Lottery Ticket Hypothesis <https://arxiv.org/abs/1803.03635>`_, 2019.
@@ -72,30 +75,34 @@ class Config:
     controls: tuple[Literal["reinit", "shuffle", "random"], ...] = CONTROLS
     rewind_step: int = 0
     scope: Literal["per-leaf", "across"] = "per-leaf"
+    parallel_seeds: Literal["auto", "on", "off"] = "auto"
     eval_every: int | None = None
     out: Path | None = None
+    peers: Annotated[processes.Peers, tyro.conf.arg(name="")] = processes.ALONE
 
 
-def main(config: Config) -> runs.Record:
-    """Run the experiment, or what is left of it, and print, draw and return its summary."""
+def main(config: Config) -> runs.Record | None:
+    """Run the experiment, or what is left of it, and print, draw and return its summary.
+
+    Of several processes the first does so, when all have done their share.
+    """
     settings = resolve(config)
-    records = runs.open_run(settings.out, recorded(settings))
-    finished = {run_of(record) for record in records}
-    planned = plan(settings)
-    seeds = sorted({seed for seed, level, condition in set(planned) - finished})
+    with processes.running(settings.peers, settings.out, recorded(settings)) as (share, records):
+        planned = plan(settings)
+        finished = {run_of(record) for record in records}
+        mine = [run for run in planned if share.has(run[0])]
 
-    with tqdm(total=len(planned), initial=len(finished), unit="run") as bar:
-        dataset = load(settings) if seeds else None
-        for seed in seeds:
-            for record in run_seed(settings, dataset, seed, finished):
-                runs.append_record(settings.out, record)
-                records.append(record)
+        with tqdm(total=len(mine), initial=len(finished & set(mine)), unit="run") as bar:
+            for record in run_all(settings, mine, finished):
+                runs.append_record(settings.out, record, share.part)
                 bar.set_postfix_str(
                     "{condition} {level} of seed {seed}".format(**record), refresh=False
                 )
                 bar.update()
 
-    return report(settings, records)
+        if share.index:
+            return None
+        return report(settings, processes.gather(settings.out, planned, run_of, settings.peers))
 
 
 def resolve(config: Config) -> Config:
@@ -133,6 +140,7 @@ def _problems(settings: Config) -> list[str]:
         ("controls", not unknown, f"may name {', '.join(CONTROLS)}, but not {unknown}"),
         ("controls", len(set(s.controls)) == len(s.controls), "names a control twice"),
         ("scope", s.scope in ("per-leaf", "across"), "must be per-leaf or across"),
+        ("parallel_seeds", s.parallel_seeds in ("auto", "on", "off"), "must be auto, on or off"),
         ("rewind_step", 0 <= s.rewind_step < max(1, s.steps), f"must lie in 0 to {s.steps - 1}"),
         ("eval_every", s.eval_every > 0, "must be positive"),
         (
@@ -146,23 +154,25 @@ def _problems(settings: Config) -> list[str]:
             "goes with dataset='mnist'; the digits come with scikit-learn",
         ),
     ]
-    return [f"`{name}={getattr(s, name)!r}` {wanted}" for name, good, wanted in checks if not good]
+    bad = [f"`{name}={getattr(s, name)!r}` {wanted}" for name, good, wanted in checks if not good]
+    return bad + processes.problems(s.peers)
 
 
 def recorded(settings: Config) -> runs.Record:
-    """Settings that the results depend on, as JSON types; where the folder lies is not one."""
+    """Settings that the results depend on, as JSON types; neither where nor by whom is one."""
     fields = dataclasses.asdict(settings)
-    del fields["out"]
+    del fields["out"], fields["peers"]
     return {**fields, "data_path": settings.data_path and str(settings.data_path)}
 
 
 def plan(settings: Config) -> list[tuple[int, int, str]]:
-    """List all training runs as (seed, level, condition)."""
+    """List all training runs as (seed, level, condition), in the order in which they are made."""
     pruned = itertools.product(range(1, settings.levels + 1), ("ticket", *settings.controls))
     trials = [(0, "dense"), *pruned]
-    return [
-        (seed, level, condition) for seed in range(settings.seeds) for level, condition in trials
-    ]
+    seeds = range(settings.seeds)
+    if together(settings):
+        return [(seed, *trial) for trial in trials for seed in seeds]
+    return [(seed, *trial) for seed in seeds for trial in trials]
 
 
 def run_of(record: runs.Record) -> tuple[int, int, str]:
@@ -170,104 +180,202 @@ def run_of(record: runs.Record) -> tuple[int, int, str]:
     return record["seed"], record["level"], record["condition"]
 
 
-def load(settings: Config) -> data.Dataset:
-    """Load the dataset onto the device."""
-    if settings.dataset == "mnist":
-        return jax.device_put(data.load_mnist(settings.data_path))
-    return jax.device_put(data.load_digits())
+def together(settings: Config) -> bool:
+    """Decide whether the seeds of a level and condition train side by side.
+
+    What `auto` goes by is `python -m benchmarks.parallel_seeds`, on two busy CPU cores: a step
+    takes a seed of eight 1.07 times as long as one alone (95 % interval 0.90 to 1.18) with the
+    network of the digits, one of three 1.08 times (1.04 to 1.42) with LeNet-300-100. Together,
+    seeds share what a step costs whatever its size. That is little here, and should be most of it
+    on an accelerator, where it has not been measured.
+    """
+    if settings.parallel_seeds != "auto":
+        return settings.parallel_seeds == "on"
+    return jax.default_backend() != "cpu"
 
 
-def run_seed(
-    settings: Config, dataset: data.Dataset, seed: int, finished: set[tuple[int, int, str]]
+def run_all(
+    settings: Config, planned: list[tuple[int, int, str]], finished: set[tuple[int, int, str]]
 ) -> Iterator[runs.Record]:
-    """Find the tickets of a seed, level after level, and train the controls of each.
+    """Train what is not ``finished``, all seeds side by side or one seed after another."""
+    missing = [run for run in planned if run not in finished]
+    numbers = sorted({seed for seed, *_ in planned})
+    groups = [numbers] if together(settings) else [[number] for number in numbers]
+    dataset = load(settings, len(numbers)) if missing else None
+    for group in groups:
+        if any(seed in group for seed, *_ in missing):
+            yield from run_seeds(settings, dataset, group, finished)
+
+
+def load(settings: Config, side_by_side: int) -> data.Dataset:
+    """Load the dataset onto the device, or onto those that share the seeds."""
+    mnist = settings.dataset == "mnist"
+    dataset = data.load_mnist(settings.data_path) if mnist else data.load_digits()
+    if together(settings):
+        return parallel.everywhere(dataset, side_by_side)
+    return jax.device_put(dataset)
+
+
+class Seed(NamedTuple):
+    """What belongs to a seed.
+
+    Attributes:
+      number: counted from 0.
+      start: weights that its tickets are rewound to.
+      before: examples of each batch up to the step that they are rewound to, `[evaluations, steps
+        between them, batch size]`.
+      after: those from there on.
+      key: for what its controls draw.
+    """
+
+    number: int
+    start: Any
+    before: jax.Array
+    after: jax.Array
+    key: jax.Array
+
+    def key_of(self, level: int, control: str) -> jax.Array:
+        """Give the key of one of its controls."""
+        return jax.random.fold_in(jax.random.fold_in(self.key, level), CONTROLS.index(control))
+
+
+def run_seeds(
+    settings: Config,
+    dataset: data.Dataset,
+    numbers: list[int],
+    finished: set[tuple[int, int, str]],
+) -> Iterator[runs.Record]:
+    """Find the tickets of some seeds, level after level, and train the controls of each.
 
     A training run depends on its seed, level and condition, and on the tickets of the levels
-    before. So a run that was killed goes on with the numbers that it would have had.
+    before. So a run that was killed goes on with the numbers that it would have had. Seeds that
+    train side by side do so all of them, even if only one is not ``finished``.
 
     Yields:
       A record for each training run that is not ``finished``.
     """
-    init_key, order_key, control_key = jax.random.split(jax.random.key(seed), 3)
     model = MLP(WIDTHS[settings.dataset], classes=10)
-    before, after = batches(settings, order_key, examples=len(dataset.train.labels))
     train = functools.partial(
-        training.train,
+        training.train_seeds,
+        together=together(settings),
         data=dataset.train,
         validation=dataset.validation,
         model=model,
         learning_rate=settings.learning_rate,
     )
-    tell = functools.partial(measure, settings=settings, model=model, test=dataset.test)
 
     def draw(key: jax.Array) -> Any:
         return model.init(key, dataset.train.images[:1])["params"]
 
-    start = draw(init_key)
-    if len(before):
-        start = train(start, jp.dense_masks(start), before).final
-    runs.save_start(settings.out, seed, start)
+    group = start_seeds(settings, numbers, draw, train, examples=len(dataset.train.labels))
+    for seed in group:
+        runs.save_start(settings.out, seed.number, seed.start)
 
-    fit = functools.partial(train, order=after)
-    for level, outcome in find_tickets(settings, seed, start, fit, finished):
-        here = {"seed": seed, "level": level.index, "remaining": results.remaining(level.masks)}
-        if outcome is not None:
-            runs.save_level(settings.out, seed, level.index, level.masks, level.trained)
-            yield {**here, "condition": _ticket(level.index), **tell(outcome)}
-        for condition in settings.controls if level.index else ():
-            if (seed, level.index, condition) not in finished:
-                key = jax.random.fold_in(control_key, level.index)
-                key = jax.random.fold_in(key, CONTROLS.index(condition))
-                params, masks = control(condition, start, level.masks, draw=draw, key=key)
-                yield {**here, "condition": condition, **tell(fit(params, masks))}
+    def fit(starts: list[tuple[Any, Any]]) -> list[training.Outcome]:
+        return train([(*start, seed.after) for start, seed in zip(starts, group, strict=True)])
+
+    def tell(condition: str, levels: list[Any], outcomes: list[Any]) -> Iterator[runs.Record]:
+        for seed, level, outcome in zip(group, levels, outcomes, strict=True):
+            if (seed.number, level.index, condition) not in finished:
+                yield {
+                    "seed": seed.number,
+                    "level": level.index,
+                    "remaining": results.remaining(level.masks),
+                    "condition": condition,
+                    **measure(outcome, settings=settings, model=model, test=dataset.test),
+                }
+
+    for levels, outcomes in find_tickets(settings, group, fit, finished):
+        index = levels[0].index
+        yield from tell(_ticket(index), levels, outcomes)
+        for condition in settings.controls if index else ():
+            if any((number, index, condition) not in finished for number in numbers):
+                starts = []
+                for seed, level in zip(group, levels, strict=True):
+                    key = seed.key_of(index, condition)
+                    starts.append(control(condition, seed.start, level.masks, draw=draw, key=key))
+                yield from tell(condition, levels, fit(starts))
 
 
-def batches(settings: Config, key: jax.Array, *, examples: int) -> tuple[jax.Array, jax.Array]:
-    """Order the examples of a seed's training, before the rewind step and after it.
+def start_seeds(
+    settings: Config,
+    numbers: list[int],
+    draw: Callable[[jax.Array], Any],
+    train: Callable[[list[Any]], list[training.Outcome]],
+    *,
+    examples: int,
+) -> list[Seed]:
+    """Draw what belongs to each seed, and train up to the step that tickets are rewound to."""
+    group = [make_seed(settings, number, draw, examples=examples) for number in numbers]
+    if not settings.rewind_step:
+        return group
+    outcomes = train([(seed.start, jp.dense_masks(seed.start), seed.before) for seed in group])
+    return [
+        seed._replace(start=outcome.final) for seed, outcome in zip(group, outcomes, strict=True)
+    ]
 
-    Returns:
-      Two arrays `[evaluations, steps between them, batch size]`.
-    """
+
+def make_seed(
+    settings: Config, number: int, draw: Callable[[jax.Array], Any], *, examples: int
+) -> Seed:
+    """Draw initial weights, and the order of the examples."""
+    init_key, order_key, control_key = jax.random.split(jax.random.key(number), 3)
     order = training.batch_order(
-        key, examples=examples, steps=settings.steps, batch_size=settings.batch_size
+        order_key, examples=examples, steps=settings.steps, batch_size=settings.batch_size
     )
     order = order.reshape(-1, settings.eval_every, settings.batch_size)
     before, after = jnp.split(order, [settings.rewind_step // settings.eval_every])
-    return before, after
+    return Seed(number=number, start=draw(init_key), before=before, after=after, key=control_key)
 
 
 def find_tickets(
     settings: Config,
-    seed: int,
-    start: Any,
-    train: Callable[[Any, Any], training.Outcome],
+    group: list[Seed],
+    fit: Callable[[list[tuple[Any, Any]]], list[training.Outcome]],
     finished: set[tuple[int, int, str]],
-) -> Iterator[tuple[Any, training.Outcome | None]]:
-    """Prune, rewind and train again; trained weights that are ``finished`` come from the folder.
+) -> Iterator[tuple[list[Any], list[training.Outcome | None]]]:
+    """Prune, rewind and train again; a level that is ``finished`` comes from the folder.
 
     Yields:
-      Each level of imp, with how its training went if it took place here.
+      A level of imp for each seed, and how its training went if it took place here.
     """
-    outcomes = []
+    levels: list[Any] = [None for _ in group]
+    for index in range(settings.levels + 1):
+        levels = [
+            next_level(settings, seed.start, last) for seed, last in zip(group, levels, strict=True)
+        ]
+        outcomes: list[Any] = [None for _ in group]
+        if all(_is_saved(settings, seed.number, index, finished) for seed in group):
+            trained = [runs.load_level(settings.out, seed.number, index)[1] for seed in group]
+        else:
+            outcomes = fit([(level.ticket, level.masks) for level in levels])
+            trained = [outcome.final for outcome in outcomes]
+            for seed, level, final in zip(group, levels, trained, strict=True):
+                runs.save_level(settings.out, seed.number, index, level.masks, final)
+        levels = [
+            level._replace(trained=final) for level, final in zip(levels, trained, strict=True)
+        ]
+        yield levels, outcomes
 
-    def fit(ticket: Any, masks: Any) -> Any:
-        level = len(outcomes)
-        if (seed, level, _ticket(level)) in finished:
-            outcomes.append(None)
-            return runs.load_level(settings.out, seed, level)[1]
-        outcomes.append(train(ticket, masks))
-        return outcomes[-1].final
 
+def next_level(settings: Config, start: Any, last: Any | None) -> Any:
+    """Prune and rewind: the level of imp after ``last``, its ticket not trained yet."""
     across = settings.scope == "across"
-    for level in jp.imp(
+    levels = jp.imp(
         start,
-        fit,
+        lambda ticket, masks: ticket,
         rounds=settings.levels,
         rate=settings.rate,
         rates={} if across else {"out/kernel": settings.output_rate},
         scope=jp.scopes.across if across else jp.scopes.per_leaf,
-    ):
-        yield level, outcomes[level.index]
+        start=last and (last.index, last.masks, last.trained),
+    )
+    return next(levels)
+
+
+def _is_saved(settings: Config, seed: int, level: int, finished: set[tuple[int, int, str]]) -> bool:
+    done = (seed, level, _ticket(level)) in finished
+    return done and runs.has_level(settings.out, seed, level)
 
 
 def _ticket(level: int) -> str:
@@ -378,4 +486,5 @@ def _accuracies(row: runs.Record) -> str:
 
 
 if __name__ == "__main__":
+    programs.keep()
     main(tyro.cli(Config))

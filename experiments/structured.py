@@ -21,7 +21,17 @@ from tqdm import tqdm
 
 import jaxprune as jp
 from benchmarks.common import machine
-from experiments.common import data, figures, latency, loop, runs, tradeoff, training
+from experiments.common import (
+    data,
+    figures,
+    files,
+    latency,
+    loop,
+    programs,
+    runs,
+    tradeoff,
+    training,
+)
 from experiments.common.models import ResidualNet, Transformer
 
 ModelName = Literal["cnn", "transformer"]
@@ -159,18 +169,19 @@ class Outcome(NamedTuple):
 def main(config: Config) -> runs.Record:
     """Run the experiment, or what is left of it, and print, draw and return its summary."""
     settings = resolve(config)
-    records = runs.open_run(settings.out, recorded(settings))
-    finished = {run_of(record) for record in records}
     planned = plan(settings)
+    with files.locked(settings.out):
+        records = runs.open_run(settings.out, recorded(settings))
+        finished = {run_of(record) for record in records}
 
-    with tqdm(total=len(planned), initial=len(finished), unit="run") as bar:
-        for record in run_all(settings, planned, finished):
-            runs.append_record(settings.out, record)
-            records.append(record)
-            bar.set_postfix_str("{model} {method}, seed {seed}".format(**record), refresh=False)
-            bar.update()
+        with tqdm(total=len(planned), initial=len(finished), unit="run") as bar:
+            for record in run_all(settings, planned, finished):
+                runs.append_record(settings.out, record)
+                records.append(record)
+                bar.set_postfix_str("{model} {method}, seed {seed}".format(**record), refresh=False)
+                bar.update()
 
-    return report(settings, records, latencies(settings, planned))
+        return report(settings, records, latencies(settings, planned))
 
 
 def resolve(config: Config) -> Config:
@@ -279,11 +290,15 @@ def run_of(record: runs.Record) -> Run:
 
 def run_all(settings: Config, planned: list[Run], finished: set[Run]) -> Iterator[runs.Record]:
     """Train what is not ``finished``, and yield a record for each training run."""
-    missing = [run for run in planned if run not in finished]
+    missing = [
+        run for run in planned if run not in finished or not checkpoint(settings, run).exists()
+    ]
     for model, of_model in itertools.groupby(missing, lambda run: run.model):
         task, compile_ = load(settings, model), loop.compiler()
         for seed, of_seed in itertools.groupby(of_model, lambda run: run.seed):
-            yield from run_seed(settings, task, list(of_seed), seed, compile_)
+            for run, record in run_seed(settings, task, list(of_seed), seed, compile_):
+                if run not in finished:  # or only its network was missing
+                    yield record
 
 
 def load(settings: Config, model: str) -> Task:
@@ -319,7 +334,7 @@ def text_task(model: nn.Module, name: str, data_path: Path | None, **settings: A
 
 def run_seed(
     settings: Config, task: Task, missing: list[Run], seed: int, compile_: loop.Compile
-) -> Iterator[runs.Record]:
+) -> Iterator[tuple[Run, runs.Record]]:
     """Train a network or load it, then prune and fine-tune it in all ways that are ``missing``."""
     init_key, order_key, prune_key = jax.random.split(jax.random.key(seed), 3)
     order = training.batch_order(
@@ -343,7 +358,7 @@ def run_seed(
             settings, task, run, trained, order=after, key=prune_key, compile_=compile_
         )
         runs.save_network(checkpoint(settings, run), outcome.variables, outcome.cut)
-        yield {**run._asdict(), **measure(task, outcome, compile_)}
+        yield run, {**run._asdict(), **measure(task, outcome, compile_)}
 
 
 def trained_path(settings: Config, model: str, seed: int) -> Path:
@@ -521,4 +536,5 @@ def _cells(row: runs.Record) -> list[str]:
 
 
 if __name__ == "__main__":
+    programs.keep()
     main(tyro.cli(Config))

@@ -13,6 +13,8 @@ from benchmarks import (
     checkpoint,
     events,
     scale,
+    parallel_seeds,
+    restart,
     selection,
     step_overhead,
     structure,
@@ -85,6 +87,30 @@ def test_training_speed_compares_or_says_that_torch_is_missing(tmp_path, capsys)
         assert "Skipped: there is no PyTorch" in capsys.readouterr().out
     else:
         assert set(result["time_over_ours"]) == set(json.loads(out.read_text())["time_over_ours"])
+
+
+@pytest.mark.slow
+def test_parallel_seeds_compares_seeds_side_by_side_with_seeds_alone(tmp_path):
+    out = tmp_path / "parallel_seeds.json"
+    config = parallel_seeds.Config(
+        networks=("digits",), seeds=(1, 3), steps=16, turns=2, examples=100, batch_size=8, out=out
+    )
+    parallel_seeds.main(config)
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["method"] for case in cases] == ["dense", "gradual"]
+    for case in cases:
+        assert set(case["over_alone"]) == {"1", "3"}
+        assert case["milliseconds_per_step_and_seed"].keys() == {"alone", "1", "3"}
+
+
+@pytest.mark.slow
+def test_restart_kills_an_experiment_and_waits_for_a_new_record(tmp_path):
+    out = tmp_path / "restart.json"
+    config = restart.Config(("compare_methods",), sizes=("toy",), turns=1, out=out)
+    restart.main(config)
+    (case,) = json.loads(out.read_text())["cases"]
+    assert list(case["seconds"]) == ["first start", "programs kept", "without"]
+    assert case["seconds"]["programs kept"]["cpu"] < case["seconds"]["first start"]["cpu"]
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Tests of experiments/compare_methods.py, what it shares, and the notebook over its results."""
 
 import dataclasses
-import json
+import signal
 from pathlib import Path
 from typing import get_args
 
@@ -16,6 +16,7 @@ from experiments import compare_methods
 from experiments.common import comparison, costs, data, figures, runs
 from experiments.common.models import MLP, LeNet5, PatchConv
 from experiments.compare_methods import METHODS, Config, main, resolve
+from tests import crash
 
 ROOT = Path(compare_methods.__file__).parents[1]
 TOY = Config(methods=("one_shot", "rigl"), sparsities=(0.8, 0.95), seeds=2, steps=20)
@@ -122,7 +123,7 @@ def test_fit_seeds_gives_the_same_either_way(tiny):
         runs_ = [
             dict(
                 compare_methods.fit_seeds(
-                    seeds, missing, together=together, dataset=dataset, **settings
+                    dict(enumerate(seeds)), missing, together=together, dataset=dataset, **settings
                 )
             )
             for together in (True, False)
@@ -196,32 +197,25 @@ def test_the_answer_is_written_and_printed(toy, capsys, monkeypatch):
     assert "mask is fixed" not in answer  # nobody ran who could say
 
 
-class Killed(BaseException):
-    """What a test raises where a process would die."""
+@pytest.mark.parametrize("parallel", ["on", pytest.param("off", marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(
+    tmp_path, monkeypatch, parallel
+):
+    config = dataclasses.replace(TOY, methods=("one_shot",), sparsities=(0.8,), steps=16)
+    config = dataclasses.replace(config, parallel_seeds=parallel, out=tmp_path)
+    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=5, at_least=35)
 
 
-@pytest.mark.parametrize(("before", "torn"), [(0, False), (1, True), (5, True), (9, False)])
-def test_a_killed_run_goes_on_to_the_same_numbers(toy, tmp_path, monkeypatch, before, torn):
-    append, config = runs.append_record, dataclasses.replace(TOY, out=tmp_path)
-    appended = []
-    monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes longest here
-
-    def append_until_killed(folder, record):
-        if len(appended) == before:
-            if torn:
-                with open(folder / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(record)[:40])
-            raise Killed
-        appended.append(record)
-        append(folder, record)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runs, "append_record", append_until_killed)
-        main(config)
-    assert len(runs.read_records(tmp_path)) == before
-    main(config)
-    for name in ("config.json", "metrics.jsonl", "summary.json", "answer.md"):
-        assert (tmp_path / name).read_bytes() == (toy / name).read_bytes(), name
+@pytest.mark.slow
+def test_a_process_killed_at_random_goes_on_to_the_same_bytes(tmp_path):
+    options = ["--methods", "one_shot", "rigl", "--sparsities", "0.5", "0.7", "0.8", "0.9", "0.95"]
+    arguments = [*options, "--seeds", "2", "--steps", "20", "--out"]
+    delays = np.random.default_rng(0).uniform(0, 2.0, 40).tolist()
+    for name, kills in (("killed", delays), ("whole", [])):
+        lines = [[*arguments, str(tmp_path / name)]]
+        codes, _ = crash.run_processes("compare_methods", lines, kills, timeout=1200)
+        assert codes.count([-signal.SIGKILL]) >= 20 * len(kills) // 40 and codes[-1] == [0]
+    assert crash.contents(tmp_path / "killed") == crash.contents(tmp_path / "whole")
 
 
 def test_another_config_is_refused(toy):

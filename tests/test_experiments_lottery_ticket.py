@@ -1,11 +1,7 @@
 """Tests of experiments/lottery_ticket.py and of the notebook that reads its results."""
 
 import dataclasses
-import json
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import jax
@@ -14,13 +10,22 @@ import pytest
 
 import jaxprune as jp
 from experiments import lottery_ticket
-from experiments.common import results, runs
+from experiments.common import parallel, results, runs
 from experiments.common.models import MLP
 from experiments.lottery_ticket import CONTROLS, Config, main, resolve
+from tests import crash
 
 ROOT = Path(lottery_ticket.__file__).parents[1]
 TOY = Config(levels=2, steps=20, seeds=2, eval_every=5)
 SIZES = {"hidden_0/kernel": 6400, "hidden_1/kernel": 5000, "out/kernel": 500}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiler():
+    """Compiling takes longer than running what is compiled here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
@@ -29,19 +34,6 @@ def toy(tmp_path_factory):
     folder = tmp_path_factory.mktemp("toy")
     main(dataclasses.replace(TOY, out=folder))
     return folder
-
-
-def assert_same_run(folder, other):
-    """Metrics and summary agree byte for byte, saved arrays bit for bit."""
-    for name in ("config.json", "metrics.jsonl", "summary.json"):
-        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
-    saved = sorted(path.relative_to(folder) for path in folder.glob("seed_*/*.npz"))
-    assert saved == sorted(path.relative_to(other) for path in other.glob("seed_*/*.npz"))
-    for path in saved:
-        with np.load(folder / path) as a, np.load(other / path) as b:
-            assert a.files == b.files
-            for name in a.files:
-                np.testing.assert_array_equal(a[name], b[name], err_msg=f"{path} {name}")
 
 
 def test_a_run_leaves_its_files(toy):
@@ -148,47 +140,110 @@ def test_random_keeps_the_weights_and_the_count_of_the_network(ticket, key):
         )
 
 
-class Killed(BaseException):
-    """What a test raises where a process would die."""
+def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    config = Config(levels=1, steps=10, seeds=1, eval_every=5, controls=("reinit",), out=tmp_path)
+    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=8, at_least=45)
 
 
-@pytest.mark.parametrize(
-    ("before", "torn"), [(0, False), (1, True), (2, False), (5, True), (9, False), (17, True)]
-)
-def test_a_killed_run_goes_on_to_the_same_numbers(toy, tmp_path, monkeypatch, before, torn):
-    append, config = runs.append_record, dataclasses.replace(TOY, out=tmp_path)
-    appended = []
-
-    def append_until_killed(folder, record):
-        if len(appended) == before:
-            if torn:
-                with open(folder / "metrics.jsonl", "a") as file:
-                    file.write(json.dumps(record)[:40])
-            raise Killed
-        appended.append(record)
-        append(folder, record)
-
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(runs, "append_record", append_until_killed)
-        main(config)
-    assert len(runs.read_records(tmp_path)) == before
-    main(config)
-    assert_same_run(tmp_path, toy)
+def test_a_process_killed_three_times_goes_on_to_the_same_bytes(toy, tmp_path):
+    kills = [{"write": n} for n in (5, 9, 16)]
+    codes, _ = crash.run_processes("lottery_ticket", [[*OPTIONS, str(tmp_path / "run")]], kills)
+    assert codes == [[-signal.SIGKILL]] * 3 + [[0]]
+    assert crash.contents(tmp_path / "run") == crash.contents(toy)
 
 
 @pytest.mark.slow
-def test_a_run_that_was_killed_for_real_goes_on_to_the_same_numbers(toy, tmp_path):
-    options = ["--levels", "2", "--steps", "20", "--seeds", "2", "--eval-every", "5"]
-    command = [sys.executable, "-m", "experiments.lottery_ticket", *options, "--out", str(tmp_path)]
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 60
-    while len(runs.read_records(tmp_path)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
-    assert 3 <= len(runs.read_records(tmp_path)) < 18
+def test_a_process_killed_at_random_goes_on_to_the_same_bytes(toy, tmp_path):
+    delays = np.random.default_rng(0).uniform(0, 1.5, 40).tolist()
+    arguments = [[*OPTIONS, str(tmp_path / "run")]]
+    codes, _ = crash.run_processes("lottery_ticket", arguments, delays, timeout=1200)
+    assert codes.count([-signal.SIGKILL]) >= 20 and codes[-1] == [0]
+    assert crash.contents(tmp_path / "run") == crash.contents(toy)
+
+
+OPTIONS = ["--levels", "2", "--steps", "20", "--seeds", "2", "--eval-every", "5", "--out"]
+
+
+def test_seeds_side_by_side_killed_at_any_file_operation_go_on_to_the_same_bytes(
+    tmp_path, monkeypatch
+):
+    config = Config(levels=1, steps=10, seeds=2, eval_every=5, controls=("reinit",), out=tmp_path)
+    config = dataclasses.replace(config, parallel_seeds="on")
+    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=11, at_least=70, every=2)
+
+
+@pytest.mark.slow
+def test_a_rewound_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(
+    tmp_path, monkeypatch
+):
+    config = dataclasses.replace(TOY, rewind_step=10, out=tmp_path)
+    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=13, at_least=100)
+
+
+def test_seeds_side_by_side_have_the_records_of_seeds_alone(toy, tmp_path):
+    # Two seeds on two devices of eight.
+    main(dataclasses.replace(TOY, parallel_seeds="on", out=tmp_path))
+    records, alone = runs.read_records(tmp_path), runs.read_records(toy)
+    assert [(r["level"], r["seed"]) for r in records[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    assert sorted(records, key=lottery_ticket.run_of) == sorted(alone, key=lottery_ticket.run_of)
+    assert (tmp_path / "summary.json").read_bytes() == (toy / "summary.json").read_bytes()
+    for seed in range(2):
+        folder = f"seed_{seed}"
+        assert crash.contents(tmp_path / folder) == crash.contents(toy / folder)
+
+
+def test_seeds_side_by_side_on_one_device_differ_by_rounding(toy, tmp_path, monkeypatch):
+    one = jax.local_devices()[:1]
+    monkeypatch.setattr(jax, "local_devices", lambda: one)
+    jax.clear_caches()
+    main(dataclasses.replace(TOY, parallel_seeds="on", levels=1, controls=(), out=tmp_path))
+    jax.clear_caches()
+    for seed in range(2):
+        for level in range(2):
+            masks, trained = map(paths, runs.load_level(tmp_path, seed, level))
+            masks_alone, trained_alone = map(paths, runs.load_level(toy, seed, level))
+            for path, mask in masks.items():
+                np.testing.assert_array_equal(mask, masks_alone[path])
+            for path, weights in trained.items():
+                np.testing.assert_allclose(weights, trained_alone[path], atol=1e-5)
+
+
+def test_one_program_trains_all_levels_and_conditions_of_all_seeds(tmp_path, monkeypatch):
+    traced, side_by_side = [], parallel.side_by_side
+    monkeypatch.setattr(
+        parallel, "side_by_side", lambda *args: traced.append(1) or side_by_side(*args)
+    )
+    config = dataclasses.replace(TOY, parallel_seeds="on", batch_size=30, out=tmp_path)
+    main(config)
+    (tmp_path / "metrics.jsonl").write_text("")
+    main(config)
+    assert len(traced) == 1
+
+
+def test_seeds_train_side_by_side_where_that_is_faster(monkeypatch):
+    assert not lottery_ticket.together(TOY)
+    assert lottery_ticket.together(dataclasses.replace(TOY, parallel_seeds="on"))
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert lottery_ticket.together(TOY)
+    assert not lottery_ticket.together(dataclasses.replace(TOY, parallel_seeds="off"))
+
+
+def test_levels_that_are_missing_are_computed_again(toy, tmp_path):
+    crash.restore(crash.contents(toy), tmp_path)
+    for seed, level in ((0, 1), (1, 2)):
+        (tmp_path / f"seed_{seed}" / f"level_0{level}.npz").unlink()
+    text = (toy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "metrics.jsonl").write_text("".join(text[:-1]))
+    (tmp_path / "seed_0" / "level_00.npz").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"level_00\.npz' is damaged: .*Delete it, and the same"):
+        runs.load_level(tmp_path, 0, 0)
+    (tmp_path / "seed_0" / "level_00.npz").unlink()
     main(dataclasses.replace(TOY, out=tmp_path))
-    assert_same_run(tmp_path, toy)
+    # Seed 0 has all of its records, so nobody asked for its levels.
+    for seed, level in ((0, 0), (0, 1), (1, 2)):
+        assert runs.has_level(tmp_path, seed, level) == (seed == 1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == (toy / "metrics.jsonl").read_bytes()
+    assert crash.contents(tmp_path / "seed_1") == crash.contents(toy / "seed_1")
 
 
 def test_a_finished_run_only_prints_and_draws_again(toy, capsys, monkeypatch):
@@ -253,6 +308,7 @@ def test_mnist_comes_from_the_data_path(tmp_path):
         ({"rate": float("nan")}, "`rate=nan` must lie between 0 and 1"),
         ({"output_rate": 0.0}, "`output_rate=0.0` must lie between 0 and 1"),
         ({"steps": 0}, "`steps=0` must be positive"),
+        ({"parallel_seeds": "maybe"}, "`parallel_seeds='maybe'` must be auto, on or off"),
         ({"seeds": 0}, "`seeds=0` must be positive"),
         ({"batch_size": -5}, "`batch_size=-5` must be positive"),
         ({"learning_rate": 0.0}, "`learning_rate=0.0` must be positive"),

@@ -56,13 +56,45 @@ def test_reading_records_changes_nothing(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"level": 0}\n{"lev'
 
 
+def test_a_line_that_is_no_text_is_torn(tmp_path):
+    runs.open_run(tmp_path, {})
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"level": 0}\n\xff\x00\x00\n')
+    assert runs.open_run(tmp_path, {}) == [{"level": 0}]
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"level": 0}\n'
+
+
+@pytest.mark.parametrize("read", [runs.read_config, lambda folder: runs.open_run(folder, {})])
+def test_a_damaged_config_is_named(tmp_path, read):
+    (tmp_path / "config.json").write_text('{"steps": 3, "ra')
+    with pytest.raises(ValueError, match=r"config\.json' is damaged: .*Put back what was there"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 20, 300])
+def test_damaged_arrays_are_named(tmp_path, size):
+    runs.save_start(tmp_path, 1, {"out": {"kernel": np.random.rand(10, 10)}})
+    path = tmp_path / "seed_1" / "start.npz"
+    path.write_bytes(path.read_bytes()[:size])
+    with pytest.raises(ValueError, match=r"start\.npz' is damaged: .*Delete it, and the same"):
+        runs.load_start(tmp_path, 1)
+
+
+def test_arrays_are_the_same_bytes_whenever_they_are_saved(tmp_path, monkeypatch):
+    files = []
+    for year in (2001, 2026):
+        monkeypatch.setattr("time.time", lambda year=year: (year - 1970) * 3.15e7)
+        runs.save_start(tmp_path, 0, {"out": {"kernel": np.eye(3)}})
+        files.append((tmp_path / "seed_0" / "start.npz").read_bytes())
+    assert files[0] == files[1]
+
+
 def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     runs.write(tmp_path / "summary.json", "old")
 
     def killed(source, target):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(runs.os, "replace", killed)
+    monkeypatch.setattr(runs.files.os, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
         runs.write(tmp_path / "summary.json", "new")
     assert (tmp_path / "summary.json").read_text() == "old"

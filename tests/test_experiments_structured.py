@@ -1,7 +1,7 @@
 """Tests of experiments/structured.py, what it shares, and the notebook over its results."""
 
 import dataclasses
-import shutil
+import signal
 from pathlib import Path
 
 import flax.linen as nn
@@ -15,6 +15,7 @@ from experiments import structured
 from experiments.common import data, figures, latency, loop, runs, tradeoff
 from experiments.common.models import Transformer
 from experiments.structured import Config, Run, main, resolve
+from tests import crash
 
 ROOT = Path(structured.__file__).parents[1]
 TOY = Config(
@@ -45,19 +46,24 @@ class Tiny(nn.Module):
         return nn.Dense(10, name="out")(stream)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick():
-    """A tiny network and data in place of the CNN's, less optimised, its latency not measured."""
+def stand_in(monkeypatch):
+    """Put a tiny network and data in place of the CNN's, and times in place of clocks."""
     rng = np.random.default_rng(0)
     images, labels = rng.normal(size=(90, 16)).astype(np.float32), rng.integers(0, 10, 90)
     split = data.Split(images, labels.astype(np.int32))
     times = {"latency_ms": 1.0, "dense_ms": 2.0}
     times["latency_ratio"] = {"median": 0.5, "low": 0.4, "high": 0.6}
+    monkeypatch.setitem(structured.MODELS, "digits", Tiny())
+    monkeypatch.setattr(data, "load_digits", lambda: data.Dataset(split, split, split))
+    monkeypatch.setattr(latency, "compare", lambda small, dense, turns: times)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick():
+    """Small and less optimised: compiling takes longer than running what is compiled here."""
     jax.config.update("jax_disable_most_optimizations", True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(structured.MODELS, "digits", Tiny())
-        patch.setattr(data, "load_digits", lambda: data.Dataset(split, split, split))
-        patch.setattr(latency, "compare", lambda small, dense, turns: times)
+        stand_in(patch)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
 
@@ -165,22 +171,19 @@ def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):
         assert word in printed and word in answer
 
 
-def test_a_killed_run_goes_on_to_the_same_numbers(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "png", lambda figure: b"")  # drawing takes longest here
-    cut_short(toy, tmp_path, lines=1)
+@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, monkeypatch, every):
+    programs = loop.compiler()
+    monkeypatch.setattr(loop, "compiler", lambda: programs)
+    config = dataclasses.replace(TOY, steps=2, out=tmp_path)
+    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=9, at_least=45, every=every)
+
+
+def test_a_network_that_is_missing_is_computed_again(toy, tmp_path):
+    crash.restore(crash.contents(toy), tmp_path)
     (tmp_path / "cnn" / "seed_0" / "iterative_channels_0.5_layers_0.npz").unlink()
     main(dataclasses.replace(TOY, out=tmp_path))
-    assert_same_files(toy, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("lines", [0, 3, 6])
-def test_a_run_killed_early_goes_on_to_the_same_numbers(whole, tmp_path, lines):
-    cut_short(whole, tmp_path, lines=lines)
-    if lines == 0:
-        shutil.rmtree(tmp_path / "cnn")
-    main(dataclasses.replace(WHOLE, out=tmp_path))
-    assert_same_files(whole, tmp_path)
+    assert crash.contents(tmp_path) == crash.contents(toy)
 
 
 @pytest.mark.slow
@@ -200,18 +203,17 @@ def test_a_transformer_loses_heads_and_layers(tmp_path, monkeypatch):
         assert sizes[0] - size in (2 * attention, attention + forward, 2 * forward)
 
 
-def cut_short(finished, folder, *, lines):
-    """Copy a run as whoever kills it in the middle of a line leaves it."""
-    shutil.copytree(finished, folder, dirs_exist_ok=True)
-    for name in ("summary.json", "tradeoff.png", "answer.md", "latency.json"):
-        (folder / name).unlink()
-    text = (finished / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (folder / "metrics.jsonl").write_text("".join(text[:lines]) + text[lines][:40])
-
-
-def assert_same_files(folder, other):
-    for name in ("config.json", "metrics.jsonl", "latency.json", "summary.json", "answer.md"):
-        assert (folder / name).read_bytes() == (other / name).read_bytes(), name
+@pytest.mark.slow
+def test_a_process_killed_at_random_goes_on_to_the_same_bytes(tmp_path):
+    arguments = ["--models", "cnn", "--channels", "0.25", "0.5", "0.75", "--layers", "0.5"]
+    arguments += ["--rounds", "2", "--seeds", "2", "--steps", "20", "--fine-tune-steps", "8"]
+    arguments += ["--batch-size", "16", "--out"]
+    delays = np.random.default_rng(0).uniform(0, 3.0, 40).tolist()
+    for name, kills in (("killed", delays), ("whole", [])):
+        lines = [[*arguments, str(tmp_path / name)]]
+        codes, _ = crash.run_processes("structured", lines, kills, timeout=1200)
+        assert codes.count([-signal.SIGKILL]) >= 20 * len(kills) // 40 and codes[-1] == [0]
+    assert crash.contents(tmp_path / "killed") == crash.contents(tmp_path / "whole")
 
 
 def test_another_config_is_refused(toy):

@@ -1,6 +1,7 @@
 """Figures of the experiments; each function draws on axes or makes one figure."""
 
 import io
+from collections.abc import Callable
 
 import numpy as np
 from matplotlib import colormaps
@@ -8,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from experiments.common import comparison, results, tradeoff
+from experiments.common import comparison, deployment, results, tradeoff
 from experiments.common.runs import Record
 
 # Okabe and Ito's colours, which all eyes can tell apart.
@@ -30,6 +31,20 @@ STYLES = {
     "snip": ("#D55E00", "o"),
     "grasp": ("#009E73", "^"),
     "synflow": ("#0072B2", "s"),
+}
+# Stages on the way to a device; files in int8 are squares of the colour of their float file.
+STAGES = {
+    "dense": ("0.35", "o"),
+    "quantized": ("0.35", "s"),
+    "pruned_one_shot": ("#56B4E9", "v"),
+    "pruned_iterative": ("#56B4E9", "^"),
+    "pruned": ("#0072B2", "o"),
+    "pruned_distilled": ("#D55E00", "o"),
+    "pruned_distilled_quantized": ("#D55E00", "s"),
+    "thin_from_scratch": ("#000000", "x"),
+    "distilled": ("#009E73", "D"),
+    "searched": ("#CC79A7", "o"),
+    "searched_quantized": ("#CC79A7", "s"),
 }
 
 SHARES = (1, 2, 5, 10, 20, 30, 50, 75, 100)  # ticks of an axis in percent of dense
@@ -218,6 +233,65 @@ def draw_latency(axes: Axes, rows: list[Record], model: str) -> None:
     ticks = [tick for tick in SHARES if tick >= min(shares) / 1.3]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.yaxis.set_minor_locator(NullLocator())
+    _plain(axes)
+
+
+def pareto_figure(rows: list[Record], *, tolerance: float) -> Figure:
+    """Draw test accuracy against latency at batch 1, and against the size of the file.
+
+    Args:
+      rows: of the stages.
+      tolerance: points below the dense network at which a line is drawn.
+    """
+    figure = Figure(figsize=(10.5, 5.4), layout="constrained")
+    time, size = figure.subplots(1, 2, sharey=True)
+    draw_pareto(time, rows, lambda row: row["latency_ms"]["1"], tolerance=tolerance)
+    draw_pareto(size, rows, lambda row: row["bytes"] / 1e3, tolerance=tolerance)
+    time.set_ylabel("test accuracy [%]")
+    time.set_xlabel("latency at batch 1 [ms], one thread")
+    size.set_xlabel("file [kB]")
+    handles, labels = size.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def draw_pareto(
+    axes: Axes, rows: list[Record], cost: Callable[[Record], float], *, tolerance: float
+) -> None:
+    """Draw accuracy with its spread against a cost, and a line through what nothing beats."""
+    best = deployment.front(rows, cost)
+    axes.step(
+        [cost(row) for row in best],
+        [100 * row["accuracy"]["mean"] for row in best],
+        where="post",
+        color="0.8",
+        linewidth=3,
+        zorder=1,
+        label="nothing cheaper is as accurate",
+    )
+    limit = 100 * deployment.row_of(rows, "dense")["accuracy"]["mean"] - tolerance
+    label = f"dense less {tolerance:g} points"
+    axes.axhline(limit, color="0.35", linestyle=":", linewidth=1, zorder=1, label=label)
+    for row in rows:
+        colour, marker = STAGES[row["stage"]]
+        axes.errorbar(
+            cost(row),
+            100 * row["accuracy"]["mean"],
+            yerr=100 * row["accuracy"]["std"],
+            fmt=marker,
+            color=colour,
+            markersize=7,
+            elinewidth=1,
+            capsize=2,
+            label=row["stage"],
+        )
+    axes.set_xscale("log")
+    costs = [cost(row) for row in rows]
+    low, high = min(costs) / 1.3, max(costs) * 1.3
+    ticks = [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(low, high)
     _plain(axes)
 
 

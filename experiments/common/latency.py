@@ -29,16 +29,20 @@ def compare(small: Callable[[], Any], dense: Callable[[], Any], *, turns: int) -
       ``latency_ms`` of a call of the small network and ``dense_ms`` of the dense one, both medians,
       and ``latency_ratio``: the median ratio of the turns with its 95 % interval.
     """
-    calls = {"small": small, "dense": dense}
-    each = {name: math.ceil(BLOCK / _seconds(run)) for name, run in calls.items()}
-    blocks = {name: functools.partial(_repeat, run, each[name]) for name, run in calls.items()}
-    seconds = interleave(blocks, dict.fromkeys(blocks, turns))
-    per_call = {name: np.array(taken) / each[name] for name, taken in seconds.items()}
+    per_call = in_turns({"small": small, "dense": dense}, turns=turns)
     return {
         "latency_ms": 1e3 * float(np.median(per_call["small"])),
         "dense_ms": 1e3 * float(np.median(per_call["dense"])),
         "latency_ratio": paired_ratio(per_call["small"], per_call["dense"], seed=0),
     }
+
+
+def in_turns(calls: dict[str, Callable[[], Any]], *, turns: int) -> dict[str, np.ndarray]:
+    """Time blocks of calls in turns; seconds of a call `[turns]`, by name."""
+    each = {name: math.ceil(BLOCK / _seconds(run)) for name, run in calls.items()}
+    blocks = {name: functools.partial(_repeat, run, each[name]) for name, run in calls.items()}
+    seconds = interleave(blocks, dict.fromkeys(blocks, turns))
+    return {name: np.array(taken) / each[name] for name, taken in seconds.items()}
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -12,15 +12,19 @@ import jaxprune as jp
 
 Learn = Callable[[Any, Any], tuple[jax.Array, Any]]  # to logits, and statistics that moved
 Infer = Callable[[Any, Any], jax.Array]  # to logits
+Loss = Callable[[jax.Array, Any], jax.Array]  # of logits and targets; the mean over a batch
 Compile = Callable[..., Callable[..., Any]]  # a function for the shapes of its arguments
 TESTED_AT_ONCE = 1000
 
 
 class Batch(NamedTuple):
-    """Examples: ``inputs`` of a network, and the class that each of its outputs should give."""
+    """Examples: ``inputs`` of a network, and the class that each of its outputs should give.
+
+    Where another loss than that of the classes is trained on, ``targets`` are what it takes.
+    """
 
     inputs: np.ndarray
-    targets: np.ndarray
+    targets: Any
 
 
 def compiler() -> Compile:
@@ -55,6 +59,11 @@ def optimizer(rate: Any, *, held: bool = False) -> optax.GradientTransformationE
     return jp.hold(tx) if held else tx
 
 
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+    """The mean loss of classes."""
+    return _losses(logits, targets).mean()
+
+
 def train(
     learn: Learn,
     variables: Any,
@@ -62,6 +71,7 @@ def train(
     steps: Iterable[tuple[Batch, np.ndarray]],
     compile_: Compile,
     *,
+    loss: Loss = cross_entropy,
     held: bool = False,
 ) -> tuple[Any, Any]:
     """Take a step for each batch and learning rate.
@@ -74,6 +84,7 @@ def train(
       state: of the optimizer.
       steps: batches of one size, and their learning rates.
       compile_: what ``compiler`` made.
+      loss: of logits and targets.
       held: whether the optimizer holds masks.
 
     Returns:
@@ -82,7 +93,7 @@ def train(
     take = None
     for batch, rate in steps:
         if take is None:
-            step = functools.partial(_step, learn, held=held)
+            step = functools.partial(_step, learn, loss=loss, held=held)
             take = compile_(step, variables, state, batch, rate)
         variables, state = take(variables, state, batch, rate)
     return variables, state
@@ -109,21 +120,37 @@ def evaluate(infer: Infer, variables: Any, test: Batch, compile_: Compile) -> di
     return {"accuracy": hits / test.targets.size, "loss": losses / test.targets.size}
 
 
+def predict(infer: Infer, variables: Any, inputs: np.ndarray, compile_: Compile) -> np.ndarray:
+    """Give the logits of all inputs, `[n, classes]`."""
+    parts = np.array_split(inputs, -(-len(inputs) // TESTED_AT_ONCE))
+    asks = {len(part): compile_(infer, variables, part) for part in (parts[0], parts[-1])}
+    return np.concatenate([asks[len(part)](variables, part) for part in parts])
+
+
 def _step(
-    learn: Learn, variables: Any, state: Any, batch: Batch, rate: jax.Array, *, held: bool
+    learn: Learn,
+    variables: Any,
+    state: Any,
+    batch: Batch,
+    rate: jax.Array,
+    *,
+    loss: Loss,
+    held: bool,
 ) -> tuple[Any, Any]:
-    grads, moved = _gradient(learn, variables, batch)
+    grads, moved = _gradient(learn, variables, batch, loss=loss)
     updates, state = optimizer(rate, held=held).update(grads, state, variables["params"])
     params = optax.apply_updates(variables["params"], updates)
     return {**variables, **moved, "params": params}, state
 
 
-def _gradient(learn: Learn, variables: Any, batch: Batch) -> tuple[Any, Any]:
-    def loss(params: Any) -> tuple[jax.Array, Any]:
+def _gradient(
+    learn: Learn, variables: Any, batch: Batch, *, loss: Loss = cross_entropy
+) -> tuple[Any, Any]:
+    def of_params(params: Any) -> tuple[jax.Array, Any]:
         logits, moved = learn({**variables, "params": params}, batch.inputs)
-        return _losses(logits, batch.targets).mean(), moved
+        return loss(logits, batch.targets), moved
 
-    return jax.grad(loss, has_aux=True)(variables["params"])
+    return jax.grad(of_params, has_aux=True)(variables["params"])
 
 
 def _test(infer: Infer, variables: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:

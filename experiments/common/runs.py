@@ -2,23 +2,19 @@
 
 import io
 import json
-import os
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from experiments.common import files
+from experiments.common.files import write
+
 Record = dict[str, Any]
 Cut = dict[str, dict[int, list[int]]]  # path: axis: indices that stay
-
-
-def write(path: Path, content: bytes | str) -> None:
-    """Write a file in one stroke: whoever is killed on the way leaves the old one, or none."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")
-    draft.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(draft, path)
 
 
 def open_run(folder: Path, config: Record) -> list[Record]:
@@ -32,11 +28,12 @@ def open_run(folder: Path, config: Record) -> list[Record]:
       The records that are finished already.
 
     Raises:
-      ValueError: the folder holds a run of other settings.
+      ValueError: the folder holds a run of other settings, or a damaged one.
+      OSError: nothing can be written there.
     """
     path, metrics = folder / "config.json", folder / "metrics.jsonl"
     if path.exists():
-        _refuse_another_config(folder, json.loads(path.read_text()), json.loads(json.dumps(config)))
+        _refuse_another_config(folder, read_config(folder), json.loads(json.dumps(config)))
     elif metrics.exists():
         raise ValueError(
             f"`out={str(folder)!r}` holds a metrics.jsonl but no config.json, so nobody can tell "
@@ -44,48 +41,56 @@ def open_run(folder: Path, config: Record) -> list[Record]:
         )
     else:
         write(path, json.dumps(config, indent=2) + "\n")
+    files.cut(metrics, _scan(metrics)[1])  # without the torn line, if there was one
     records = read_records(folder)
-    write(metrics, "".join(map(_line, records)))  # without the torn line, if there was one
+    if _parts(folder):
+        settle(folder, records)
     return records
 
 
-def append_record(folder: Path, record: Record) -> None:
-    """Add a line to ``metrics.jsonl``."""
-    with open(folder / "metrics.jsonl", "a") as file:
-        file.write(_line(record))
+def append_record(folder: Path, record: Record, part: str = "") -> None:
+    """Add a line to ``metrics.jsonl``, or to a process's part of it.
+
+    Raises:
+      OSError: it cannot be written; the lines before it are still there.
+    """
+    files.append(folder / f"metrics{part}.jsonl", _line(record))
+
+
+def settle(folder: Path, records: list[Record]) -> None:
+    """Make ``records`` all of ``metrics.jsonl``; parts of it are done with.
+
+    Raises:
+      OSError: it cannot be written; it and its parts are as they were.
+    """
+    lines, path = "".join(map(_line, records)), folder / "metrics.jsonl"
+    if path.read_text() != lines:
+        write(path, lines)
+    for part in _parts(folder):
+        part.unlink()
 
 
 def read_config(folder: Path) -> Record:
     """Read the settings of the run in ``folder``."""
-    return json.loads(_existing(folder, "config.json").read_text())
+    return _read_json(folder, "config.json")
 
 
 def read_summary(folder: Path) -> Record:
     """Read the summary of the run in ``folder``, which is there once it has finished."""
-    return json.loads(_existing(folder, "summary.json").read_text())
+    return _read_json(folder, "summary.json")
 
 
 def read_records(folder: Path) -> list[Record]:
-    """Read ``metrics.jsonl``; a last line that was cut short counts as never written.
+    """Read ``metrics.jsonl`` and what several processes have not yet put into it.
+
+    A last line that was cut short counts as never written.
 
     Raises:
       ValueError: a line before the last cannot be read.
     """
-    path = folder / "metrics.jsonl"
-    lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
-    records = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            if not line.endswith("\n"):
-                break
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise ValueError(
-                f"Line {number} of {str(path)!r} is not JSON: {line.strip()[:60]!r}. Only the last "
-                f"line may be cut short. Delete that line; its result is then computed again."
-            ) from error
+    records = _scan(folder / "metrics.jsonl")[0]
+    for part in _parts(folder):  # a kill may have left what is in both
+        records += [record for record in _scan(part)[0] if record not in records]
     return records
 
 
@@ -93,6 +98,11 @@ def save_level(folder: Path, seed: int, level: int, masks: Any, trained: Any) ->
     """Save the masks of a level, a bit a weight, and the weights trained under them."""
     masks = {path: np.packbits(mask) for path, mask in _arrays(masks).items()}
     _save(_level(folder, seed, level), masks=masks, trained=_arrays(trained))
+
+
+def has_level(folder: Path, seed: int, level: int) -> bool:
+    """Tell whether a level has been saved; what is there is whole."""
+    return _level(folder, seed, level).exists()
 
 
 def load_level(folder: Path, seed: int, level: int) -> tuple[Any, Any]:
@@ -136,6 +146,10 @@ def load_network(path: Path) -> tuple[Any, Cut]:
     return unflatten_dict(saved["variables"], sep="/"), cut
 
 
+def _parts(folder: Path) -> list[Path]:
+    return sorted(folder.glob("metrics.p*of*.jsonl"))
+
+
 def _start(folder: Path, seed: int) -> Path:
     return folder / f"seed_{seed}" / "start.npz"
 
@@ -162,12 +176,53 @@ def _save(path: Path, **groups: dict[str, np.ndarray]) -> None:
 
 
 def _load(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    groups = {}
-    with np.load(_existing(path.parent, path.name)) as file:
-        for name in file:
-            group, _, rest = name.partition("/")
-            groups.setdefault(group, {})[rest] = file[name]
+    groups: dict[str, dict[str, np.ndarray]] = {}
+    try:
+        with open(_existing(path.parent, path.name), "rb") as file, np.load(file) as arrays:
+            for name in arrays:
+                group, _, rest = name.partition("/")
+                groups.setdefault(group, {})[rest] = arrays[name]
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged: {error}. Delete it, and the same command computes it again."
+        ) from error
     return groups
+
+
+def _read_json(folder: Path, name: str) -> Record:
+    path = _existing(folder, name)
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(
+            f"{str(path)!r} is damaged: {error}. Put back what was there, or delete the folder and "
+            f"run the experiment again."
+        ) from error
+
+
+def _scan(path: Path) -> tuple[list[Record], int]:
+    """Read lines of JSON, and tell at which byte the last whole one ends."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    records: list[Record] = []
+    end = 0
+    for number, line in enumerate(lines, start=1):
+        try:
+            if not line.endswith(b"\n"):
+                break
+            records.append(json.loads(line.decode()))
+        except ValueError as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"Line {number} of {str(path)!r} is not JSON: {_shown(line)!r}. Only the last line "
+                f"may be cut short. Delete that line; its result is then computed again."
+            ) from error
+        end += len(line)
+    return records, end
+
+
+def _shown(line: bytes) -> str:
+    return line.decode(errors="replace").strip()[:60]
 
 
 def _existing(folder: Path, name: str) -> Path:

@@ -1,6 +1,7 @@
 """The one training loop: a whole run is one compiled scan."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxprune as jp
+from experiments.common import parallel
 from experiments.common.data import Split
 
 Params = Any
@@ -108,6 +110,31 @@ def train(
     )
     final, _, best, _, at_early = carry
     return Outcome(final=final, best=best, early=at_early, losses=losses, accuracies=accuracies)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "learning_rate"))
+def train_together(starts: Any, data: Split, validation: Split, **settings: Any) -> Outcome:
+    """Train seeds side by side: params, masks and orders, and the outcome, have a leading axis."""
+
+    def one(start: Any, data: Split, validation: Split) -> Outcome:
+        return train(*start, data, validation, **settings)
+
+    return parallel.side_by_side(one, starts, data, validation)
+
+
+def train_seeds(
+    starts: Sequence[tuple[Params, Masks, jax.Array]], *, together: bool, **settings: Any
+) -> list[Outcome]:
+    """Train seeds in one program, or one after another.
+
+    Args:
+      starts: params, masks and order of each seed.
+      together: whether in one program.
+      settings: what :func:`train` asks for beside these.
+    """
+    if together:
+        return parallel.unstack(train_together(parallel.stack(starts), **settings))
+    return [train(*start, **settings) for start in starts]
 
 
 def accuracy(params: Params, examples: Split, *, model: nn.Module) -> float:

@@ -126,7 +126,7 @@ def _quantize(
                 quant_format=quantization.QuantFormat.QDQ,
                 op_types_to_quantize=list(operators),
                 per_channel=True,
-                activation_type=quantization.QuantType.QInt8,
+                activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
                 calibrate_method=getattr(quantization.CalibrationMethod, method),
             )

@@ -12,9 +12,9 @@ pytest.importorskip("safetensors")
 from benchmarks import (
     checkpoint,
     events,
-    scale,
     parallel_seeds,
     restart,
+    scale,
     selection,
     step_overhead,
     structure,

@@ -6,9 +6,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from experiments.common import figures
 
@@ -134,3 +137,30 @@ def run_processes(experiment, arguments, kills=(), *, starts=None, timeout=300):
 def folder_of(arguments):
     """Read the run folder off the command lines of a run."""
     return arguments[0][arguments[0].index("--out") + 1]
+
+
+def command_lines(options, out, *, timeout=300, count=2):
+    """Command lines of processes that share a run on this machine."""
+    with socket.socket() as there:
+        there.bind(("127.0.0.1", 0))
+        port = there.getsockname()[1]
+    meeting = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", str(count)]
+    meeting += ["--peer-timeout", str(timeout), "--out", str(out)]
+    return [[*options, *meeting, "--process-id", str(n)] for n in range(count)]
+
+
+@contextlib.contextmanager
+def mounted(folder, options):
+    """A small file system in memory, which only root can have."""
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    if done.returncode:
+        pytest.skip(f"a file system may not be mounted here: {done.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)

@@ -1,19 +1,15 @@
 """Tests of experiments/common/files.py: locks, full disks, folders that cannot be written to."""
 
 import contextlib
-import dataclasses
 import errno
-import itertools
 import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 import pytest
 
 from experiments import compare_methods, lottery_ticket, structured
@@ -25,15 +21,6 @@ pytest.importorskip("fcntl", reason="needs the locks of a Unix system")
 
 ROOT = Path(files.__file__).parents[2]
 EXPERIMENTS = [compare_methods, lottery_ticket, structured]
-TOY = lottery_ticket.Config(levels=1, steps=10, seeds=1, eval_every=5, controls=("reinit",))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """Compiling takes longer than running what is compiled here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 def test_a_second_run_is_told_who_is_there_and_changes_nothing(tmp_path):
@@ -112,55 +99,14 @@ def test_no_experiment_trains_where_it_cannot_write(experiment, place, words, tm
     assert crash.contents(tmp_path) == {"file": b"in the way"}
 
 
-@contextlib.contextmanager
-def mounted(folder, options):
-    """A small file system in memory, which only root can have."""
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        pytest.skip("there is no mount command")
-    if done.returncode:
-        pytest.skip(f"a file system may not be mounted here: {done.stderr.strip()}")
-    try:
-        yield
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_a_read_only_disk_is_named_at_the_door(experiment, tmp_path):
     with (
-        mounted(tmp_path / "disk", "size=1m,ro"),
+        crash.mounted(tmp_path / "disk", "size=1m,ro"),
         pytest.raises(OSError, match="cannot be written to: Read-only file system") as caught,
     ):
         experiment.main(experiment.Config(out=tmp_path / "disk" / "run"))
     assert caught.value.errno == errno.EROFS
-
-
-@pytest.mark.parametrize("size", ["16k", "60k", "100k"])
-def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(size, tmp_path):
-    lottery_ticket.main(dataclasses.replace(TOY, out=tmp_path / "undisturbed"))
-    disk = tmp_path / "disk"
-    config = dataclasses.replace(TOY, out=disk / "run")
-    with mounted(disk, f"size={size}"):
-        for _ in range(2):  # the second try changes nothing
-            with pytest.raises(OSError, match=NO_SPACE) as caught:
-                lottery_ticket.main(config)
-            assert caught.value.errno == errno.ENOSPC
-            left = crash.contents(config.out)
-            assert not [name for name in left if "draft" in name or "lock" in name]
-        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
-        lottery_ticket.main(config)
-        assert crash.contents(config.out) == crash.contents(tmp_path / "undisturbed")
-
-
-NO_SPACE = (
-    r"run/.*' cannot be written: No space left on device; [\d,]+ bytes are to be written, and "
-    r"[\d,]+ are free there\. Nothing that was finished is lost: put that right, and the same "
-    r"command goes on where it stopped\."
-)
 
 
 @contextlib.contextmanager
@@ -196,33 +142,3 @@ def test_a_line_that_finds_no_room_leaves_the_lines_before_it(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_text() == '{"level": 0}\n'
     runs.append_record(tmp_path, {"level": 1})
     assert runs.read_records(tmp_path) == [{"level": 0}, {"level": 1}]
-
-
-def test_whatever_write_fails_the_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    undisturbed, config = tmp_path / "undisturbed", dataclasses.replace(TOY, out=tmp_path / "run")
-    lottery_ticket.main(dataclasses.replace(TOY, out=undisturbed))
-    fsync, failures = os.fsync, 0
-
-    def fail_at(number):
-        left = [number]
-
-        def wrapper(handle):
-            left[0] -= stat.S_ISREG(os.fstat(handle).st_mode)
-            if left[0] == 0:
-                left[0] = -1
-                raise OSError(errno.EIO, os.strerror(errno.EIO))
-            fsync(handle)
-
-        return wrapper
-
-    with monkeypatch.context() as patch:
-        for number in itertools.count(1):
-            patch.setattr(os, "fsync", fail_at(number))
-            try:
-                lottery_ticket.main(config)
-                break
-            except OSError as error:
-                assert "cannot be written: Input/output error" in str(error)
-                failures += 1
-    assert failures >= 4
-    assert crash.contents(config.out) == crash.contents(undisturbed)

@@ -1,7 +1,12 @@
 """Tests of experiments/lottery_ticket.py and of the notebook that reads its results."""
 
 import dataclasses
+import errno
+import itertools
+import os
 import signal
+import stat
+import subprocess
 from pathlib import Path
 
 import jax
@@ -16,6 +21,7 @@ from experiments.lottery_ticket import CONTROLS, Config, main, resolve
 from tests import crash
 
 ROOT = Path(lottery_ticket.__file__).parents[1]
+SMALL = Config(levels=1, steps=10, seeds=1, eval_every=5, controls=("reinit",))
 TOY = Config(levels=2, steps=20, seeds=2, eval_every=5)
 SIZES = {"hidden_0/kernel": 6400, "hidden_1/kernel": 5000, "out/kernel": 500}
 
@@ -141,13 +147,22 @@ def test_random_keeps_the_weights_and_the_count_of_the_network(ticket, key):
 
 
 def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    config = Config(levels=1, steps=10, seeds=1, eval_every=5, controls=("reinit",), out=tmp_path)
+    config = dataclasses.replace(SMALL, out=tmp_path)
     crash.assert_any_kill_is_survived(main, config, monkeypatch, files=8, at_least=45)
+
+
+def test_two_processes_leave_the_bytes_of_one(toy, tmp_path):
+    lines = crash.command_lines(OPTIONS, tmp_path / "run")
+    codes, _ = crash.run_processes("lottery_ticket", lines)
+    assert codes == [[0, 0]]
+    assert crash.contents(tmp_path / "run") == crash.contents(toy)
 
 
 def test_a_process_killed_three_times_goes_on_to_the_same_bytes(toy, tmp_path):
     kills = [{"write": n} for n in (5, 9, 16)]
-    codes, _ = crash.run_processes("lottery_ticket", [[*OPTIONS, str(tmp_path / "run")]], kills)
+    codes, _ = crash.run_processes(
+        "lottery_ticket", [[*OPTIONS, "--out", str(tmp_path / "run")]], kills
+    )
     assert codes == [[-signal.SIGKILL]] * 3 + [[0]]
     assert crash.contents(tmp_path / "run") == crash.contents(toy)
 
@@ -155,21 +170,20 @@ def test_a_process_killed_three_times_goes_on_to_the_same_bytes(toy, tmp_path):
 @pytest.mark.slow
 def test_a_process_killed_at_random_goes_on_to_the_same_bytes(toy, tmp_path):
     delays = np.random.default_rng(0).uniform(0, 1.5, 40).tolist()
-    arguments = [[*OPTIONS, str(tmp_path / "run")]]
+    arguments = [[*OPTIONS, "--out", str(tmp_path / "run")]]
     codes, _ = crash.run_processes("lottery_ticket", arguments, delays, timeout=1200)
     assert codes.count([-signal.SIGKILL]) >= 20 and codes[-1] == [0]
     assert crash.contents(tmp_path / "run") == crash.contents(toy)
 
 
-OPTIONS = ["--levels", "2", "--steps", "20", "--seeds", "2", "--eval-every", "5", "--out"]
+OPTIONS = ["--levels", "2", "--steps", "20", "--seeds", "2", "--eval-every", "5"]
 
 
 def test_seeds_side_by_side_killed_at_any_file_operation_go_on_to_the_same_bytes(
     tmp_path, monkeypatch
 ):
-    config = Config(levels=1, steps=10, seeds=2, eval_every=5, controls=("reinit",), out=tmp_path)
-    config = dataclasses.replace(config, parallel_seeds="on")
-    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=11, at_least=70, every=2)
+    config = dataclasses.replace(SMALL, seeds=2, parallel_seeds="on", out=tmp_path)
+    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=11, at_least=70, every=8)
 
 
 @pytest.mark.slow
@@ -180,18 +194,27 @@ def test_a_rewound_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(
     crash.assert_any_kill_is_survived(main, config, monkeypatch, files=13, at_least=100)
 
 
-def test_seeds_side_by_side_have_the_records_of_seeds_alone(toy, tmp_path):
-    # Two seeds on two devices of eight.
-    main(dataclasses.replace(TOY, parallel_seeds="on", out=tmp_path))
+def test_seeds_side_by_side_have_the_records_of_seeds_alone_from_one_program(
+    toy, tmp_path, monkeypatch
+):
+    traced, side_by_side = [], parallel.side_by_side
+    monkeypatch.setattr(
+        parallel, "side_by_side", lambda *args: traced.append(1) or side_by_side(*args)
+    )
+    config = dataclasses.replace(TOY, parallel_seeds="on", out=tmp_path)
+    main(config)  # two seeds on two devices of eight
     records, alone = runs.read_records(tmp_path), runs.read_records(toy)
     assert [(r["level"], r["seed"]) for r in records[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
     assert sorted(records, key=lottery_ticket.run_of) == sorted(alone, key=lottery_ticket.run_of)
     assert (tmp_path / "summary.json").read_bytes() == (toy / "summary.json").read_bytes()
-    for seed in range(2):
-        folder = f"seed_{seed}"
-        assert crash.contents(tmp_path / folder) == crash.contents(toy / folder)
+    for seed in ("seed_0", "seed_1"):
+        assert crash.contents(tmp_path / seed) == crash.contents(toy / seed)
+    runs.settle(tmp_path, records[:5])
+    main(config)  # neither levels nor conditions nor going on need another program
+    assert runs.read_records(tmp_path) == records and len(traced) == 1
 
 
+@pytest.mark.slow
 def test_seeds_side_by_side_on_one_device_differ_by_rounding(toy, tmp_path, monkeypatch):
     one = jax.local_devices()[:1]
     monkeypatch.setattr(jax, "local_devices", lambda: one)
@@ -208,24 +231,66 @@ def test_seeds_side_by_side_on_one_device_differ_by_rounding(toy, tmp_path, monk
                 np.testing.assert_allclose(weights, trained_alone[path], atol=1e-5)
 
 
-def test_one_program_trains_all_levels_and_conditions_of_all_seeds(tmp_path, monkeypatch):
-    traced, side_by_side = [], parallel.side_by_side
-    monkeypatch.setattr(
-        parallel, "side_by_side", lambda *args: traced.append(1) or side_by_side(*args)
-    )
-    config = dataclasses.replace(TOY, parallel_seeds="on", batch_size=30, out=tmp_path)
-    main(config)
-    (tmp_path / "metrics.jsonl").write_text("")
-    main(config)
-    assert len(traced) == 1
-
-
 def test_seeds_train_side_by_side_where_that_is_faster(monkeypatch):
     assert not lottery_ticket.together(TOY)
     assert lottery_ticket.together(dataclasses.replace(TOY, parallel_seeds="on"))
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert lottery_ticket.together(TOY)
     assert not lottery_ticket.together(dataclasses.replace(TOY, parallel_seeds="off"))
+
+
+@pytest.mark.parametrize("size", ["16k", "60k", "100k"])
+def test_a_run_on_a_full_disk_says_so_and_goes_on_when_there_is_room(size, tmp_path):
+    main(dataclasses.replace(SMALL, out=tmp_path / "undisturbed"))
+    disk = tmp_path / "disk"
+    config = dataclasses.replace(SMALL, out=disk / "run")
+    with crash.mounted(disk, f"size={size}"):
+        for _ in range(2):  # the second try changes nothing
+            with pytest.raises(OSError, match=NO_SPACE) as caught:
+                main(config)
+            assert caught.value.errno == errno.ENOSPC
+            left = crash.contents(config.out)
+            assert not [name for name in left if "draft" in name or "lock" in name]
+        subprocess.run(["mount", "-o", "remount,size=8m", str(disk)], check=True)
+        main(config)
+        assert crash.contents(config.out) == crash.contents(tmp_path / "undisturbed")
+
+
+NO_SPACE = (
+    r"run/.*' cannot be written: No space left on device; [\d,]+ bytes are to be written, and "
+    r"[\d,]+ are free there\. Nothing that was finished is lost: put that right, and the same "
+    r"command goes on where it stopped\."
+)
+
+
+def test_whatever_write_fails_the_run_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
+    undisturbed, config = tmp_path / "undisturbed", dataclasses.replace(SMALL, out=tmp_path / "run")
+    main(dataclasses.replace(SMALL, out=undisturbed))
+    fsync, failures = os.fsync, 0
+
+    def fail_at(number):
+        left = [number]
+
+        def wrapper(handle):
+            left[0] -= stat.S_ISREG(os.fstat(handle).st_mode)
+            if left[0] == 0:
+                left[0] = -1
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            fsync(handle)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        for number in itertools.count(1):
+            patch.setattr(os, "fsync", fail_at(number))
+            try:
+                main(config)
+                break
+            except OSError as error:
+                assert "cannot be written: Input/output error" in str(error)
+                failures += 1
+    assert failures >= 4
+    assert crash.contents(config.out) == crash.contents(undisturbed)
 
 
 def test_levels_that_are_missing_are_computed_again(toy, tmp_path):

@@ -31,30 +31,11 @@ def whole(tmp_path_factory):
     return crash.contents(folder)
 
 
-def free_port():
-    with socket.socket() as there:
-        there.bind(("127.0.0.1", 0))
-        return there.getsockname()[1]
-
-
-def command_lines(out, *, timeout=300, options=OPTIONS, count=2):
-    """Command lines of the processes of a run; two lists of the same options but for the id."""
-    meeting = ["--distributed", "--coordinator", f"127.0.0.1:{free_port()}"]
-    meeting += ["--processes", str(count), "--peer-timeout", str(timeout), "--out", str(out)]
-    return [[*options, *meeting, "--process-id", str(n)] for n in range(count)]
-
-
-def test_two_processes_leave_the_bytes_of_one(whole, tmp_path):
-    codes, _ = crash.run_processes("lottery_ticket", command_lines(tmp_path / "run"))
-    assert codes == [[0, 0]]
-    assert crash.contents(tmp_path / "run") == whole
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("victim, others, writes", [(0, 0, (6, 3)), (1, 1, (4, 3))])
 def test_processes_go_on_when_one_of_them_was_killed(whole, tmp_path, victim, others, writes):
     kills = [{"write": n, "process": victim} for n in writes]
-    lines = command_lines(tmp_path / "run", timeout=40)
+    lines = crash.command_lines(OPTIONS, tmp_path / "run", timeout=40)
     codes, told = crash.run_processes("lottery_ticket", lines, kills)
     assert [pair[victim] for pair in codes] == [-signal.SIGKILL, -signal.SIGKILL, 0]
     assert [pair[1 - victim] for pair in codes] == [others, others, 0]
@@ -65,7 +46,10 @@ def test_processes_go_on_when_one_of_them_was_killed(whole, tmp_path, victim, ot
 
 @pytest.mark.slow
 def test_a_run_of_two_processes_can_be_ended_by_one(whole, tmp_path):
-    lines, kills = command_lines(tmp_path / "run", timeout=20), [{"write": 6, "process": 1}]
+    lines, kills = (
+        crash.command_lines(OPTIONS, tmp_path / "run", timeout=20),
+        [{"write": 6, "process": 1}],
+    )
     codes, _ = crash.run_processes("lottery_ticket", lines, kills, starts=1)
     assert codes == [[1, -signal.SIGKILL]]
     assert (tmp_path / "run" / "metrics.p1of2.jsonl").exists()
@@ -79,7 +63,7 @@ def test_compare_methods_is_the_same_in_two_processes(tmp_path):
     options = ["--methods", "gradual", "--sparsities", "0.8", "--seeds", "2", "--steps", "20"]
     options += ["--parallel-seeds", "off"]
     codes, _ = crash.run_processes(
-        "compare_methods", command_lines(tmp_path / "two", options=options)
+        "compare_methods", crash.command_lines(options, tmp_path / "two")
     )
     assert codes == [[0, 0]]
     codes, _ = crash.run_processes("compare_methods", [[*options, "--out", str(tmp_path / "one")]])
@@ -90,7 +74,7 @@ def test_compare_methods_is_the_same_in_two_processes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("here, missing", [(0, 1), (1, 0)])
 def test_a_process_that_waits_in_vain_says_for_whom(tmp_path, here, missing):
-    lines = command_lines(tmp_path / "run", timeout=3)
+    lines = crash.command_lines(OPTIONS, tmp_path / "run", timeout=3)
     codes, told = crash.run_processes("lottery_ticket", [lines[here]])
     assert codes == [[1]]
     assert "Waited 3 s for all 2 processes to meet at 127.0.0.1:" in told
@@ -100,7 +84,7 @@ def test_a_process_that_waits_in_vain_says_for_whom(tmp_path, here, missing):
 
 @pytest.mark.slow
 def test_processes_that_disagree_all_refuse(tmp_path):
-    lines = command_lines(tmp_path / "run")
+    lines = crash.command_lines(OPTIONS, tmp_path / "run")
     lines[1] += ["--batch-size", "30", "--rate", "0.2"]
     codes, told = crash.run_processes("lottery_ticket", lines)
     assert codes == [[1, 1]]
@@ -209,7 +193,7 @@ def refuse(*_, **__):
 
 @pytest.mark.slow
 def test_a_port_that_is_taken_is_named(tmp_path):
-    lines = command_lines(tmp_path / "run")
+    lines = crash.command_lines(OPTIONS, tmp_path / "run")
     port = lines[0][lines[0].index("--coordinator") + 1]
     with socket.socket() as there:
         there.bind(("127.0.0.1", int(port.rpartition(":")[2])))
@@ -315,7 +299,7 @@ def test_bad_settings_are_refused_by_name(experiment, changes, words):
 
 
 def test_the_command_line_says_where_to_meet(tmp_path):
-    config = tyro.cli(lottery_ticket.Config, args=command_lines(tmp_path)[1])
+    config = tyro.cli(lottery_ticket.Config, args=crash.command_lines(OPTIONS, tmp_path)[1])
     assert config.peers == Peers(True, config.peers.coordinator, 2, 1, 300)
     assert (
         lottery_ticket.recorded(lottery_ticket.resolve(config))

@@ -171,7 +171,7 @@ def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):
         assert word in printed and word in answer
 
 
-@pytest.mark.parametrize("every", [10, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("every", [20, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, monkeypatch, every):
     programs = loop.compiler()
     monkeypatch.setattr(loop, "compiler", lambda: programs)

@@ -4,8 +4,9 @@
 
 Each experiment is started in a temporary folder, killed by SIGKILL when it has written its second
 record, and put back to where it has one. From there it is started again with the same command and
-killed at the same record: with the programs that it has kept, and without them. Only for Unix, as
-the CPU time of a killed process is asked for.
+killed at the same record: with the programs that it has kept, and without them. What is timed
+holds the training of that record too. Only for Unix, as the CPU time of a killed process is asked
+for.
 """
 
 import dataclasses
@@ -85,17 +86,17 @@ def measure(config: Config, experiment: Experiment, size: str) -> dict[str, Any]
         folder = Path(name)
         metrics = folder / "run" / "metrics.jsonl"
         taken = {"first start": [until_record(1, command, folder)], "kept": [], "without": []}
-        one = metrics.read_bytes()
-        until_record(2, command, folder)
-        for _ in range(config.turns):
-            for kind in ("kept", "without"):
-                metrics.write_bytes(one)
-                taken[kind].append(until_record(2, command, folder, keep=kind == "kept"))
-    seconds = {
+        one = metrics.read_bytes().splitlines(keepends=True)[0]  # others may have come with it
+        for kind in ("", *config.turns * ("kept", "without")):
+            metrics.write_bytes(one)
+            seconds = until_record(2, command, folder, keep=kind != "without")
+            if kind:  # and not the time that leaves the programs
+                taken[kind].append(seconds)
+    medians = {
         kind: {clock: float(np.median([each[clock] for each in turns])) for clock in turns[0]}
         for kind, turns in taken.items()
     }
-    return {"experiment": experiment, "size": size, "seconds": seconds}
+    return {"experiment": experiment, "size": size, "seconds": medians}
 
 
 def main(config: Config) -> dict[str, Any]:

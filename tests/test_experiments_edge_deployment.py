@@ -243,7 +243,7 @@ def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, 
     programs = loop.compiler()
     monkeypatch.setattr(loop, "compiler", lambda: programs)
     config = dataclasses.replace(TOY, steps=2, out=tmp_path)
-    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=25, at_least=120, every=9)
+    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=25, at_least=120, every=15)
 
 
 @pytest.mark.slow
@@ -251,12 +251,11 @@ def test_a_process_killed_at_random_goes_on_to_the_same_bytes(tmp_path):
     arguments = ["--channels", "0.5", "--blocks", "0.5", "--rounds", "2", "--tolerance", "2"]
     arguments += ["--resolution", "0.2", "--seeds", "2", "--steps", "20", "--fine-tune-steps", "12"]
     arguments += ["--search-steps", "6", "--batch-size", "16", "--out"]
-    delays = np.random.default_rng(0).uniform(0, 6.0, 30).tolist()
-    codes, whole = (
-        crash.kill_and_go_on("edge_deployment", [*arguments, str(tmp_path / name)], kills)
-        for name, kills in (("killed", delays), ("whole", []))
-    )
-    assert codes.count(-signal.SIGKILL) >= 10 and whole == [0], codes
+    delays = np.random.default_rng(0).uniform(0, 20.0, 16).tolist()
+    for name, kills in (("killed", delays), ("whole", [])):
+        lines = [[*arguments, str(tmp_path / name)]]
+        codes, _ = crash.run_processes("edge_deployment", lines, kills, timeout=1200)
+        assert codes.count([-signal.SIGKILL]) >= len(kills) // 2 and codes[-1] == [0]
     assert crash.contents(tmp_path / "killed") == crash.contents(tmp_path / "whole")
 
 

@@ -572,3 +572,12 @@ def test_nnx_equinox_and_haiku_are_functions_like_any_other(tmp_path):
         report = jp.export.onnx(tmp_path / "net", fn, params, x, latency=())
         assert report.parity < 1e-5
         assert jp.export.stablehlo(tmp_path / "program", fn, params, x).parity < 1e-5
+
+
+def test_jax_numpy_is_as_it_was_after_an_export(tmp_path):
+    before = dict(vars(jnp))
+    jp.export.onnx(
+        tmp_path / "net.onnx", lambda p, x: p * x, jnp.array(2.0), jnp.ones((2, 3)), latency=()
+    )
+    assert [name for name, f in before.items() if getattr(jnp, name) is not f] == []
+    assert jnp.cumsum(jnp.ones((2, 3)), 1).tolist() == [[1, 2, 3]] * 2

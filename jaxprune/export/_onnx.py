@@ -130,7 +130,7 @@ def _to_onnx(
 ) -> bytes:
     """Convert in memory: weights of a file that is written twice would be appended."""
     jax2onnx = need("jax2onnx", "onnx")
-    with _quiet():
+    with _contained():
         model = jax2onnx.to_onnx(
             fn,
             inputs=list(specs),
@@ -146,10 +146,14 @@ def _to_onnx(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep back what the packages below say to those who develop them."""
+def _contained() -> Iterator[None]:
+    """Keep back what the packages below say to those who develop them, and what they leave behind.
+
+    The converter puts a ``jnp.cumsum`` of its own in the place of JAX's, for good, which takes no
+    axis by position.
+    """
     logger = logging.getLogger("onnx_ir")
-    level = logger.level
+    level, functions = logger.level, dict(vars(jnp))
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -157,6 +161,9 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        for name, function in functions.items():
+            if getattr(jnp, name, None) is not function:
+                setattr(jnp, name, function)
 
 
 def _apart(outs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:

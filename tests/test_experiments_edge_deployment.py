@@ -459,7 +459,7 @@ def test_the_answer_is_read_off_the_rows():
         "- The dense network is too heavy: within 0.5 points of it, on the validation set, 50 % of "
         "the channels can go. As a file in int8 that has 1/12.5 of the bytes and 4.00 times the "
         "speed at batch 1 (4.00 at batch 64), and loses 0.75±0.25 points on the test set. By the "
-        "same measure a network without 75 % of them is too light.",
+        "same measure, after as short a fine-tuning, a network without 75 % of them is too light.",
         "- pruned_distilled_quantized has 1/20.0 of the bytes and 6.00 times the speed at batch 1 "
         "(6.00 at batch 64), and loses 1.75±0.25 points on the test set.",
         "- Of the 2.00±0.00 points that pruning loses, distillation gives back 38 % (seed by seed: "

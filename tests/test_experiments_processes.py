@@ -191,17 +191,18 @@ def refuse(*_, **__):
     raise ValueError("coordinator_address should be defined.")
 
 
-@pytest.mark.slow
 def test_a_port_that_is_taken_is_named(tmp_path):
-    lines = crash.command_lines(OPTIONS, tmp_path / "run")
-    port = lines[0][lines[0].index("--coordinator") + 1]
     with socket.socket() as there:
-        there.bind(("127.0.0.1", int(port.rpartition(":")[2])))
+        there.bind(("127.0.0.1", 0))
         there.listen()
-        codes, told = crash.run_processes("lottery_ticket", lines[:1])
-    assert codes == [[1]]
-    assert f"The processes cannot meet at `coordinator='{port}'`: UNKNOWN: Failed to start" in told
-    assert "a port that is free there" in told
+        address = f"127.0.0.1:{there.getsockname()[1]}"
+        message = f"cannot meet at `coordinator='{address}'`: .*in use.*a port that is free there"
+        with (
+            pytest.raises(RuntimeError, match=message),
+            processes.running(Peers(True, address, 2, 0), tmp_path, {}),
+        ):
+            pass
+    assert crash.contents(tmp_path) == {}
 
 
 def test_a_process_of_an_earlier_larger_run_keeps_the_folder(tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import socket
 import sys
 import threading
 import time
@@ -167,6 +168,7 @@ def _meet(peers: Peers, out: Path) -> Share:
     late.daemon = True
     late.start()
     try:
+        _check_port(peers)
         jax.distributed.initialize(
             peers.coordinator,
             peers.processes,
@@ -179,7 +181,7 @@ def _meet(peers: Peers, out: Path) -> Share:
             f"`distributed=True` finds no cluster that jax knows ({error}). Set `coordinator`, "
             f"`processes` and `process_id`."
         ) from error
-    except RuntimeError as error:
+    except (OSError, RuntimeError) as error:
         raise RuntimeError(
             f"The processes cannot meet at `coordinator={peers.coordinator!r}`: {error}. It has to "
             f"be an address of process 0 with a port that is free there, the same for all."
@@ -189,6 +191,14 @@ def _meet(peers: Peers, out: Path) -> Share:
     from jax._src.distributed import global_state  # as in _client
 
     return Share(global_state.process_id, global_state.num_processes)
+
+
+def _check_port(peers: Peers) -> None:
+    """See whether process 0 can listen, since jaxlib may crash where it cannot."""
+    if peers.coordinator and peers.process_id == 0:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(("", int(peers.coordinator.rpartition(":")[2])))
 
 
 def _give_up(peers: Peers, out: Path) -> None:

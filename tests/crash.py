@@ -88,7 +88,7 @@ def assert_any_kill_is_survived(main, config, monkeypatch, *, files, at_least, e
         assert contents(config.out) == undisturbed, list(state)
 
 
-def run_processes(experiment, arguments, kills=(), *, starts=None, timeout=300):
+def run_processes(experiment, arguments, kills=(), *, starts=None, timeout=600):
     """Run an experiment in processes of their own, which may be killed; see ``tests/killer.py``.
 
     Args:

@@ -9,15 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune._find import (
-    check_evidence,
-    check_scope,
-    criterion_name,
-    find,
-    fit_parts,
-    rank,
-    required_evidence,
-)
+from jaxprune._evidence import check_evidence, criterion_name, required_evidence
+from jaxprune._find import check_scope, find, fit_parts, rank
 from jaxprune._mesh import bare, lay_out, true_over
 from jaxprune._tree import (
     align,
@@ -157,12 +150,12 @@ class Search:
     def fit(self, stored: Masks, params: Params) -> Masks:
         """Widen masks of somebody else's pattern to what this one finds."""
         part = prunable(params, where=self.where)
-        masks = dict(leaves_with_path(check_masks(unpack(stored), params, "masks")))
-        wanted = dict(leaves_with_path(part))
-        if masks.keys() != wanted.keys():
+        masks = leaves_with_path(check_masks(unpack(stored), params, "masks"))
+        wanted, held = ([path for path, _ in tree] for tree in (leaves_with_path(part), masks))
+        if wanted != held:
             raise ValueError(
-                f"`{self.user}` finds masks for {list_paths(list(wanted))}, but its state holds "
-                f"masks for {list_paths(list(masks))}. Put masks for all of them in with "
+                f"`{self.user}` finds masks for {list_paths(wanted)}, but its state holds "
+                f"masks for {list_paths(held)}. Put masks for all of them in with "
                 "`jp.with_masks` (True keeps a weight), or leave leaves out with `where`."
             )
         return widen(stored, part, self.pattern)

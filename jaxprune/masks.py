@@ -1,7 +1,7 @@
 """Masks: applied to params, compared, counted and packed into bits."""
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,9 @@ def combine_masks(*masks: Masks) -> Masks:
     for other in others:
         mirror = align(other, first)
         if mirror is None:
-            one, two = (list_paths(list(dict(leaves_with_path(m)))) for m in (first, other))
+            one, two = (
+                list_paths([path for path, _ in leaves_with_path(m)]) for m in (first, other)
+            )
             raise ValueError(
                 f"`combine_masks` got masks of {one} and of {two}. Pass masks of one tree; None "
                 "stands for a leaf without a mask."
@@ -129,25 +131,47 @@ def sparsity(masks: Masks, params: Params) -> float | jax.Array:
       0.6666666666666666
     """
     masks = check_masks(masks, params, "masks")
-    counts = kept_counts(masks, params)
-    total = sum(n for _, n in counts.values())
-    if any(isinstance(kept, jax.core.Tracer) for kept, _ in counts.values()):
-        gone = sum(jnp.asarray(n - kept, float) for kept, n in counts.values())
-        return jnp.asarray(gone / max(total, 1))
-    return (total - sum(kept for kept, _ in counts.values())) / max(total, 1)
+    counts = count_kept(masks, params)
+    total = max(sum(c.size for c in counts), 1)
+    if any(isinstance(c.kept, jax.core.Tracer) for c in counts):
+        # Fractions, since nobody says that an int32 holds the number of weights.
+        gone = [
+            c.size / total * (1 - jnp.asarray(c.kept, float) / max(c.entries, 1)) for c in counts
+        ]
+        return jnp.sum(jnp.stack(gone))
+    return sum(c.size - c.weights for c in counts) / total
 
 
-def kept_counts(masks: Masks, params: Params) -> dict[str, tuple[Any, int]]:
-    """For each prunable path, how many weights stay and how many there are."""
-    counts: dict[str, tuple[Any, int]] = {}
+class Count(NamedTuple):
+    """What a mask keeps of one leaf.
+
+    Attributes:
+      path: path of the leaf.
+      kept: entries of the mask that are True; traced inside of a trace.
+      entries: entries of the mask; an axis of size 1 speaks for the whole axis of the leaf.
+      size: weights of the leaf.
+    """
+
+    path: str
+    kept: Any
+    entries: int
+    size: int
+
+    @property
+    def weights(self) -> int:
+        """Weights that stay."""
+        return self.kept * (self.size // self.entries if self.entries else 0)
+
+
+def count_kept(masks: Masks, params: Params) -> list[Count]:
+    """Count for each prunable leaf what its mask keeps."""
+    counts: list[Count] = []
 
     def visit(path: str, p: jax.Array, m: jax.Array | None) -> None:
         if m is not None:
             kept: Any = jnp.sum(m, dtype=jnp.int32)
-            if not isinstance(kept, jax.core.Tracer):
-                kept = int(kept)
-            # A size-1 axis of the mask speaks for the whole axis of the weights.
-            counts[path] = (kept * (p.size // m.size if m.size else 0), p.size)
+            whole = kept if isinstance(kept, jax.core.Tracer) else int(kept)
+            counts.append(Count(path, whole, m.size, p.size))
 
     map_with_path(visit, params, masks)
     return counts

@@ -15,15 +15,14 @@ from jaxprune._event import (
     check_params,
     enforce,
     if_due,
-    is_packed,
     is_placeholder,
     live,
     storage,
 )
-from jaxprune._tree import align, is_hole, is_matrix, map_leaves, narrow
+from jaxprune._tree import is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
-from jaxprune.masks import check_masks, dense_masks, pack, unpack
+from jaxprune.masks import check_masks, dense_masks, unpack
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
 
@@ -201,108 +200,3 @@ def _wrap(
         return map_leaves(enforce, updates, params, masks), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def get_masks(opt_state: optax.OptState) -> Masks:
-    """Find the masks in an optimizer state, however deep they are nested.
-
-    Args:
-      opt_state: state of an optimizer that ``prune``, ``hold``, ``straight_through`` or one of
-        ``dynamic`` is part of.
-
-    Returns:
-      The masks, unpacked and without nnx variables around them. They are copies: donating the
-      state does not take them away.
-
-    Raises:
-      ValueError: there is no pruner in the state, or there are several.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import jaxprune as jp
-      >>> tx = optax.chain(optax.clip(1.0), jp.hold(optax.adam(0.1)))
-      >>> jp.get_masks(tx.init({"kernel": jnp.zeros((1, 2))}))
-      {'kernel': Array([[ True,  True]], dtype=bool)}
-    """
-    masks = jax.tree.map(
-        lambda v: v.get_value() if _is_variable(v) else v,
-        _the_pruner(opt_state).masks,
-        is_leaf=_is_variable,
-    )
-    return jax.tree.map(jnp.copy, unpack(masks))
-
-
-def with_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
-    """Put masks into an optimizer state, however deep it is nested.
-
-    Args:
-      opt_state: state of an optimizer that ``prune``, ``hold``, ``straight_through`` or one of
-        ``dynamic`` is part of.
-      masks: masks like the params; copied, so that donating the state does not take them away.
-
-    Returns:
-      The same state with these masks in force from the next update on.
-
-    Raises:
-      ValueError: the masks do not mirror those of the state, or it has no or several pruners.
-      TypeError: a mask is not bool.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import jaxprune as jp
-      >>> state = jp.hold(optax.sgd(0.1)).init({"kernel": jnp.zeros((1, 2))})
-      >>> jp.get_masks(jp.with_masks(state, {"kernel": jnp.array([[True, False]])}))
-      {'kernel': Array([[ True, False]], dtype=bool)}
-    """
-    old = _the_pruner(opt_state).masks
-    packed = any(map(is_packed, jax.tree.leaves(old, is_leaf=is_packed)))
-    shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, bool), old, is_leaf=is_packed)
-    mirror = align(masks, shapes)
-    like = shapes if mirror is None else jax.tree.map(_fit, shapes, mirror, is_leaf=is_hole)
-    mirror = check_masks(masks, like, "masks")
-    copies = jax.tree.map(jnp.copy, mirror)
-    new_masks = pack(copies) if packed else copies
-    return jax.tree.map(
-        lambda node: node._replace(masks=new_masks) if _is_pruner(node) else node,
-        opt_state,
-        is_leaf=_is_pruner,
-    )
-
-
-def _fit(old: Any, new: Any) -> Any:
-    """What a new mask has to fit: the old one, widened where either stands for a whole axis."""
-    if is_hole(old) or is_hole(new):
-        return new
-    if len(old.shape) != jnp.ndim(new):
-        return old
-    shape = tuple(b if a == 1 else a for a, b in zip(old.shape, new.shape, strict=True))
-    return jax.ShapeDtypeStruct(shape, bool)
-
-
-def _pruners(opt_state: optax.OptState) -> list[PruneState]:
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_pruner)
-    outer = [node for node in nodes if _is_pruner(node)]
-    return outer + [inner for node in outer for inner in _pruners(node.inner_state)]
-
-
-def _the_pruner(opt_state: optax.OptState) -> PruneState:
-    found = _pruners(opt_state)
-    if len(found) != 1:
-        raise ValueError(
-            f"The optimizer state holds {len(found)} pruners, want one. "
-            + (
-                "Pass the state of an optimizer wrapped by `jp.prune`, `jp.hold` and the like."
-                if not found
-                else "Pass the part of the state that belongs to one of them."
-            )
-        )
-    return found[0]
-
-
-def _is_pruner(node: Any) -> bool:
-    return isinstance(node, PruneState)
-
-
-def _is_variable(node: Any) -> bool:
-    """True for an nnx variable, known by what it can do: the core does not import flax."""
-    return hasattr(node, "get_value") and hasattr(node, "set_value")

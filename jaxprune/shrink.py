@@ -10,10 +10,17 @@ import numpy as np
 import optax
 
 from jaxprune._event import PruneState, is_packed
-from jaxprune._tree import is_hole, leaves_with_path, list_paths, path_str
+from jaxprune._tree import (
+    is_array,
+    is_hole,
+    leaves_by_path,
+    leaves_with_path,
+    list_paths,
+    map_with_path,
+)
 from jaxprune._types import Masks, Params
 from jaxprune.graph import Rule
-from jaxprune.graph._network import is_array, mirrored_outputs
+from jaxprune.graph._network import mirrored_outputs
 from jaxprune.graph._shrunk import small_function
 from jaxprune.graph._take import take
 from jaxprune.groups import Cut, Groups, is_dropped, kept_indices
@@ -110,15 +117,16 @@ def cut_list(params: Params, masks: Masks) -> Cut:
       >>> cut_list({"w": jnp.ones((2, 3))}, {"w": jnp.array([[True, False, True]])})
       {'w': {1: [0, 2]}}
     """
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_with_path(params)}
-    given = leaves_with_path(masks)
-    unknown = [path for path, _ in given if path not in shapes]
+    leaves = leaves_by_path(params, "cut_list")
+    shapes = {path: leaf.shape for path, leaf in leaves.items() if is_array(leaf)}
+    given = leaves_by_path(masks, "cut_list")
+    unknown = [path for path in given if path not in shapes]
     if unknown:
         raise ValueError(
             f"The masks name {list_paths(unknown)}, which the params lack; their paths are "
             f"{list_paths(list(shapes))}. Nest the masks as the params are."
         )
-    for path, mask in given:
+    for path, mask in given.items():
         fits = jnp.ndim(mask) == len(shapes[path]) and all(
             m in (1, n) for m, n in zip(jnp.shape(mask), shapes[path], strict=True)
         )
@@ -139,7 +147,8 @@ def cut_list(params: Params, masks: Masks) -> Cut:
 
 def _read_cut(cut: Mapping[str, Any], params: Params) -> dict[str, dict[int, np.ndarray]]:
     """Check a cut list; JSON has turned the axes into strings."""
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_with_path(params)}
+    leaves = leaves_by_path(params, "shrink")
+    shapes = {path: leaf.shape for path, leaf in leaves.items() if is_array(leaf)}
     kept: dict[str, dict[int, np.ndarray]] = {}
     for path, axes in cut.items():
         for axis, indices in axes.items():
@@ -156,9 +165,7 @@ def _read_cut(cut: Mapping[str, Any], params: Params) -> dict[str, dict[int, np.
 
 
 def _cut_tree(tree: Any, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _cut_leaf(leaf, kept.get(path_str(path), {})), tree
-    )
+    return map_with_path(lambda path, leaf: _cut_leaf(leaf, kept.get(path, {})), tree)
 
 
 def _cut_leaf(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
@@ -203,9 +210,7 @@ def shrink_state(
       (2, 2)
     """
     kept = _read_cut(cut_list(params, masks), params)
-    cuts = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _Axes(kept.get(path_str(path), {}), jnp.shape(leaf)), params
-    )
+    cuts = map_with_path(lambda path, leaf: _Axes(kept.get(path, {}), jnp.shape(leaf)), params)
 
     def cut(leaf: Any, axes: _Axes) -> Any:
         if is_hole(leaf) or not is_array(leaf):
@@ -231,11 +236,10 @@ def _check_state(tx: optax.GradientTransformation, state: Any, small: Params) ->
         fresh = jax.eval_shape(tx.init, small)
     except ValueError:  # a pruner around it has the groups of the whole params
         return
-    leaves = jax.tree_util.tree_leaves_with_path(fresh)
-    for (path, want), got in zip(leaves, jax.tree.leaves(state), strict=True):
+    for (path, want), got in zip(leaves_with_path(fresh), jax.tree.leaves(state), strict=True):
         if want.shape != jnp.shape(got):
             raise ValueError(
-                f"The state at {path_str(path)!r} has shape {jnp.shape(got)} once it is cut, but "
+                f"The state at {path!r} has shape {jnp.shape(got)} once it is cut, but "
                 f"for the small params the optimizer keeps one of {want.shape}. Start anew: "
                 "`tx.init(small_params)`."
             )
@@ -349,8 +353,8 @@ def _numbers(x: jax.Array) -> jax.Array:
 
 def _over(masks: Masks, params: Params) -> Masks:
     """Masks for all of the params, None where subtrees were left out."""
-    given = dict(leaves_with_path(masks))
-    return jax.tree_util.tree_map_with_path(lambda path, _: given.get(path_str(path)), params)
+    given = leaves_by_path(masks, "verify_shrink")
+    return map_with_path(lambda path, _: given.get(path), params)
 
 
 def masks_within_budget(

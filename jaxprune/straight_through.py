@@ -19,9 +19,9 @@ from jaxprune._tree import is_matrix, map_leaves, prunable
 from jaxprune._types import Criterion, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
 from jaxprune.masks import check_masks, unpack
-from jaxprune.optim import get_masks
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
+from jaxprune.states import get_masks
 
 
 class StraightThroughState(NamedTuple):

@@ -19,10 +19,10 @@ EXTRAS = {"checkpoint": {"orbax"}}
 FILES_ARE_ITS_BUSINESS = {"checkpoint", "export"}
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
-    ("_types", "_tree", "_mesh", "_errors"),
+    ("_types", "_where", "_tree", "_mesh", "_errors"),
     ("groups", *PARTS),
-    ("masks", "_find", "report", "graph"),
-    ("_event", "optim", "dynamic", "straight_through", "shrink", "distill"),
+    ("masks", "_evidence", "_find", "report", "graph"),
+    ("_event", "states", "optim", "dynamic", "straight_through", "shrink", "distill"),
     ("rewind", "search", "checkpoint", "export"),
 )
 ORDER = [name for layer in LAYERS for name in layer]

@@ -106,8 +106,8 @@ def test_numpy_arrays_are_params_too(key):
 
 
 def test_a_bare_array_is_a_tree():
-    masks = jp.find_masks(jnp.array([[1.0, 2.0]]), 0.5)
-    assert masks.tolist() == [[False, True]]
+    masks = jp.find_masks(jnp.array([[1.0, 2.0], [4.0, 3.0]]), 0.5)
+    assert masks.tolist() == [[False, False], [True, True]]
 
 
 def test_no_gradient_flows_through_masks():

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree import leaves_with_path, list_paths, path_str
+from jaxprune._tree import is_array, join_static, leaves_with_path, list_paths, split_static
 from jaxprune._types import Masks, Params
 from jaxprune.export._bake import bake
-from jaxprune.graph._network import is_array, join_static, split_static
 
 
 class Program(NamedTuple):
@@ -120,7 +119,7 @@ def _trace(user: str, flat: Any, specs: Sequence[Any], fixed: Sequence[Any]) -> 
 
 def names(tree: Any, prefix: str) -> list[str]:
     """Name the leaves of a tree by their paths: ``output``, ``input_0``, ``output_logits``."""
-    paths = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    paths = [path for path, _ in leaves_with_path(tree)]
     found = ["_".join([prefix, *path.split("/")]) if path else prefix for path in paths]
     twice = len(set(found)) < len(found)  # such as `a_b` beside `a/b`
     return [f"{prefix}_{i}" for i in range(len(found))] if twice else found

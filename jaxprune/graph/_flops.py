@@ -6,7 +6,7 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxprune.graph._network import join_static, split_static
+from jaxprune._tree import join_static, split_static
 
 
 def count_flops(fn: Any, params: Any, *inputs: Any) -> int:

@@ -9,7 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree import is_floating, list_paths, path_str
+from jaxprune._tree import (
+    is_array,
+    is_floating,
+    join_static,
+    leaves_with_path,
+    list_paths,
+    split_static,
+)
 from jaxprune._types import Where
 from jaxprune.graph._analysis import Analysis, Axes, Frame, Rule
 from jaxprune.graph._rules import RULES
@@ -37,30 +44,6 @@ class Network(NamedTuple):
     outputs: Any
 
 
-def is_array(leaf: Any) -> bool:
-    """True for what is traced; all else, such as a flag or a function, is held fixed."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def split_static(tree: Any) -> tuple[list[Any], Any]:
-    """Take the arrays out of a tree; what is left puts them back in with ``join_static``."""
-    leaves, treedef = jax.tree.flatten(tree)
-    arrays = [leaf for leaf in leaves if is_array(leaf)]
-    fixed = tuple(_Hole if is_array(leaf) else leaf for leaf in leaves)
-    return arrays, (treedef, fixed, tuple(map(type, fixed)))  # True equals 1, but is not the same
-
-
-def join_static(arrays: Sequence[Any], static: Any) -> Any:
-    """Put arrays back where ``split_static`` took them from."""
-    treedef, leaves, _ = static
-    left = iter(arrays)
-    return jax.tree.unflatten(treedef, [next(left) if x is _Hole else x for x in leaves])
-
-
-class _Hole:
-    """Where an array was."""
-
-
 def network(
     fn: Any,
     params: Any,
@@ -77,11 +60,7 @@ def network(
     ``exact`` asks for the places where cutting differs from masking, ``complain`` for warnings of
     what is strange about the params, ``whole_outputs`` for results that are never cut.
     """
-    with_paths = [
-        (path_str(path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if is_array(leaf)
-    ]
+    with_paths = [(path, leaf) for path, leaf in leaves_with_path(params) if is_array(leaf)]
     twice = [path for path, n in collections.Counter(p for p, _ in with_paths).items() if n > 1]
     if twice:
         raise ValueError(
@@ -194,8 +173,8 @@ def mirrored_outputs(outputs: Any, paths: Sequence[str], specs: Sequence[Any]) -
     ``(logits, {"batch_stats": ...})``, or only what is below ``batch_stats``.
     """
     found: list[int | None] = []
-    for path, out in jax.tree_util.tree_leaves_with_path(outputs):
-        words = path_str(path).split("/")
+    for path, out in leaves_with_path(outputs):
+        words = path.split("/")
         best = None
         for number, (other, spec) in enumerate(zip(paths, specs, strict=True)):
             theirs = other.split("/")

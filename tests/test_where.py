@@ -1,0 +1,171 @@
+"""Tests of the question which leaves are prunable: by shape, by name, by regex."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune._where import why_not
+
+SQUARE = jax.ShapeDtypeStruct((4, 6), jnp.float32)
+
+# Leaves as the libraries around JAX name and shape them; a shape of two long axes unless given.
+MATRICES = {
+    "flax": ["Dense_0/kernel", "Conv_0/kernel", "head/kernel", "out/kernel"],
+    "a head of one output": [("Dense_9/kernel", (64, 1)), ("w", (64, 1)), ("weight", (1, 64))],
+    "flax attention": [("attn/query/kernel", (8, 2, 4)), ("attn/value/kernel", (8, 2, 4))],
+    "haiku": ["mlp/~/linear_0/w", "transformer/~/embed/w"],
+    "equinox": ["layers/0/weight", "mlp/layers/1/weight", "patch_embedding/linear/weight"],
+    "names that only sound alike": [
+        *("patch_embed/kernel", "embed_out/kernel", "time_embed/Dense_0/kernel", "unembed"),
+        *("position_encoder/Dense_0/kernel", "layers/bias_proj", "norm_proj/kernel"),
+        *("upscale/kernel", "rescale/Dense_0/kernel", "tokenizer/kernel", "logits_dense/kernel"),
+        *("normalizer/layers/0/weight", "gamma_net/Dense_0/kernel", "lora_linear/kernel"),
+    ],
+    "containers": ["Dense_0/kernel/value", "linear/weight/array", "net/kernel/0", "0/1"],
+    "Keras": ["sequential/dense/kernel", "gru/gru_cell/recurrent_kernel"],
+    "raw dicts": ["wq", "w_gate", "wi_0", "A", "b", "B", "C", "Wx", "proj"],
+}
+OTHERS = {
+    "biases": [
+        *("Dense_0/bias", "layers/bias", "linear/b", "b1", "bq", "rnn/bias_hh_l0"),
+        *("norm/offset", "norm/beta", "stacked/bias/0", "bias/value", "attn/query_bias", "bias_n"),
+    ],
+    "gains and scales": [
+        *("norm/scale", "LayerNorm_0/scale", "norm/gamma", "layer_scale", "ls1", "log_step"),
+        *("A_log", "weight_g", "blocks/norm1/weight", "ln_1/weight", "bn/weight", "ffn_norm"),
+        *("w1_auto_scale", "rho", "tau", "log_std", "Lambda_re", "prelu/alpha", "ln_f"),
+        *("cell/tau/mantissa", "cell/time_constant", "g", "time_decay"),
+    ],
+    "embeddings": [
+        *("Embed_0/embedding", "embed/embeddings", "wte/weight", "tok_embeddings/weight"),
+        *("token_embedding", "wte", "word_embeddings", "embedding/weight", "wpe/embedding"),
+        *("relative_attention_bias/weight", "embed", "embeddings/token_embeddings/weight/array"),
+    ],
+    "tables": [
+        *("cls_token", "mask_token", "pos_embed", "pos_embedding", "position_embeddings", "cls"),
+        *("relative_position_bias_table", "codebook", "register_tokens", "rel_pos_h", "pos_enc"),
+    ],
+    "LoRA factors": ["lora/lora_a", "dense/kernel_lora_b", "q/lora_A/weight", "lora_a/kernel"],
+    "statistics": ["norm/mean", "norm/var", "batch_norm/moving_variance", "running_mean"],
+    "widths of quantizers": ["dense/kernel_quantizer/f", "dense/input_quantizer/i"],
+    "vectors and scalars": [
+        *(("gain_row", (1, 8)), ("0/3", (1, 1, 1, 16)), ("u", (8,)), ("0", (8,)), ("step", ())),
+    ],
+    "not floating": [],
+}
+
+
+def leaf(item):
+    path, shape = item if isinstance(item, tuple) else (item, SQUARE.shape)
+    return path, jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+@pytest.mark.parametrize("path, array", [leaf(i) for row in MATRICES.values() for i in row])
+def test_kernels_heads_included_are_in(path, array):
+    assert why_not(path, array) == ""
+    assert jp.is_matrix(path, array) is True
+
+
+@pytest.mark.parametrize(
+    "kind, path, array", [(kind, *leaf(i)) for kind, row in OTHERS.items() for i in row]
+)
+def test_all_else_is_out_and_called_by_its_kind(kind, path, array):
+    assert why_not(path, array) == kind
+    assert jp.is_matrix(path, array) is False
+
+
+def test_arrays_that_are_not_floating_are_out():
+    for dtype in (jnp.int32, jnp.bool_, jnp.complex64):
+        assert why_not("kernel", jnp.ones((2, 2), dtype)) == "not floating"
+    assert jp.is_matrix("kernel", 3.0) is False
+    assert jp.is_matrix("kernel", np.ones((2, 2), np.float32)) is True
+    assert jp.is_matrix("kernel", jnp.ones((2, 2), jnp.float8_e4m3fn)) is True
+
+
+PARAMS = {
+    "Dense_0": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)},
+    "head": {"kernel": jnp.ones((2, 2))},
+}
+
+
+def test_exclude_leaves_out_of_the_default_what_a_regex_names():
+    part = jp.prunable(PARAMS, where=jp.exclude("head/.*"))
+    assert part["head"]["kernel"] is None and part["Dense_0"]["kernel"] is not None
+    assert part["Dense_0"]["bias"] is None
+
+
+def test_exclude_goes_on_top_of_another_predicate():
+    where = jp.exclude("head/.*", where=jp.by_path(".*kernel", ".*bias"))
+    part = jp.prunable(PARAMS, where=where)
+    assert part["head"]["kernel"] is None and part["Dense_0"]["bias"] is not None
+    assert where == jp.exclude("head/.*", where=jp.by_path(".*kernel", ".*bias"))
+
+
+def test_exclude_names_regexes_that_match_nothing_and_those_that_are_none():
+    with pytest.raises(ValueError, match=r"`exclude` got 'Head/\.\*', which matches no parameter"):
+        jp.prunable(PARAMS, where=jp.exclude("Head/.*"))
+    with pytest.raises(ValueError, match=r"`by_path` got 'nobody'.*matches no parameter"):
+        jp.prunable(PARAMS, where=jp.exclude("head/.*", where=jp.by_path("nobody")))
+    with pytest.raises(ValueError, match=r"`exclude\(\)` got no regex"):
+        jp.exclude()
+
+
+def test_exclude_protects_coupled_groups_by_its_regexes_alone():
+    net = lambda p, x: jax.nn.relu(x @ p["a"]["kernel"] + p["a"]["bias"]) @ p["c"]["kernel"]
+    params = {
+        "a": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones((1, 4))},
+        "c": {"kernel": jnp.ones((4, 2))},
+    }
+    groups = jp.find_groups(net, params, jnp.ones((1, 3)))
+    pattern = jp.patterns.Coupled(groups)
+    with pytest.raises(ValueError, match="refuses a member of each of the 1 groups"):
+        jp.find_masks(params, 0.5, pattern=pattern, where=jp.exclude("c/kernel"))
+    free = {**params, "d": {"kernel": jnp.ones((4, 2))}}
+    masks = jp.find_masks(free, 0.5, pattern=pattern, where=jp.exclude("d/kernel"))
+    assert masks["a"]["bias"].sum() == 2  # covered, whatever the default says of biases
+
+
+@pytest.mark.parametrize("path", ["layers[0]/w (a)", "mixing 0e+1o/w{x}", "a.b|c/w"])
+def test_a_path_as_it_stands_matches_itself(path):
+    name, _, last = path.rpartition("/")
+    params = {name: {last: jnp.ones((2, 2)), "v": jnp.ones((2, 2))}}
+    part = jp.prunable(params, where=jp.by_path(path))
+    assert part[name][last] is not None and part[name]["v"] is None
+    assert jp.scopes.custom(params, {path: 0.5})[name][last] == 0.5
+
+
+def test_a_regex_that_matches_nothing_is_told_what_it_may_have_meant():
+    params = {"out": {"kernel": jnp.ones((2, 2))}, "in": {"kernel": jnp.ones((2, 2))}}
+    with pytest.raises(ValueError, match=r"With '\(\.\*/\)\?out/kernel' it would"):
+        jp.prunable(params, where=jp.by_path(".*/out/kernel"))
+    with pytest.raises(ValueError, match=r"With '\(\.\*/\)\?out/kernel' it would"):
+        jp.prunable({"params": params}, where=jp.by_path("out/kernel"))
+    with pytest.raises(ValueError, match=r"With '\(\.\*/\)\?out/kernel' it would"):
+        jp.imp(params, lambda t, m: t, rates={".*/out/kernel": 0.1})
+    odd = {"w[0] (x)": jnp.ones((2, 2))}
+    with pytest.raises(ValueError, match=r"write `re\.escape\('w\[0\] \(x\)'\)`"):
+        jp.prunable(odd, where=jp.by_path(r"w\[0\] (x)"))
+    with pytest.raises(ValueError, match=r"no regular expression.*re\.escape"):
+        jp.by_path("w[0")
+
+
+def test_leaves_that_are_objects_are_called_so():
+    class Parameter:
+        pass
+
+    with pytest.raises(ValueError, match=r"no arrays but objects, such as Parameter at 'a'"):
+        jp.prunable({"a": Parameter()})
+
+
+def test_regexes_refuse_paths_that_meet():
+    params = {"a/kernel": jnp.ones((2, 2)), "a": {"kernel": jnp.ones((2, 2))}}
+    with pytest.raises(ValueError, match=r"`by_path` got several leaves at 'a/kernel'"):
+        jp.prunable(params, where=jp.by_path(".*kernel"))
+    with pytest.raises(ValueError, match=r"`custom` got several leaves at 'a/kernel'"):
+        jp.scopes.custom(params, {".*": 0.5})
+    with pytest.raises(ValueError, match=r"got several leaves at 'a/kernel'"):
+        jp.imp(params, lambda t, m: t, rates={".*": 0.1})
+    with pytest.raises(ValueError, match=r"several leaves at 'a/kernel'"):
+        jp.cut_list(params, {"a/kernel": None, "a": {"kernel": jnp.ones((1, 2), bool)}})

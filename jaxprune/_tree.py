@@ -126,7 +126,7 @@ def list_paths(paths: list[str], most: int = 12) -> str:
 
 def check_regexes_match(regexes: tuple[str, ...], tree: Any, user: str) -> None:
     """Refuse regexes that match no path of ``tree``: they are typing errors."""
-    paths = list(leaves_by_path(tree, user))
+    paths = list(leaves_by_path(tree, user)) if regexes else []
     unused = [r for r in regexes if not any(matches(r, path) for path in paths)]
     if unused:
         raise ValueError(

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._types import Params, Where
-from jaxprune._where import is_floating, is_matrix, matches, regexes_of
+from jaxprune._where import is_array, is_floating, is_matrix, matches, regexes_of
 
 Keys = tuple[str, ...]
 
@@ -35,11 +35,6 @@ class Slot(NamedTuple):
 def is_hole(leaf: Any) -> bool:
     """True for a leaf outside the pruning problem: None, or what ``optax.masked`` leaves out."""
     return leaf is None or isinstance(leaf, optax.MaskedNode)
-
-
-def is_array(leaf: Any) -> bool:
-    """True for arrays and what looks like one (numpy, abstract, traced); not for plain numbers."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
 def slots(tree: Any, is_leaf: Callable[[Any], bool] = is_hole) -> list[Slot]:
@@ -182,7 +177,7 @@ def prunable(params: Params, *, where: Where = is_matrix) -> Params:
 def _what_there_is(params: Params) -> str:
     """The leaves of params of which none is prunable, and one next step."""
     leaves = leaves_with_path(params)
-    objects = [(path, leaf) for path, leaf in leaves if not hasattr(leaf, "dtype")]
+    objects = [(path, leaf) for path, leaf in leaves if not is_array(leaf)]
     if leaves and len(objects) == len(leaves):
         path, leaf = objects[0]
         return (

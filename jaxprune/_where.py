@@ -42,9 +42,14 @@ _OWNERS = {
 _CONTAINERS = r"\d+|value|array|data_array|mantissa|raw_value"
 
 
+def is_array(leaf: Any) -> bool:
+    """True for arrays and what looks like one (numpy, abstract, traced); not for plain numbers."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
 def is_floating(leaf: Any) -> bool:
     """True for real floating arrays and what looks like one (numpy, abstract, traced)."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.floating)
 
 
 def is_matrix(path: str, array: jax.Array) -> bool:

@@ -284,10 +284,13 @@ def check_masks(masks: Masks, params: Params, name: str) -> Masks:
 
     map_with_path(visit, params, mirror)
     if kinds:
-        raise TypeError(
-            f"`{name}` holds masks that are not bool: {', '.join(kinds)}. Convert with "
-            "`mask.astype(bool)`; True keeps a weight."
+        first = jax.tree.leaves(params)[:1]
+        step = (
+            "The other tree is bool: were the two swapped?"
+            if getattr(first[0], "dtype", None) == jnp.bool_
+            else "Convert with `mask.astype(bool)`; True keeps a weight."
         )
+        raise TypeError(f"`{name}` holds masks that are not bool: {', '.join(kinds)}. {step}")
     if shapes:
         raise ValueError(
             f"`{name}` does not fit: {', '.join(shapes)}. A mask has the rank of its parameter, "

@@ -97,8 +97,8 @@ def _the_pruners(opt_state: optax.OptState) -> list[PruneState]:
     found = pruners(opt_state)
     if not found:
         raise ValueError(
-            "The optimizer state holds 0 pruners, want at least one. Pass the state of an "
-            "optimizer wrapped by `jp.prune`, `jp.hold` and the like."
+            "The optimizer state holds 0 pruners, want one. Pass the state of an optimizer wrapped by "
+            "`jp.prune`, `jp.hold` and the like."
         )
     seen: set[Any] = set()
     for state in found:
@@ -106,9 +106,9 @@ def _the_pruners(opt_state: optax.OptState) -> list[PruneState]:
         if mine & seen:
             both = sorted("/".join(keys) for keys in mine & seen)
             raise ValueError(
-                f"The optimizer state holds {len(found)} pruners, and more than one of them masks "
-                f"{list_paths(both)}: which masks hold nobody can say. Pass the part of the state "
-                "that belongs to one of them, or wrap the optimizer once."
+                f"The optimizer state holds {len(found)} pruners, want one for each leaf, but several "
+                f"mask {list_paths(both)}. Wrap the optimizer once, or pass the part of the state "
+                "that belongs to one of them."
             )
         seen |= mine
     return found

@@ -301,6 +301,6 @@ def test_two_pruners_of_the_same_leaves_are_refused():
     for tx in (nested, optax.chain(jp.hold(optax.sgd(0.1)), jp.hold(optax.identity()))):
         state = tx.init(NETWORK)
         for use in (jp.get_masks, lambda s: jp.with_masks(s, jp.dense_masks(NETWORK))):
-            words = "holds 2 pruners, and more than one of them masks 'encoder/a/kernel'"
+            words = "holds 2 pruners, want one for each leaf, but several mask 'encoder/a/kernel'"
             with pytest.raises(ValueError, match=words):
                 use(state)

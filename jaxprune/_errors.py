@@ -1,5 +1,6 @@
-"""Checks at the door, shared by everything that takes a sparsity."""
+"""Checks at the door, shared by everything that takes a sparsity or parts."""
 
+import inspect
 import math
 from typing import Any
 
@@ -42,3 +43,68 @@ def check_loss(loss: Any, user: str) -> Any:
             "Let it return the mean loss of the batch alone: `loss_fn(params, batch) -> []`."
         )
     return loss
+
+
+# What to write instead, for each part.
+_EXAMPLES = {
+    "criterion": "`criterion=jp.criteria.taylor`",
+    "pattern": "`pattern=jp.patterns.Channels(-1)` or `pattern=jp.patterns.Coupled(groups)`",
+    "scope": "`scope=jp.scopes.across`",
+    "where": "`where=jp.by_path('.*/kernel')`",
+}
+
+
+def check_parts(user: str, **parts: Any) -> None:
+    """Refuse what is no ``criterion``, ``pattern``, ``scope`` or ``where``, before it is called."""
+    for role, part in parts.items():
+        fault = _fault(role, part)
+        if fault:
+            raise TypeError(f"`{user}` got {role}={short(part)}, {fault}")
+
+
+def short(value: Any, most: int = 80) -> str:
+    """A value for an error message, or its type where it takes too much space."""
+    shown = repr(value)
+    return shown if len(shown) <= most else f"<{type(value).__name__}>"
+
+
+def _fault(role: str, part: Any) -> str:
+    """Say why something cannot play a role, and what can; nothing where it may."""
+    example = _EXAMPLES[role]
+    if isinstance(part, str):
+        like = f"`where=jp.by_path({part!r})`" if role == "where" else example
+        return f"a string. Pass the part itself, such as {like}."
+    if isinstance(part, type):
+        return f"a class. Pass what it makes: `{part.__name__}(...)`, such as {example}."
+    if role == "pattern":
+        whole = hasattr(part, "pool") and hasattr(part, "expand")
+        return "" if whole else f"which has no `pool` and `expand`. Pass {example}."
+    if not callable(part):
+        return f"which cannot be called. Pass a function, such as {example}."
+    return _fault_of_call(role, part)
+
+
+def _fault_of_call(role: str, f: Any) -> str:
+    if role == "where" and not _takes(f, "path", None):
+        return "which does not take a path and an array: it is called as `where(path, array)`."
+    # Scopes of a user may do without `within`; ours all take it.
+    ours = str(getattr(f, "__module__", "")).startswith("jaxprune.")
+    if role == "scope" and ours and not _takes(f, None, 0.5, within=None):
+        return (
+            "which makes scopes or sparsities. Call it, or pass a scope, such as "
+            f"{_EXAMPLES[role]}."
+        )
+    return ""
+
+
+def _takes(f: Any, *args: Any, **kwargs: Any) -> bool:
+    """Say whether a function can be called like this; one that hides its arguments may be."""
+    try:
+        signature = inspect.signature(f)
+    except (TypeError, ValueError):  # a builtin
+        return True
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True

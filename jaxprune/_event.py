@@ -203,8 +203,24 @@ def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:
 
 
 def storage(packed: bool) -> Callable[[Masks], Masks]:
-    """Say how masks lie in the state."""
-    return pack if packed else lambda masks: masks
+    """Say how masks lie in the state.
+
+    Bits have no nnx variables around them: ``nnx.Optimizer`` gives it a variable for each array,
+    and what it keeps of a node inside of a variable is no node any more.
+    """
+    return (lambda masks: pack(without_variables(masks))) if packed else lambda masks: masks
+
+
+def without_variables(tree: Any) -> Any:
+    """Take nnx variables from around arrays."""
+    return jax.tree.map(
+        lambda v: v.get_value() if _is_variable(v) else v, tree, is_leaf=_is_variable
+    )
+
+
+def _is_variable(node: Any) -> bool:
+    """True for an nnx variable, known by what it can do: the core does not import flax."""
+    return hasattr(node, "get_value") and hasattr(node, "set_value")
 
 
 def live(grads: Params, masks: Masks) -> Params:

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from jaxprune import schedules
-from jaxprune._errors import check_sparsity
+from jaxprune._errors import check_sparsity, is_bool
 from jaxprune._event import (
     PruneState,
     check_grads,
@@ -29,6 +29,7 @@ from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scores,
 from jaxprune.criteria import magnitude, random
 from jaxprune.masks import check_masks, unpack
 from jaxprune.patterns import Coupled, Weights
+from jaxprune.schedules._schedule import as_step
 from jaxprune.scopes import erk, per_leaf
 from jaxprune.scopes._rank import count_true, keep_largest
 from jaxprune.scopes._spread import is_tree
@@ -363,7 +364,8 @@ def _reset(
 
 def _decay(user: str, drop_fraction: float, begin: int, end: int, every: int) -> Schedule:
     """From drop_fraction to 0 along a cosine, and when."""
-    if not isinstance(drop_fraction, int | float | jax.Array | np.generic):
+    number = isinstance(drop_fraction, int | float | jax.Array | np.generic)
+    if not number or is_bool(drop_fraction):
         raise TypeError(
             f"`{user}(drop_fraction={drop_fraction!r})` is no number. Pass one in [0, 1], such as "
             "0.3."
@@ -373,6 +375,8 @@ def _decay(user: str, drop_fraction: float, begin: int, end: int, every: int) ->
             f"`{user}(drop_fraction={drop_fraction!r})` is outside [0, 1]. It is the fraction of "
             "the kept weights that moves at the first event; 0.3 is common."
         )
+
+    begin, end, every = as_step("begin", begin), as_step("end", end), as_step("every", every)
 
     def value(step: Any) -> jax.Array:
         time = jnp.clip((jnp.asarray(step) - begin) / max(end - begin, 1), 0.0, 1.0)

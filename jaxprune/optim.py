@@ -19,6 +19,7 @@ from jaxprune._event import (
     is_placeholder,
     live,
     storage,
+    without_variables,
 )
 from jaxprune._tree import align, is_hole, is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
@@ -224,11 +225,7 @@ def get_masks(opt_state: optax.OptState) -> Masks:
       >>> jp.get_masks(tx.init({"kernel": jnp.zeros((1, 2))}))
       {'kernel': Array([[ True,  True]], dtype=bool)}
     """
-    masks = jax.tree.map(
-        lambda v: v.get_value() if _is_variable(v) else v,
-        _the_pruner(opt_state).masks,
-        is_leaf=_is_variable,
-    )
+    masks = without_variables(_the_pruner(opt_state).masks)
     return jax.tree.map(jnp.copy, unpack(masks))
 
 
@@ -255,17 +252,28 @@ def with_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
       {'kernel': Array([[ True, False]], dtype=bool)}
     """
     old = _the_pruner(opt_state).masks
-    packed = any(map(is_packed, jax.tree.leaves(old, is_leaf=is_packed)))
     shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, bool), old, is_leaf=is_packed)
     mirror = align(masks, shapes)
     like = shapes if mirror is None else jax.tree.map(_fit, shapes, mirror, is_leaf=is_hole)
     mirror = check_masks(masks, like, "masks")
-    copies = jax.tree.map(jnp.copy, mirror)
-    new_masks = pack(copies) if packed else copies
+    new = _stored_like(old, jax.tree.map(jnp.copy, mirror))
     return jax.tree.map(
-        lambda node: node._replace(masks=new_masks) if _is_pruner(node) else node,
+        lambda node: node._replace(masks=new) if _is_pruner(node) else node,
         opt_state,
         is_leaf=_is_pruner,
+    )
+
+
+def _stored_like(old: Masks, masks: Masks) -> Masks:
+    """Pack masks if the old ones are, each array in an nnx variable if those are."""
+    bits = [m.bits for m in jax.tree.leaves(old, is_leaf=is_packed) if is_packed(m)]
+    if not bits:
+        return masks
+    wrapping = jax.tree.structure(bits[0])
+    return jax.tree.map(
+        lambda m: m._replace(bits=jax.tree.unflatten(wrapping, [m.bits])),
+        pack(masks),
+        is_leaf=is_packed,
     )
 
 
@@ -301,8 +309,3 @@ def _the_pruner(opt_state: optax.OptState) -> PruneState:
 
 def _is_pruner(node: Any) -> bool:
     return isinstance(node, PruneState)
-
-
-def _is_variable(node: Any) -> bool:
-    """True for an nnx variable, known by what it can do: the core does not import flax."""
-    return hasattr(node, "get_value") and hasattr(node, "set_value")

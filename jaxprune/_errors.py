@@ -77,6 +77,18 @@ def check_parts(user: str, **parts: Any) -> None:
             raise TypeError(f"`{user}` got {role}={short(part)}, {fault}")
 
 
+def check_key(user: str, key: Any) -> None:
+    """Refuse what is no random key; None is for those that need none."""
+    typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    words = getattr(key, "dtype", None) == np.uint32 and np.ndim(key) > 0
+    if key is not None and not typed and not words:
+        number = whole(key)
+        raise TypeError(
+            f"`{user}` got key={short(key)}, which is no random key. Pass "
+            f"`key=jax.random.key({0 if number is None else number})`."
+        )
+
+
 def short(value: Any, most: int = 80) -> str:
     """A value for an error message, or its type where it takes too much space."""
     shown = repr(value)

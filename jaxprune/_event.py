@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from jaxprune._errors import check_key, check_parts, short
 from jaxprune._find import (
     check_evidence,
     check_scope,
@@ -18,6 +19,7 @@ from jaxprune._find import (
     rank,
     required_evidence,
 )
+from jaxprune._help import schedule_for
 from jaxprune._mesh import bare, lay_out, true_over
 from jaxprune._tree import (
     align,
@@ -70,10 +72,12 @@ class Search:
     def __post_init__(self) -> None:
         if not callable(self.schedule) or not hasattr(self.schedule, "due"):
             raise TypeError(
-                f"`{self.user}` got schedule={self.schedule!r}, which cannot say when it is due. "
-                "Use one of `jp.schedules`; `jp.schedules.custom(fn, begin, end, every)` takes "
-                "any function."
+                f"`{self.user}` got schedule={short(self.schedule)}, which cannot say when it is "
+                f"due. {schedule_for(self.user, self.schedule)}"
             )
+        parts = {"criterion": self.criterion, "pattern": self.pattern}
+        check_parts(self.user, **parts, scope=self.scope, where=self.where)
+        check_key(self.user, self.key)
         if self.key is None and "key" in required_evidence(self.criterion):
             raise TypeError(
                 f"The criterion `{criterion_name(self.criterion)}` needs a random key and there "
@@ -270,8 +274,14 @@ def check_grads(grads: Params, params: Params, part: Params) -> Params:
     return mirror
 
 
-def check_params(params: Params | None) -> None:
-    """Refuse an update without params."""
+def check_update(state: Any, params: Params | None, kind: type = PruneState) -> None:
+    """Refuse an update without params, or with something else in the place of the state."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"`tx.update` got a {type(state).__name__} in the place of the state, a "
+            f"`{kind.__name__}` that `tx.init(params)` makes. The order is "
+            "`tx.update(grads, state, params)`."
+        )
     if params is None:
         raise ValueError(
             "`tx.update(grads, state)` was called without params, but masks are made from them and "

@@ -382,6 +382,13 @@ def check_evidence(criterion: Criterion, evidence: Any) -> None:
     if missing:
         asked = ", ".join(f"`{name}`" for name in missing)
         first = missing[0]
+        if first == "state" and hasattr(criterion, "init"):
+            raise TypeError(
+                f"The criterion `{criterion_name(criterion)}` scores from what it remembers of a "
+                "training run. Use it as `criterion=` of `jp.prune` or `jp.straight_through`, "
+                "which keep its memory; or keep it by hand: `state = criterion.init(params)`, at "
+                "every step `state = criterion.update(state, params, grads)`, and pass `state=`."
+            )
         raise TypeError(
             f"The criterion `{criterion_name(criterion)}` needs {asked}, which was not given. Pass "
             f"`{first}=...` to `jp.find_masks`, or to `tx.update` inside a training step; `jp.imp` "

@@ -9,12 +9,12 @@ import numpy as np
 import optax
 
 from jaxprune import schedules
-from jaxprune._errors import check_sparsity, is_bool
+from jaxprune._errors import check_key, check_parts, check_sparsity, is_bool
 from jaxprune._event import (
     PruneState,
     check_grads,
     check_inner,
-    check_params,
+    check_update,
     enforce,
     if_due,
     is_placeholder,
@@ -23,6 +23,7 @@ from jaxprune._event import (
     widen,
 )
 from jaxprune._find import find, living
+from jaxprune._help import readable
 from jaxprune._mesh import in_auto_mode
 from jaxprune._tree import is_hole, is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
@@ -37,6 +38,7 @@ from jaxprune.scopes._spread import is_tree
 __all__ = ("rigl", "set")
 
 
+@readable
 def rigl(
     inner: optax.GradientTransformation,
     *,
@@ -122,6 +124,7 @@ def rigl(
     )
 
 
+@readable
 def set(
     inner: optax.GradientTransformation,
     *,
@@ -209,6 +212,8 @@ def _drop_and_grow(
 ) -> optax.GradientTransformationExtraArgs:
     check_inner(inner, user)
     check_sparsity(sparsity, user)
+    check_parts(user, pattern=pattern, where=where)
+    check_key(user, key)
     if isinstance(pattern, Coupled):
         raise ValueError(
             f"`{user}` grows what it drops within a leaf, and `Coupled` groups own parts of many "
@@ -249,7 +254,7 @@ def _drop_and_grow(
     def update(
         grads: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, PruneState]:
-        check_params(params)
+        check_update(state, params)
         old = check_masks(unpack(state.masks), params, "masks")
         part = narrow(params, old)
         grads = check_grads(grads, params, part)

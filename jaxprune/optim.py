@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune._errors import check_parts
 from jaxprune._event import (
     PruneState,
     Search,
     check_grads,
     check_inner,
-    check_params,
+    check_update,
     enforce,
     if_due,
     is_packed,
@@ -21,6 +22,7 @@ from jaxprune._event import (
     storage,
     without_variables,
 )
+from jaxprune._help import readable, scheduled
 from jaxprune._tree import align, is_hole, is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
@@ -29,6 +31,8 @@ from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
 
 
+@scheduled
+@readable
 def prune(
     inner: optax.GradientTransformation,
     *,
@@ -112,6 +116,7 @@ def prune(
     )
 
 
+@readable
 def hold(
     inner: optax.GradientTransformation, *, where: Where = is_matrix, packed: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -147,6 +152,7 @@ def hold(
              [0.5, 0.5]], dtype=float32)
     """
     check_inner(inner, "hold")
+    check_parts("hold", where=where)
 
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
         del grads, params, extra
@@ -187,7 +193,7 @@ def _wrap(
     def update(
         updates: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, PruneState]:
-        check_params(params)
+        check_update(state, params)
         stored, criterion_state = refresh(updates, state, params, extra)
         masks = check_masks(unpack(stored), params, "masks")
         grads = live(check_grads(updates, params, narrow(params, masks)), masks)

@@ -11,10 +11,11 @@ from jaxprune._event import (
     Search,
     check_grads,
     check_inner,
-    check_params,
+    check_update,
     if_due,
     storage,
 )
+from jaxprune._help import readable, scheduled
 from jaxprune._tree import is_matrix, map_leaves, prunable
 from jaxprune._types import Criterion, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
@@ -34,6 +35,8 @@ class StraightThroughState(NamedTuple):
     masked: PruneState
 
 
+@scheduled
+@readable
 def straight_through(
     inner: optax.GradientTransformation,
     *,
@@ -117,7 +120,7 @@ def straight_through(
         params: Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, StraightThroughState]:
-        check_params(params)
+        check_update(state, params, StraightThroughState)
         before, search = state.masked, parts.on(params)
         stored = store(search.fit(before.masks, params))
         grads = check_grads(grads, params, prunable(params, where=search.where))

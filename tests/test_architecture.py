@@ -19,7 +19,7 @@ EXTRAS = {"checkpoint": {"orbax"}}
 FILES_ARE_ITS_BUSINESS = {"checkpoint", "export"}
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
-    ("_types", "_tree", "_mesh", "_errors"),
+    ("_types", "_tree", "_mesh", "_errors", "_help"),
     ("groups", *PARTS),
     ("masks", "_find", "report", "graph"),
     ("_event", "optim", "dynamic", "straight_through", "shrink", "distill"),

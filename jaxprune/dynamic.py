@@ -23,9 +23,10 @@ from jaxprune._event import (
     widen,
 )
 from jaxprune._find import find, living
+from jaxprune._frozen import moving
 from jaxprune._help import readable
 from jaxprune._mesh import in_auto_mode
-from jaxprune._tree import is_hole, is_matrix, map_leaves, narrow
+from jaxprune._tree import is_hole, is_matrix, map_leaves, narrow, prunable
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
 from jaxprune.criteria import magnitude, random
 from jaxprune.masks import check_masks, unpack
@@ -231,14 +232,18 @@ def _drop_and_grow(
         if is_placeholder(params):
             return params
         _check_state(inner, params, user)
+        chosen = moving(where, inner, params, user)
+        given = (
+            narrow(sparsity, prunable(params, where=chosen)) if chosen is not where else sparsity
+        )
         return find(
             params,
-            sparsity if is_tree(sparsity) else erk(params, sparsity, where=where),
+            given if is_tree(sparsity) else erk(params, sparsity, where=chosen),
             {"key": key},
             criterion=start,
             pattern=pattern,
             scope=per_leaf,
-            where=where,
+            where=chosen,
             within=None,
         )
 

@@ -22,6 +22,7 @@ from jaxprune._event import (
     storage,
     without_variables,
 )
+from jaxprune._frozen import moving
 from jaxprune._help import readable, scheduled
 from jaxprune._tree import align, is_hole, is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
@@ -90,11 +91,15 @@ def prune(
              [ 1.5,  0. ]], dtype=float32)
     """
     check_inner(inner, "prune")
-    parts = Search("prune", schedule, criterion, pattern, scope, where, key)
+    parts = Search("prune", schedule, criterion, pattern, scope, where, key, inner)
     store = storage(packed)
 
+    def start(params: Params) -> tuple[Masks, Any]:
+        search = parts.on(params)
+        return search.first_masks(params), search.first_memory(params)
+
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
-        now, search = state.count, parts.on(params)
+        now, search = state.count, parts.on(params, state.masks)
         memory = search.remember(state.criterion_state, params, grads)
         evidence = search.evidence(state, memory, grads, extra)
         falls = search.falls(now)
@@ -108,8 +113,7 @@ def prune(
 
     return _wrap(
         inner,
-        init_masks=lambda params: parts.on(params).first_masks(params),
-        init_criterion=lambda params: parts.on(params).first_memory(params),
+        start=start,
         refresh=refresh,
         key=key,
         packed=packed,
@@ -154,14 +158,18 @@ def hold(
     check_inner(inner, "hold")
     check_parts("hold", where=where)
 
+    def start(params: Params) -> tuple[Masks, Any]:
+        if is_placeholder(params):
+            return params, ()
+        return dense_masks(params, where=moving(where, inner, params, "hold")), ()
+
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
         del grads, params, extra
         return state.masks, state.criterion_state
 
     return _wrap(
         inner,
-        init_masks=lambda p: p if is_placeholder(p) else dense_masks(p, where=where),
-        init_criterion=lambda _: (),
+        start=start,
         refresh=refresh,
         key=None,
         packed=packed,
@@ -171,22 +179,26 @@ def hold(
 def _wrap(
     inner: optax.GradientTransformation,
     *,
-    init_masks: Callable[[Params], Masks],
-    init_criterion: Callable[[Params], Any],
+    start: Callable[[Params], tuple[Masks, Any]],
     refresh: Callable[..., Any],
     key: jax.Array | None,
     packed: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Put masks around an optimizer; ``refresh`` says which are in force at an update."""
+    """Put masks around an optimizer.
+
+    ``start`` makes the first masks and what a criterion remembers; ``refresh`` says which masks
+    are in force at an update.
+    """
     inner = optax.with_extra_args_support(inner)
     store = storage(packed)
 
     def init(params: Params) -> PruneState:
+        masks, memory = start(params)
         return PruneState(
             count=jnp.zeros([], jnp.int32),
-            masks=store(init_masks(params)),
+            masks=store(masks),
             inner_state=inner.init(params),
-            criterion_state=init_criterion(params),
+            criterion_state=memory,
             key=None if key is None else jnp.copy(key),
         )
 

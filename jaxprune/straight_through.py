@@ -99,7 +99,7 @@ def straight_through(
     """
     check_inner(inner, "straight_through")
     inner = optax.with_extra_args_support(inner)
-    parts = Search("straight_through", schedule, criterion, pattern, scope, where, key)
+    parts = Search("straight_through", schedule, criterion, pattern, scope, where, key, inner)
     store = storage(packed)
 
     def init(params: Params) -> StraightThroughState:
@@ -121,7 +121,8 @@ def straight_through(
         **extra: Any,
     ) -> tuple[optax.Updates, StraightThroughState]:
         check_update(state, params, StraightThroughState)
-        before, search = state.masked, parts.on(params)
+        before = state.masked
+        search = parts.on(params, before.masks)
         stored = store(search.fit(before.masks, params))
         grads = check_grads(grads, params, prunable(params, where=search.where))
         memory = search.remember(before.criterion_state, params, grads)

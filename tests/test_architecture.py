@@ -22,7 +22,7 @@ LAYERS = (
     ("_types", "_tree", "_mesh", "_errors", "_help"),
     ("groups", *PARTS),
     ("masks", "_find", "report", "graph"),
-    ("_event", "optim", "dynamic", "straight_through", "shrink", "distill"),
+    ("_frozen", "_event", "optim", "dynamic", "straight_through", "shrink", "distill"),
     ("rewind", "search", "checkpoint", "export"),
 )
 ORDER = [name for layer in LAYERS for name in layer]

@@ -89,6 +89,11 @@ class Search:
             )
         check_scope(self.scope, getattr(self.schedule, "final", None))
 
+    @property
+    def by_default(self) -> bool:
+        """True if leaves are chosen by the default ``where`` alone."""
+        return self.where is is_matrix and not isinstance(self.pattern, Coupled)
+
     def on(self, params: Params, stored: Masks | None = None) -> "Search":
         """Settle what is pruned of these params, at ``init`` or with the masks of the state.
 

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from jaxprune import schedules
+from jaxprune._advice import warn
 from jaxprune._errors import check_key, check_parts, check_sparsity, is_bool
 from jaxprune._event import (
     PruneState,
@@ -248,13 +249,16 @@ def _drop_and_grow(
         )
 
     def init(params: Params) -> PruneState:
-        return PruneState(
+        state = PruneState(
             count=jnp.zeros([], jnp.int32),
             masks=store(first_masks(params)),
             inner_state=inner.init(params),
             criterion_state=(),
             key=None if key is None else jnp.copy(key),
         )
+        if not is_placeholder(params):
+            warn(user, state, params, by_default=where is is_matrix)
+        return state
 
     def update(
         grads: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any

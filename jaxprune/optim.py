@@ -1,5 +1,6 @@
 """Pruning around any optax optimizer: masks live in its state and act through its updates."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune._advice import warn
 from jaxprune._errors import check_parts
 from jaxprune._event import (
     PruneState,
@@ -115,6 +117,7 @@ def prune(
         inner,
         start=start,
         refresh=refresh,
+        advise=functools.partial(warn, "prune", schedule=schedule, by_default=parts.by_default),
         key=key,
         packed=packed,
     )
@@ -171,6 +174,7 @@ def hold(
         inner,
         start=start,
         refresh=refresh,
+        advise=functools.partial(warn, "hold", by_default=where is is_matrix, dense=True),
         key=None,
         packed=packed,
     )
@@ -181,26 +185,30 @@ def _wrap(
     *,
     start: Callable[[Params], tuple[Masks, Any]],
     refresh: Callable[..., Any],
+    advise: Callable[[PruneState, Params], None],
     key: jax.Array | None,
     packed: bool,
 ) -> optax.GradientTransformationExtraArgs:
     """Put masks around an optimizer.
 
     ``start`` makes the first masks and what a criterion remembers; ``refresh`` says which masks
-    are in force at an update.
+    are in force at an update; ``advise`` warns of a new state.
     """
     inner = optax.with_extra_args_support(inner)
     store = storage(packed)
 
     def init(params: Params) -> PruneState:
         masks, memory = start(params)
-        return PruneState(
+        state = PruneState(
             count=jnp.zeros([], jnp.int32),
             masks=store(masks),
             inner_state=inner.init(params),
             criterion_state=memory,
             key=None if key is None else jnp.copy(key),
         )
+        if not is_placeholder(params):
+            advise(state, params)
+        return state
 
     def update(
         updates: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune._advice import warn
 from jaxprune._event import (
     PruneState,
     Search,
@@ -13,6 +14,7 @@ from jaxprune._event import (
     check_inner,
     check_update,
     if_due,
+    is_placeholder,
     storage,
 )
 from jaxprune._help import readable, scheduled
@@ -104,15 +106,16 @@ def straight_through(
 
     def init(params: Params) -> StraightThroughState:
         search = parts.on(params)
-        return StraightThroughState(
-            PruneState(
-                count=jnp.zeros([], jnp.int32),
-                masks=store(search.first_masks(params)),
-                inner_state=inner.init(params),
-                criterion_state=search.first_memory(params),
-                key=None if key is None else jnp.copy(key),
-            )
+        masked = PruneState(
+            count=jnp.zeros([], jnp.int32),
+            masks=store(search.first_masks(params)),
+            inner_state=inner.init(params),
+            criterion_state=search.first_memory(params),
+            key=None if key is None else jnp.copy(key),
         )
+        if not is_placeholder(params):
+            warn(search.user, masked, params, schedule=schedule, by_default=parts.by_default)
+        return StraightThroughState(masked)
 
     def update(
         grads: optax.Updates,

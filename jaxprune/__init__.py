@@ -8,6 +8,7 @@ from jaxprune import graph as graph
 from jaxprune import patterns as patterns
 from jaxprune import schedules as schedules
 from jaxprune import scopes as scopes
+from jaxprune._advice import PruneWarning as PruneWarning
 from jaxprune._event import PruneState as PruneState
 from jaxprune._find import find_masks as find_masks
 from jaxprune._find import make_masks as make_masks
@@ -15,6 +16,8 @@ from jaxprune._tree import prunable as prunable
 from jaxprune._where import by_path as by_path
 from jaxprune._where import exclude as exclude
 from jaxprune._where import is_matrix as is_matrix
+from jaxprune.check import Check as Check
+from jaxprune.check import check as check
 from jaxprune.distill import distillation_loss as distillation_loss
 from jaxprune.distill import feature_loss as feature_loss
 from jaxprune.graph import count_flops as count_flops
@@ -54,6 +57,7 @@ from jaxprune.straight_through import straight_through as straight_through
 __version__ = "0.1.0"
 
 __all__ = (
+    "Check",
     "Group",
     "Groups",
     "Level",
@@ -61,10 +65,12 @@ __all__ = (
     "Overlap",
     "Packed",
     "PruneState",
+    "PruneWarning",
     "StraightThroughState",
     "Summary",
     "apply_masks",
     "by_path",
+    "check",
     "checkpoint",
     "combine_masks",
     "count_flops",

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import operator
 from typing import Any
 
 import jax
@@ -17,21 +18,35 @@ def check_sparsity(sparsity: Any, user: str = "sparsity") -> None:
         if isinstance(value, jax.core.Tracer):
             continue
         where = f" at {path!r}" if path else ""
-        if np.ndim(value) or not isinstance(
-            value, int | float | np.generic | np.ndarray | jax.Array
-        ):
+        number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
+        if np.ndim(value) or not number or is_bool(value):
             raise TypeError(
                 f"`{user}` got {value!r}{where}. Pass the fraction to remove: one number in "
                 "[0, 1], or a tree with one number for each prunable leaf."
             )
-        number = float(value)
-        if math.isnan(number) or not 0.0 <= number <= 1.0:
-            bad.append(f"{number:g}{where}")
+        fraction = float(value)
+        if math.isnan(fraction) or not 0.0 <= fraction <= 1.0:
+            bad.append(f"{fraction:g}{where}")
     if bad:
         raise ValueError(
             f"`{user}` got {', '.join(bad)}, outside [0, 1]. It is the fraction to remove: 0.9 "
             "keeps a tenth."
         )
+
+
+def is_bool(value: Any) -> bool:
+    """True for a bool of Python, NumPy or JAX, which counts as a number there."""
+    return isinstance(value, bool) or getattr(value, "dtype", None) == np.bool_
+
+
+def whole(value: Any) -> int | None:
+    """Give an integer of whatever make as one of Python; None for all else, bools included."""
+    if is_bool(value):
+        return None
+    try:
+        return operator.index(value)
+    except TypeError:  # no integer, or one that is traced
+        return None
 
 
 def check_loss(loss: Any, user: str) -> Any:
@@ -60,6 +75,18 @@ def check_parts(user: str, **parts: Any) -> None:
         fault = _fault(role, part)
         if fault:
             raise TypeError(f"`{user}` got {role}={short(part)}, {fault}")
+
+
+def check_key(user: str, key: Any) -> None:
+    """Refuse what is no random key; None is for those that need none."""
+    typed = isinstance(key, jax.Array) and jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key)
+    words = getattr(key, "dtype", None) == np.uint32 and np.ndim(key) > 0
+    if key is not None and not typed and not words:
+        number = whole(key)
+        raise TypeError(
+            f"`{user}` got key={short(key)}, which is no random key. Pass "
+            f"`key=jax.random.key({0 if number is None else number})`."
+        )
 
 
 def short(value: Any, most: int = 80) -> str:

@@ -1,6 +1,5 @@
 """Masks: applied to params, compared, counted and packed into bits."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -177,9 +176,7 @@ def count_kept(masks: Masks, params: Params) -> list[Count]:
     return counts
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """A mask in bits: ``bits`` holds the last axis of ``shape`` eight to a byte.
 
     Attributes:
@@ -188,7 +185,16 @@ class Packed:
     """
 
     bits: jax.Array
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...]
+
+
+# A node of its own, since the shape is no leaf. A named tuple all the same: those are what
+# `flax.serialization` writes and reads without being told, and the core does not import flax.
+jax.tree_util.register_pytree_with_keys(
+    Packed,
+    lambda packed: (((jax.tree_util.GetAttrKey("bits"), packed.bits),), packed.shape),
+    lambda shape, children: Packed(next(iter(children)), shape),
+)
 
 
 def pack(masks: Masks) -> Any:

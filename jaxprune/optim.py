@@ -1,5 +1,6 @@
 """Pruning around any optax optimizer: masks live in its state and act through its updates."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,18 +8,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune._advice import warn
+from jaxprune._errors import check_parts
 from jaxprune._event import (
     PruneState,
     Search,
     check_grads,
     check_inner,
-    check_params,
+    check_update,
     enforce,
     if_due,
     is_placeholder,
     live,
     storage,
 )
+from jaxprune._frozen import moving
+from jaxprune._help import readable, scheduled
 from jaxprune._tree import is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
@@ -27,6 +32,8 @@ from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
 
 
+@scheduled
+@readable
 def prune(
     inner: optax.GradientTransformation,
     *,
@@ -84,11 +91,15 @@ def prune(
              [ 1.5,  0. ]], dtype=float32)
     """
     check_inner(inner, "prune")
-    parts = Search("prune", schedule, criterion, pattern, scope, where, key)
+    parts = Search("prune", schedule, criterion, pattern, scope, where, key, inner)
     store = storage(packed)
 
+    def start(params: Params) -> tuple[Masks, Any]:
+        search = parts.on(params)
+        return search.first_masks(params), search.first_memory(params)
+
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
-        now, search = state.count, parts.on(params)
+        now, search = state.count, parts.on(params, state.masks)
         memory = search.remember(state.criterion_state, params, grads)
         evidence = search.evidence(state, memory, grads, extra)
         falls = search.falls(now)
@@ -102,14 +113,15 @@ def prune(
 
     return _wrap(
         inner,
-        init_masks=lambda params: parts.on(params).first_masks(params),
-        init_criterion=lambda params: parts.on(params).first_memory(params),
+        start=start,
         refresh=refresh,
+        advise=functools.partial(warn, "prune", schedule=schedule, by_default=parts.by_default),
         key=key,
         packed=packed,
     )
 
 
+@readable
 def hold(
     inner: optax.GradientTransformation, *, where: Where = is_matrix, packed: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -145,6 +157,12 @@ def hold(
              [0.5, 0.5]], dtype=float32)
     """
     check_inner(inner, "hold")
+    check_parts("hold", where=where)
+
+    def start(params: Params) -> tuple[Masks, Any]:
+        if is_placeholder(params):
+            return params, ()
+        return dense_masks(params, where=moving(where, inner, params, "hold")), ()
 
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
         del grads, params, extra
@@ -152,9 +170,9 @@ def hold(
 
     return _wrap(
         inner,
-        init_masks=lambda p: p if is_placeholder(p) else dense_masks(p, where=where),
-        init_criterion=lambda _: (),
+        start=start,
         refresh=refresh,
+        advise=functools.partial(warn, "hold", by_default=where is is_matrix, dense=True),
         key=None,
         packed=packed,
     )
@@ -163,29 +181,37 @@ def hold(
 def _wrap(
     inner: optax.GradientTransformation,
     *,
-    init_masks: Callable[[Params], Masks],
-    init_criterion: Callable[[Params], Any],
+    start: Callable[[Params], tuple[Masks, Any]],
     refresh: Callable[..., Any],
+    advise: Callable[[PruneState, Params], None],
     key: jax.Array | None,
     packed: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Put masks around an optimizer; ``refresh`` says which are in force at an update."""
+    """Put masks around an optimizer.
+
+    ``start`` makes the first masks and what a criterion remembers; ``refresh`` says which masks
+    are in force at an update; ``advise`` warns of a new state.
+    """
     inner = optax.with_extra_args_support(inner)
     store = storage(packed)
 
     def init(params: Params) -> PruneState:
-        return PruneState(
+        masks, memory = start(params)
+        state = PruneState(
             count=jnp.zeros([], jnp.int32),
-            masks=store(init_masks(params)),
+            masks=store(masks),
             inner_state=inner.init(params),
-            criterion_state=init_criterion(params),
+            criterion_state=memory,
             key=None if key is None else jnp.copy(key),
         )
+        if not is_placeholder(params):
+            advise(state, params)
+        return state
 
     def update(
         updates: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, PruneState]:
-        check_params(params)
+        check_update(state, params)
         stored, criterion_state = refresh(updates, state, params, extra)
         masks = check_masks(unpack(stored), params, "masks")
         grads = live(check_grads(updates, params, narrow(params, masks)), masks)

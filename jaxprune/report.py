@@ -1,6 +1,7 @@
 """What masks look like: tables for people, and how much two masks share."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxprune._tree import align, is_array, leaves_with_path, map_with_path
 from jaxprune._types import Masks, Params
+from jaxprune._values import count_revived, is_concrete
 from jaxprune._where import why_not
 from jaxprune.masks import check_masks, count_kept
 
@@ -65,12 +67,14 @@ class Summary:
       total: all of them together.
       left_out: the leaves that no mask covers, by what they are.
       collapsed: paths of the leaves that keep nothing at all.
+      revived: by path, how many weights that the masks remove are not zero in the params.
     """
 
     rows: tuple[Row, ...]
     total: Row
     left_out: tuple[LeftOut, ...]
     collapsed: tuple[str, ...]
+    revived: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def others(self) -> int:
@@ -105,6 +109,12 @@ class Summary:
         lines += [
             f"warning: {path!r} keeps nothing: the layer collapsed" for path in self.collapsed
         ]
+        lines += [
+            f"not zero: {count:,} weights of {path!r} that the masks remove"
+            for path, count in self.revived.items()
+        ]
+        if self.revived:
+            lines.append("(`jp.apply_masks` removes them; after training, `jp.check` says more)")
         return "\n".join(lines)
 
 
@@ -118,8 +128,9 @@ def summary(params: Params, masks: Masks) -> Summary:
     Returns:
       A ``Summary``: printed, a table with path, shape, kept and total weights, sparsity and bytes
       (dense, and packed as kept values plus one bit a weight), totals, what is left out and as
-      what (embeddings and LoRA factors have a line of their own), and a warning for each layer
-      that keeps nothing.
+      what (embeddings and LoRA factors have a line of their own), a warning for each layer that
+      keeps nothing, and where removed weights are not zero: masks that were not applied, or weights
+      that came back.
 
     Raises:
       ValueError: ``masks`` does not mirror ``params``.
@@ -128,7 +139,8 @@ def summary(params: Params, masks: Masks) -> Summary:
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"kernel": jnp.ones((2, 4)), "bias": jnp.zeros(4)}
-      >>> print(summary(params, {"kernel": jnp.array([[True, False, False, False]]), "bias": None}))
+      >>> masks = {"kernel": jnp.array([[True, False, False, False]]), "bias": None}
+      >>> print(summary(params, masks))
       path    shape  kept / total  sparsity  dense  packed
       ----------------------------------------------------
       kernel  2x4           2 / 8    75.00%   32 B     9 B
@@ -136,6 +148,8 @@ def summary(params: Params, masks: Masks) -> Summary:
       total                 2 / 8    75.00%   32 B     9 B
       not prunable: 4 parameters
         biases: 4 (bias)
+      not zero: 6 weights of 'kernel' that the masks remove
+      (`jp.apply_masks` removes them; after training, `jp.check` says more)
     """
     masks = check_masks(masks, params, "masks")
     rows = _rows(params, masks)
@@ -148,7 +162,8 @@ def summary(params: Params, masks: Masks) -> Summary:
         sum(r.packed_bytes for r in rows),
     )
     collapsed = tuple(r.path for r in rows if r.total and not r.kept)
-    return Summary(tuple(rows), total, _left_out(params, masks), collapsed)
+    revived = count_revived(params, masks) if is_concrete((params, masks)) else {}
+    return Summary(tuple(rows), total, _left_out(params, masks), collapsed, revived)
 
 
 def _rows(params: Params, masks: Masks) -> list[Row]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune._event import PruneState, is_packed
+from jaxprune._event import PruneState, is_packed, without_variables
 from jaxprune._tree import align, is_hole, leaves_by_keys, list_paths
 from jaxprune._types import Masks
 from jaxprune.masks import check_masks, pack, unpack
@@ -97,8 +97,8 @@ def _the_pruners(opt_state: optax.OptState) -> list[PruneState]:
     found = pruners(opt_state)
     if not found:
         raise ValueError(
-            "The optimizer state holds 0 pruners, want one. Pass the state of an optimizer wrapped by "
-            "`jp.prune`, `jp.hold` and the like."
+            "The optimizer state holds 0 pruners, want one. Pass the state of an optimizer wrapped "
+            "by `jp.prune`, `jp.hold` and the like."
         )
     seen: set[Any] = set()
     for state in found:
@@ -106,8 +106,8 @@ def _the_pruners(opt_state: optax.OptState) -> list[PruneState]:
         if mine & seen:
             both = sorted("/".join(keys) for keys in mine & seen)
             raise ValueError(
-                f"The optimizer state holds {len(found)} pruners, want one for each leaf, but several "
-                f"mask {list_paths(both)}. Wrap the optimizer once, or pass the part of the state "
+                f"The optimizer state holds {len(found)} pruners, want one for each leaf, but "
+                f"several mask {list_paths(both)}. Wrap the optimizer once, or pass the part of the state "
                 "that belongs to one of them."
             )
         seen |= mine
@@ -116,10 +116,7 @@ def _the_pruners(opt_state: optax.OptState) -> list[PruneState]:
 
 def _plain(masks: Masks) -> Masks:
     """Masks unpacked and without nnx variables around them."""
-    bare = jax.tree.map(
-        lambda v: v.get_value() if _is_variable(v) else v, masks, is_leaf=_is_variable
-    )
-    return unpack(bare)
+    return unpack(without_variables(masks))
 
 
 def _merge(a: Any, b: Any) -> Any:
@@ -137,7 +134,6 @@ def _children(node: Any) -> tuple[list[Any], Any]:
 
 def _share(old: Masks, masks: Masks) -> Masks:
     """The masks that a pruner takes of those given: checked, copied and stored as its own are."""
-    packed = any(map(is_packed, jax.tree.leaves(old, is_leaf=is_packed)))
     shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, bool), old, is_leaf=is_packed)
     mirror = align(masks, shapes)
     if mirror is not None:
@@ -149,8 +145,20 @@ def _share(old: Masks, masks: Masks) -> Masks:
         )
     like = shapes if mirror is None else jax.tree.map(_fit, shapes, mirror, is_leaf=is_hole)
     mirror = check_masks(masks if mirror is None else mirror, like, "masks")
-    copies = jax.tree.map(jnp.copy, mirror)
-    return pack(copies) if packed else copies
+    return _stored_like(old, jax.tree.map(jnp.copy, mirror))
+
+
+def _stored_like(old: Masks, masks: Masks) -> Masks:
+    """Pack masks if the old ones are, each array in an nnx variable if those are."""
+    bits = [m.bits for m in jax.tree.leaves(old, is_leaf=is_packed) if is_packed(m)]
+    if not bits:
+        return masks
+    wrapping = jax.tree.structure(bits[0])
+    return jax.tree.map(
+        lambda m: m._replace(bits=jax.tree.unflatten(wrapping, [m.bits])),
+        pack(masks),
+        is_leaf=is_packed,
+    )
 
 
 def _fit(old: Any, new: Any) -> Any:
@@ -161,8 +169,3 @@ def _fit(old: Any, new: Any) -> Any:
         return old
     shape = tuple(b if a == 1 else a for a, b in zip(old.shape, new.shape, strict=True))
     return jax.ShapeDtypeStruct(shape, bool)
-
-
-def _is_variable(node: Any) -> bool:
-    """True for an nnx variable, known by what it can do: the core does not import flax."""
-    return hasattr(node, "get_value") and hasattr(node, "set_value")

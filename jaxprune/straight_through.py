@@ -6,15 +6,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune._advice import warn
 from jaxprune._event import (
     PruneState,
     Search,
     check_grads,
     check_inner,
-    check_params,
+    check_update,
     if_due,
+    is_placeholder,
     storage,
 )
+from jaxprune._help import readable, scheduled
 from jaxprune._tree import is_matrix, map_leaves, prunable
 from jaxprune._types import Criterion, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
@@ -34,6 +37,8 @@ class StraightThroughState(NamedTuple):
     masked: PruneState
 
 
+@scheduled
+@readable
 def straight_through(
     inner: optax.GradientTransformation,
     *,
@@ -96,20 +101,21 @@ def straight_through(
     """
     check_inner(inner, "straight_through")
     inner = optax.with_extra_args_support(inner)
-    parts = Search("straight_through", schedule, criterion, pattern, scope, where, key)
+    parts = Search("straight_through", schedule, criterion, pattern, scope, where, key, inner)
     store = storage(packed)
 
     def init(params: Params) -> StraightThroughState:
         search = parts.on(params)
-        return StraightThroughState(
-            PruneState(
-                count=jnp.zeros([], jnp.int32),
-                masks=store(search.first_masks(params)),
-                inner_state=inner.init(params),
-                criterion_state=search.first_memory(params),
-                key=None if key is None else jnp.copy(key),
-            )
+        masked = PruneState(
+            count=jnp.zeros([], jnp.int32),
+            masks=store(search.first_masks(params)),
+            inner_state=inner.init(params),
+            criterion_state=search.first_memory(params),
+            key=None if key is None else jnp.copy(key),
         )
+        if not is_placeholder(params):
+            warn(search.user, masked, params, schedule=schedule, by_default=parts.by_default)
+        return StraightThroughState(masked)
 
     def update(
         grads: optax.Updates,
@@ -117,8 +123,9 @@ def straight_through(
         params: Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, StraightThroughState]:
-        check_params(params)
-        before, search = state.masked, parts.on(params)
+        check_update(state, params, StraightThroughState)
+        before = state.masked
+        search = parts.on(params, before.masks)
         stored = store(search.fit(before.masks, params))
         grads = check_grads(grads, params, prunable(params, where=search.where))
         memory = search.remember(before.criterion_state, params, grads)

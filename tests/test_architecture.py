@@ -19,10 +19,21 @@ EXTRAS = {"checkpoint": {"orbax"}}
 FILES_ARE_ITS_BUSINESS = {"checkpoint", "export"}
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
-    ("_types", "_where", "_tree", "_mesh", "_errors"),
+    ("_types", "_where", "_tree", "_mesh", "_errors", "_help", "_values"),
     ("groups", *PARTS),
     ("masks", "_evidence", "_find", "report", "graph"),
-    ("_event", "states", "optim", "dynamic", "straight_through", "shrink", "distill"),
+    (
+        "_frozen",
+        "_event",
+        "states",
+        "_advice",
+        "optim",
+        "dynamic",
+        "straight_through",
+        "check",
+        "shrink",
+        "distill",
+    ),
     ("rewind", "search", "checkpoint", "export"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
@@ -94,7 +105,8 @@ def public():
 
 # Made by functions that show one.
 RESULTS = (
-    *("Group", "Level", "Overlap", "Packed", "PruneState", "StraightThroughState", "Summary"),
+    *("Check", "Group", "Level", "Overlap", "Packed", "PruneState", "PruneWarning"),
+    *("StraightThroughState", "Summary"),
     *("export.Report", "graph.Axis", "graph.Site"),
 )
 

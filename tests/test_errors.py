@@ -24,7 +24,9 @@ def test_all_bad_leaves_of_a_tree_are_named_together():
         jp.find_masks(W, {"a": {"b": 1.5}, "c": -2.0, "d": 0.5})
 
 
-@pytest.mark.parametrize("bad", ["0.9", jnp.array([0.5, 0.5]), np.ones(3), 1j])
+@pytest.mark.parametrize(
+    "bad", ["0.9", jnp.array([0.5, 0.5]), np.ones(3), 1j, True, False, np.True_, jnp.array(True)]
+)
 def test_what_is_no_number_is_refused(bad):
     with pytest.raises(TypeError, match=r"`sparsity` got .*Pass the fraction to remove"):
         jp.find_masks(W, bad)

@@ -17,16 +17,44 @@ from jaxprune.graph._coupling import Coupling, Ids, Why
 from jaxprune.graph._take import take
 
 
+Values = frozenset[Any]  # numbers that may lie somewhere; None stands for any number
+ANYTHING: Values = frozenset((None,))
+ZERO: Values = frozenset((0.0,))
+
+
 class Axis(NamedTuple):
     """An axis that can be cut.
 
     Attributes:
       ids: one id for each index along the axis.
       zero: whether what lies at a removed index is zero in the masked network.
+      other: if not, what may lie there: ``{1.0}`` once zeros went through ``exp``, ``{0.0, None}``
+        where it may be zero or anything.
     """
 
     ids: Ids
     zero: bool
+    other: Values = ANYTHING
+
+    @property
+    def values(self) -> Values:
+        """What may lie at a removed index."""
+        return ZERO if self.zero else self.other
+
+    def mixed(self) -> "Axis":
+        """The same axis after a sum or product with what is not known: zeros alone stay zeros."""
+        return self if self.zero else axis_of(self.ids, (self.values & ZERO) | ANYTHING)
+
+
+def axis_of(ids: Ids, *values: Values) -> Axis:
+    """An axis at whose removed indices one of the given values lies.
+
+    To know one number is enough, or that it may be zero; sets of numbers would never be stable.
+    """
+    found = frozenset.union(*values)
+    if len(found) > 1:
+        found = (found & ZERO) | ANYTHING
+    return Axis(ids, found == ZERO, found)
 
 
 Axes = tuple[Axis | None, ...]  # one for each axis of a value; None where it cannot be cut
@@ -95,10 +123,13 @@ class Analysis:
     deriving: int = 0  # how many derivatives of custom functions it is inside of
     warned: set[str] = dataclasses.field(default_factory=set)
 
-    def fresh(self, shape: Sequence[Any], zero: bool = False) -> Axes:
+    def fresh(
+        self, shape: Sequence[Any], zero: bool = False, values: Values = ANYTHING
+    ) -> Axes:
         """Axes of a value that nothing is known of. An axis of one index is never cut."""
+        values = ZERO if zero else values
         return tuple(
-            Axis(self.coupling.fresh(n), zero) if isinstance(n, int) and n > 1 else None
+            axis_of(self.coupling.fresh(n), values) if isinstance(n, int) and n > 1 else None
             for n in shape
         )
 
@@ -228,15 +259,17 @@ class Site:
         if self.analysis.exact:
             self.analysis.coupling.blur(ids, why)
 
-    def fresh(self, shape: Sequence[Any], zero: bool = False) -> Axes:
+    def fresh(
+        self, shape: Sequence[Any], zero: bool = False, values: Values = ANYTHING
+    ) -> Axes:
         """Axes of a value that nothing is known of."""
-        return self.analysis.fresh(shape, zero)
+        return self.analysis.fresh(shape, zero, values)
 
     def product(self, rows: Axis, columns: Axis) -> Axis:
         """Lay two axes out along one, the first of them outermost."""
         cells = self.analysis.coupling.fresh(len(rows.ids) * len(columns.ids))
         self.analysis.coupling.product(cells, rows.ids, columns.ids)
-        return Axis(cells, rows.zero and columns.zero)
+        return axis_of(cells, rows.values, columns.values)
 
     def inner(self, i: int = 0) -> Callable[..., list[Any]]:
         """The function of a jaxpr inside of the equation, on cut operands."""
@@ -272,6 +305,12 @@ class Site:
         """The value of an operand, if it depends on no input."""
         value = self.known()[i]
         return None if value is None else value()
+
+    def scalar(self, i: int) -> Any:
+        """The operand's value if it is one known number, else None."""
+        one = math.prod(self.eqn.invars[i].aval.shape) == 1
+        value = self.value(i) if one else None
+        return None if value is None else value.item()
 
     def is_zero(self, i: int) -> bool:
         """Tell whether an operand is a zero that is written in the program."""

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph._analysis import Axes, Axis, Rule, Site
-from jaxprune.graph._shapes import part
+from jaxprune.graph._shapes import beside, part
 from jaxprune.graph._take import pick
 
 
@@ -30,10 +30,10 @@ def gather(at: Site) -> list[Axes]:
             k = numbers.operand_batching_dims.index(i)
             place = batch[numbers.start_indices_batching_dims[k]]
             ids = at.join(axis, out[place])
-            out[place] = None if ids is None else Axis(ids, axis is not None and axis.zero)
+            out[place] = axis if ids is None or axis is None else axis._replace(ids=ids)
         elif i in gone:
             if moved is not None and axis is not None:
-                out[batch[0]] = Axis(axis.ids[moved], axis.zero)
+                out[batch[0]] = axis._replace(ids=axis.ids[moved])
             else:
                 at.freeze(axis)
         else:
@@ -123,9 +123,7 @@ def dynamic_update_slice(at: Site) -> list[Axes]:
     out: list[Axis | None] = []
     for i, (a, b) in enumerate(zip(x, update, strict=True)):
         if at.shape(0)[i] == at.shape(1)[i]:
-            ids = at.join(a, b)
-            zero = all(axis is not None and axis.zero for axis in (a, b))
-            out.append(None if ids is None else Axis(ids, zero))
+            out.append(beside(at, a, b))
         else:
             at.freeze(a)
             at.freeze(b)
@@ -145,9 +143,8 @@ def scatter(at: Site) -> list[Axes]:
     for i, axis in enumerate(x):
         place = None if i in inserted else next(windows)
         if place is not None and at.shape(0)[i] == at.shape(2)[place]:
-            ids = at.join(axis, updates[place])
-            zero = all(a is not None and a.zero for a in (axis, updates[place]))
-            out.append(None if ids is None else Axis(ids, zero))
+            both = beside(at, axis, updates[place])
+            out.append(None if both is None else both.mixed())
             continue
         at.freeze(axis)
         if place is not None:

@@ -12,6 +12,7 @@ import numpy as np
 from jaxprune._tree import is_floating, list_paths, path_str
 from jaxprune._types import Where
 from jaxprune.graph._analysis import Analysis, Axes, Frame, Rule
+from jaxprune.graph._lean import lean
 from jaxprune.graph._rules import RULES
 
 
@@ -119,7 +120,7 @@ def network(
 
 def _traced(flat: Any, specs: Sequence[Any], n: int) -> tuple[Any, Any]:
     try:
-        return jax.make_jaxpr(flat, return_shape=True)(*specs)
+        closed, outputs = jax.make_jaxpr(flat, return_shape=True)(*specs)
     except Exception as error:
         given = ", ".join(f"{s.dtype}{list(s.shape)}" for s in specs[n:]) or "no inputs"
         error.add_note(
@@ -127,6 +128,7 @@ def _traced(flat: Any, specs: Sequence[Any], n: int) -> tuple[Any, Any]:
             "inputs of the shapes that `fn` takes, arrays or jax.ShapeDtypeStruct."
         )
         raise
+    return lean(closed), outputs
 
 
 def _param_axes(analysis: Analysis, path: str, leaf: Any, frozen: Where | None) -> Axes:

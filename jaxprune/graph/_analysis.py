@@ -100,6 +100,7 @@ class Frame:
     caller: "Site | None" = None  # the equation that calls it
     skip: dict[int, int] = dataclasses.field(default_factory=dict)  # equation: operand to pass on
     drop: set[int] = dataclasses.field(default_factory=set)  # results that nobody wants
+    weights: set[core.Var] = dataclasses.field(default_factory=set)  # made of parameters alone
     scale: dict[int, float] = dataclasses.field(default_factory=dict)  # equation: factor
 
     def of(self, atom: Any) -> Axes:
@@ -109,6 +110,14 @@ class Frame:
     @property
     def outs(self) -> list[Axes]:
         return [self.of(v) for v in self.jaxpr.outvars]
+
+
+class Constant(NamedTuple):
+    """An array that is part of a program."""
+
+    value: Any
+    axes: Axes
+    program: core.ClosedJaxpr
 
 
 @dataclasses.dataclass
@@ -122,6 +131,8 @@ class Analysis:
     exact: bool = True  # whether to note where cutting differs from masking
     deriving: int = 0  # how many derivatives of custom functions it is inside of
     warned: set[str] = dataclasses.field(default_factory=set)
+    taught: frozenset[str] = frozenset()  # primitives with a rule of the user's
+    constants: list["Constant"] = dataclasses.field(default_factory=list)
 
     def fresh(
         self, shape: Sequence[Any], zero: bool = False, values: Values = ANYTHING
@@ -139,18 +150,32 @@ class Analysis:
         ins: Sequence[Axes],
         known: Sequence[Known | None] | None = None,
         caller: "Site | None" = None,
+        weights: Sequence[bool] = (),
     ) -> Frame:
-        """Give axes to every value of a jaxpr, from those of its inputs."""
+        """Give axes to every value of a jaxpr, from those of its inputs.
+
+        ``known`` are what computes inputs that are constant, ``weights`` says which of them are
+        made of parameters alone.
+        """
         consts = list(jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else []
+        fixed_axes = [self.fresh(np.shape(c)) for c in consts]
+        self.constants += [Constant(*c, jaxpr) for c in zip(consts, fixed_axes, strict=True)]
         jaxpr = hoist(jaxpr) if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-        ins = [*(self.fresh(np.shape(c)) for c in consts), *ins]
+        ins = [*fixed_axes, *ins]
         frame = Frame(jaxpr, dict(zip(jaxpr.invars, ins, strict=True)), {}, {}, consts, caller)
         fixed = [functools.partial(np.asarray, c) if is_known(c) else None for c in consts]
         for var, value in zip(jaxpr.invars, [*fixed, *(known or ())], strict=False):
             if value is not None:
                 frame.known[var] = value
+        given = zip(jaxpr.invars[len(consts) :], weights, strict=False)
+        frame.weights.update(v for v, own in given if own)
         for number, eqn in enumerate(jaxpr.eqns):
             site = Site(self, frame, number, eqn)
+            if all(site.weights()):
+                frame.weights.update(eqn.outvars)
+            if eqn.primitive.name in self.taught:
+                for axis in (axis for axes in site.ins for axis in axes if axis is not None):
+                    self.coupling.read(axis.ids)
             rule = self.rules.get(eqn.primitive.name, Rule(_unknown))
             for var, axes in zip(eqn.outvars, rule.couple(site), strict=True):
                 frame.axes[var] = axes
@@ -245,7 +270,11 @@ class Site:
     def contract(self, *axes: Axis | None) -> None:
         """Couple axes that are summed over, and note if what is removed was not zero."""
         ids = self.join(*axes)
-        if ids is not None and not any(axis.zero for axis in axes if axis is not None):
+        if ids is None:
+            return
+        if len(axes) > 1 or not all(self.weights()):  # not in a sum of weights alone
+            self.analysis.coupling.read(ids)
+        if not any(axis.zero for axis in axes if axis is not None):
             self.blur(ids, lambda: f"{self.name()} sums what is not zero where a unit is removed")
 
     def freeze(self, axis: Axis | None, why: Why | None = None) -> None:
@@ -279,10 +308,14 @@ class Site:
         return lambda *values: evaluate(self.analysis, frame, alive, values)
 
     def walk(
-        self, jaxpr: Any, ins: Sequence[Axes], known: Sequence[Known | None] | None = None
+        self,
+        jaxpr: Any,
+        ins: Sequence[Axes],
+        known: Sequence[Known | None] | None = None,
+        weights: Sequence[bool] = (),
     ) -> Frame:
         """Walk a jaxpr inside of the equation; its frame is kept, in the order of the calls."""
-        frame = self.analysis.walk(jaxpr, ins, known, self)
+        frame = self.analysis.walk(jaxpr, ins, known, self, weights)
         self.frame.inner.setdefault(self.number, []).append(frame)
         return frame
 
@@ -300,6 +333,11 @@ class Site:
             else None
             for v in self.eqn.invars
         ]
+
+    def weights(self) -> list[bool]:
+        """For each operand whether it is made of parameters and numbers alone."""
+        own = self.frame.weights
+        return [not isinstance(v, core.Var) or v in own for v in self.eqn.invars]
 
     def value(self, i: int) -> np.ndarray | None:
         """The value of an operand, if it depends on no input."""

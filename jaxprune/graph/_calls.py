@@ -16,7 +16,7 @@ from jaxprune.graph._lean import lean
 def call(at: Site) -> list[Axes]:
     """A plain call of the jaxpr in a parameter."""
     jaxpr = at.params["jaxpr"] if "jaxpr" in at.params else at.params["call_jaxpr"]
-    frame = at.walk(jaxpr, at.ins, at.known())
+    frame = at.walk(jaxpr, at.ins, at.known(), at.weights())
     for var, inside in zip(at.eqn.outvars, frame.jaxpr.outvars, strict=True):
         if isinstance(inside, core.Var) and inside in frame.known:
             at.frame.known[var] = frame.known[inside]

@@ -64,6 +64,7 @@ def _grouped(
             at.freeze(axis)
         return
     coupling = at.analysis.coupling
+    coupling.read(x.ids)
     group = coupling.fresh(groups)
     sides: tuple[tuple[Axis, Axis | None], ...] = ((x, inputs), (outputs, None))
     for axis, inside in sides:

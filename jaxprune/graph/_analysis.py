@@ -131,6 +131,7 @@ class Analysis:
     exact: bool = True  # whether to note where cutting differs from masking
     deriving: int = 0  # how many derivatives of custom functions it is inside of
     warned: set[str] = dataclasses.field(default_factory=set)
+    own: int = 0  # ids below are those of parameters
     taught: frozenset[str] = frozenset()  # primitives with a rule of the user's
     constants: list["Constant"] = dataclasses.field(default_factory=list)
 
@@ -269,13 +270,25 @@ class Site:
 
     def contract(self, *axes: Axis | None) -> None:
         """Couple axes that are summed over, and note if what is removed was not zero."""
+        met = self._met(*axes)
         ids = self.join(*axes)
         if ids is None:
             return
-        if len(axes) > 1 or not all(self.weights()):  # not in a sum of weights alone
-            self.analysis.coupling.read(ids)
+        self.analysis.coupling.read(ids[met])
         if not any(axis.zero for axis in axes if axis is not None):
             self.blur(ids, lambda: f"{self.name()} sums what is not zero where a unit is removed")
+
+    def _met(self, *axes: Axis | None) -> np.ndarray:
+        """Tell at which indices what is summed was made along an axis of a parameter.
+
+        What a program makes (padding, one-hot vectors) meets a parameter without being its product,
+        and a sum of weights alone meets no data.
+        """
+        coupling, n = self.analysis.coupling, self.analysis.own
+        made = [coupling.find(axis.ids) < n for axis in axes if axis is not None]
+        if not made or (len(axes) == 1 and all(self.weights())):
+            return np.zeros(0 if not made else len(made[0]), bool)
+        return np.logical_and.reduce(made)
 
     def freeze(self, axis: Axis | None, why: Why | None = None) -> None:
         """Forbid to cut an axis."""

@@ -55,6 +55,11 @@ class Coupling:
         self._axes += 1
         return ids
 
+    @property
+    def size(self) -> int:
+        """How many ids there are."""
+        return self._size
+
     def find(self, ids: Ids) -> Ids:
         """Give the root of each id."""
         roots = self._parent[ids]

@@ -70,7 +70,8 @@ def groups_of(net: Network) -> Groups:
     for slots, roots, parts in _by_signature(triples, coupling.kinds()):
         if np.isin(roots, layers).any():
             continue
-        if len(slots) == 1 and not coupling.is_read(roots).any():
+        single = len(slots) == 1 and parts[0].shape[1] == 1
+        if single and not coupling.is_read(roots).any():
             unread.append((*triples.places[slots[0]], parts[0].size, _UNREAD))
             continue
         if len(roots) < 2:

@@ -102,6 +102,7 @@ def network(
     closed, outputs = _traced(flat, specs, len(with_paths))
     analysis = Analysis({**RULES, **(rules or {})}, exact=exact, taught=frozenset(rules or ()))
     axes = [_param_axes(analysis, path, leaf, frozen) for path, leaf in with_paths]
+    analysis.own = analysis.coupling.size
     inside = [*axes, *((None,) * len(spec.shape) for spec in specs[len(axes) :])]
     with warnings.catch_warnings():
         if not complain:

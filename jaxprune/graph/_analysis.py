@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.extend import core
 
@@ -249,12 +251,14 @@ class Site:
         return list(out) if self.eqn.primitive.multiple_results else [out]
 
     def name(self) -> str:
-        """The primitive and the line that called it."""
-        site: Site | None = self
-        line = None
-        while site is not None and line is None:  # what jax caches has lost who called it
-            line, site = source_line(site.eqn), site.frame.caller
-        return f"`{self.eqn.primitive.name}` at {line or 'an unknown line'}"
+        """The primitive and the line that called it, the user's own if there is one."""
+        chain: list[Any] = [self.eqn]  # what jax caches has lost who called it
+        site = self.frame.caller
+        while site is not None:
+            chain, site = [*chain, site.eqn], site.frame.caller
+        own = (line for eqn in chain if (line := source_line(eqn, packages=False)))
+        line = next(own, None) or next(filter(None, map(source_line, chain)), "an unknown line")
+        return f"`{self.eqn.primitive.name}` at {line}"
 
     def join(self, *axes: Axis | None) -> Ids | None:
         """Couple axes of the same size index by index; one that cannot be cut holds all."""
@@ -474,19 +478,21 @@ def _unknown(at: Site) -> list[Axes]:
     return [(None,) * len(getattr(v.aval, "shape", ())) for v in at.eqn.outvars]
 
 
-# Where frames of a traceback lie that are not the user's: jax, the standard library, this one.
-_LIBRARIES = (
-    *(str(Path(m.__file__ or "").parent) for m in (jax, functools)),
-    str(Path(__file__).parents[1]),
-    "<frozen",
-)
+# Where frames of a traceback lie that are nobody's who uses jax: its own, ours.
+_INSIDE = (*(str(Path(m.__file__ or "").parent) + os.sep for m in (jax, jaxlib)), "<frozen")
+_OURS = str(Path(__file__).parents[1]) + os.sep
+_STANDARD = str(Path(functools.__file__).parent) + os.sep
 
 
-def source_line(eqn: Any) -> str | None:
-    """Name the file and line of whoever called a primitive, libraries left out."""
+def source_line(eqn: Any, *, packages: bool = True) -> str | None:
+    """Name the file and line of whoever called a primitive: the user's, or else a package's."""
     traceback = eqn.source_info.traceback
-    for frame in [] if traceback is None else traceback.frames:
-        name = frame.file_name
-        if not name.startswith(_LIBRARIES) and "site-packages" not in name:
-            return f"{Path(name).name}:{frame.line_num}"
-    return None
+    frames = [] if traceback is None else traceback.frames
+    frames = [f for f in frames if not f.file_name.startswith((*_INSIDE, _OURS))]
+    own = [f for f in frames if not _packaged(f) and not f.file_name.startswith(_STANDARD)]
+    found = own or ([f for f in frames if _packaged(f)] if packages else [])
+    return f"{Path(found[0].file_name).name}:{found[0].line_num}" if found else None
+
+
+def _packaged(frame: Any) -> bool:
+    return "site-packages" in frame.file_name or "dist-packages" in frame.file_name

@@ -22,6 +22,40 @@ def dot_general(at: Site) -> list[Axes]:
     return [mixed(out)]
 
 
+def ragged_dot(at: Site) -> list[Axes]:
+    """A product for each group of rows: what is grouped stays whole, all else as in a product."""
+    numbers = at.params["ragged_dot_dimension_numbers"]
+    (left, right), (left_batch, right_batch) = numbers.dot_dimension_numbers
+    a, b, *others = at.ins
+    ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    held = [a[i] for i in ragged] + [b[i] for i in groups]
+    for axis in [*held, *(axis for axes in others for axis in axes)]:
+        at.freeze(axis)
+    for i, j in zip(left, right, strict=True):
+        at.contract(a[i], b[j])
+    out = [_multiplied(at, a[i], b[j]) for i, j in zip(left_batch, right_batch, strict=True)]
+    gone = (*left, *left_batch)
+    out += [None if i in ragged else axis for i, axis in enumerate(a) if i not in gone]
+    gone = (*right, *right_batch, *groups)
+    out += [axis for j, axis in enumerate(b) if j not in gone]
+    lead = len(at.out_shape()) - len(out)  # one of the groups, where rows were summed over
+    return [(*[None] * lead, *mixed(out))]
+
+
+def reduce_any(at: Site) -> list[Axes]:
+    """Reduce by a function of the user's, of one array or of several side by side."""
+    arrays = at.ins[: len(at.ins) // 2]
+    gone = at.params["dimensions"]
+    out: list[Axis | None] = []
+    for i in range(len(arrays[0])):
+        ids = at.join(*(axes[i] for axes in arrays))
+        if i in gone:
+            at.freeze(None if ids is None else Axis(ids, False))
+        else:
+            out.append(None if ids is None else Axis(ids, False))
+    return [tuple(out)] * len(at.eqn.outvars)
+
+
 def mixed(axes: Iterable[Axis | None]) -> Axes:
     """Axes that are left of a sum of products: of what lies there only zeros stay known."""
     return tuple(None if axis is None else axis.mixed() for axis in axes)
@@ -188,10 +222,12 @@ def windows(at: Site) -> list[Axes]:
     return [mixed(out)] * len(at.eqn.outvars)
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "dot_general": Rule(dot_general),
     "conv_general_dilated": Rule(conv, cut_conv),
+    "ragged_dot_general": Rule(ragged_dot),
     "reduce_sum": Rule(reduce_sum),
+    "reduce": Rule(reduce_any),
     "reduce_max": Rule(reduce_max),
     **{f"reduce_{name}": Rule(reduce_whole) for name in ("min", "prod", "and", "or", "xor")},
     "argmax": Rule(reduce_whole),
@@ -203,4 +239,5 @@ RULES = {
     **{f"reduce_window_{name}": Rule(windows) for name in ("max", "min", "sum")},
     "reduce_window": Rule(windows),
     "select_and_scatter_add": Rule(windows),
+    "select_and_gather_add": Rule(windows),
 }

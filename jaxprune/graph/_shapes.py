@@ -282,12 +282,14 @@ RULES = {
     "random_bits": Rule(make, cut_made),
     "rng_bit_generator": Rule(opaque),
     "rng_uniform": Rule(make, cut_made),
+    "empty": Rule(make, cut_made),
     "empty2": Rule(make, cut_made),
+    "iota_2x32_shape": Rule(make, cut_made),
     **{
         name: Rule(opaque)
         for name in (
             *("random_wrap", "random_unwrap", "random_seed", "random_fold_in", "random_split"),
-            *("random_clone", "random_gamma", "threefry2x32", "axis_index", "platform_index"),
+            *("random_clone", "random_gamma", "threefry2x32", "threefry4x32", "axis_index", "platform_index"),
         )
     },
     "concatenate": Rule(concatenate),

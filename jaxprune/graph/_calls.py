@@ -15,7 +15,8 @@ from jaxprune.graph._lean import lean
 
 def call(at: Site) -> list[Axes]:
     """A plain call of the jaxpr in a parameter."""
-    jaxpr = at.params["jaxpr"] if "jaxpr" in at.params else at.params["call_jaxpr"]
+    names = ("jaxpr", "call_jaxpr", "call")
+    jaxpr = next(at.params[name] for name in names if name in at.params)
     frame = at.walk(jaxpr, at.ins, at.known(), at.weights())
     for var, inside in zip(at.eqn.outvars, frame.jaxpr.outvars, strict=True):
         if isinstance(inside, core.Var) and inside in frame.known:
@@ -262,7 +263,7 @@ def _where(which: Sequence[bool], new: Sequence[Any], old: Sequence[Any]) -> lis
 
 
 RULES = {
-    **{name: Rule(call, cut_call) for name in ("jit", "closed_call", "composite")},
+    **{name: Rule(call, cut_call) for name in ("jit", "closed_call", "composite", "custom_vmap_call")},
     **{name: Rule(call, cut_remat) for name in ("remat", "remat2", "checkpoint")},
     "scan": Rule(scan, cut_scan),
     "while": Rule(while_, cut_while),

@@ -7,6 +7,7 @@ import jax
 from jax.extend import core
 
 from jaxprune._tree import join_static, split_static
+from jaxprune.graph._lean import lean
 
 
 def count_flops(fn: Any, params: Any, *inputs: Any) -> int:
@@ -14,8 +15,8 @@ def count_flops(fn: Any, params: Any, *inputs: Any) -> int:
 
     Two for each multiply-add. Whatever else a network does (activations, norms, softmax) is left
     out, as papers do. The body of a scan counts once for every step, that of a branch as its most
-    expensive case, that of a while loop once, since nobody knows how often it runs. Nothing is
-    computed.
+    expensive case, that of a while loop once, since nobody knows how often it runs. What no
+    result depends on does not count. Nothing is computed.
 
     Args:
       fn: function of params and inputs; the ``small_fn`` of ``shrink`` is one.
@@ -33,7 +34,7 @@ def count_flops(fn: Any, params: Any, *inputs: Any) -> int:
     arrays, static = split_static((params, *inputs))
     specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     flat = lambda *arrays: fn(*join_static(arrays, static))  # noqa: E731
-    return _count(jax.make_jaxpr(flat)(*specs).jaxpr)
+    return _count(lean(jax.make_jaxpr(flat)(*specs)).jaxpr)
 
 
 def _count(jaxpr: core.Jaxpr) -> int:

@@ -1,6 +1,7 @@
 """A function traced: its jaxpr, analysed, with the paths of its parameters."""
 
 import collections
+import functools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,8 @@ from jaxprune._tree import (
 )
 from jaxprune._types import Where
 from jaxprune.graph._analysis import Analysis, Axes, Frame, Rule
+from jaxprune.graph._captured import hold_captured
+from jaxprune.graph._lean import lean
 from jaxprune.graph._rules import RULES
 
 
@@ -70,24 +73,25 @@ def network(
     arrays, static = split_static((params, *inputs))
     specs = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in arrays]
 
-    def flat(*arrays: Any) -> Any:
+    def flat(*arrays: Any, bare: bool = False) -> Any:
         params, *inputs = join_static(arrays, static)
-        return fn(params, *inputs)
+        jitted = bare and hasattr(fn, "lower")  # of which jax remembers the program
+        return (fn.__wrapped__ if jitted else fn)(params, *inputs)
 
     closed, outputs = _traced(flat, specs, len(with_paths))
-    analysis = Analysis({**RULES, **(rules or {})}, exact=exact)
+    analysis = Analysis({**RULES, **(rules or {})}, exact=exact, taught=frozenset(rules or ()))
     axes = [_param_axes(analysis, path, leaf, frozen) for path, leaf in with_paths]
+    analysis.own = analysis.coupling.size
     inside = [*axes, *((None,) * len(spec.shape) for spec in specs[len(axes) :])]
-    if not complain:
-        with warnings.catch_warnings():
+    with warnings.catch_warnings():
+        if not complain:
             warnings.simplefilter("ignore")
-            frame = analysis.walk(closed, inside)
-    else:
-        frame = analysis.walk(closed, inside)
+        frame = analysis.walk(closed, inside, weights=[True] * len(axes))
     paths = [path for path, _ in with_paths]
     if complain:
         _warn_of_types(with_paths)
         _warn_of_unread(frame, with_paths)
+        hold_captured(analysis, lambda: _traced(functools.partial(flat, bare=True), specs, 0)[0])
     first = specs[: len(paths)]
     mirrors = mirrored_outputs(outputs, paths, first)
     states = [None if m is None else axes[m] for m in mirrors]
@@ -98,7 +102,7 @@ def network(
 
 def _traced(flat: Any, specs: Sequence[Any], n: int) -> tuple[Any, Any]:
     try:
-        return jax.make_jaxpr(flat, return_shape=True)(*specs)
+        closed, outputs = jax.make_jaxpr(flat, return_shape=True)(*specs)
     except Exception as error:
         given = ", ".join(f"{s.dtype}{list(s.shape)}" for s in specs[n:]) or "no inputs"
         error.add_note(
@@ -106,6 +110,7 @@ def _traced(flat: Any, specs: Sequence[Any], n: int) -> tuple[Any, Any]:
             "inputs of the shapes that `fn` takes, arrays or jax.ShapeDtypeStruct."
         )
         raise
+    return lean(closed), outputs
 
 
 def _param_axes(analysis: Analysis, path: str, leaf: Any, frozen: Where | None) -> Axes:
@@ -145,8 +150,9 @@ def _warn_of_unread(frame: Frame, params: Sequence[tuple[str, Any]]) -> None:
     ]
     if unread:
         warnings.warn(
-            f"`fn` never reads {list_paths(unread)}: nothing couples them, so that they are in no "
-            "group. Leave them out of `params`, or pass the function that uses them.",
+            f"`fn` never reads {list_paths(unread)}, or for nothing that it returns: nothing couples "
+            "them, so that they are in no group. Leave them out of `params`, or pass the function "
+            "that uses them.",
             stacklevel=4,
         )
 

@@ -18,6 +18,7 @@ from jaxprune.export._culprits import culprits
 from jaxprune.export._extras import need
 from jaxprune.export._fold import fold, is_known
 from jaxprune.export._program import Program, cpu, draw, make_program, names, trials
+from jaxprune.export._pools import free_pools
 from jaxprune.export._report import Report, describe, in_place
 from jaxprune.export._session import Session, measure
 
@@ -96,8 +97,10 @@ def onnx(
     program = make_program("onnx", fn, params, inputs, masks=masks, batch=batch)
     labels = names(program.spec_tree, "input"), names(program.outputs, "output")
     with in_place(path) as written:
-        session = _write(written, program, opset, labels)
-        pairs = ((session(values), program.reference(*values)) for values in trials(program, seed))
+        with _named(program, opset):
+            session = _write(written, program, opset, labels)
+            got = [(session(values), values) for values in trials(program, seed)]
+        pairs = ((outs, program.reference(*values)) for outs, values in got)
         with jax.default_device(cpu()):
             compared = compare("onnx", labels[1], pairs, tolerance)
         timed = measure(session, _batches(program, latency, seed)) if latency else None
@@ -107,18 +110,32 @@ def onnx(
 def _write(
     written: Path, program: Program, opset: int, labels: tuple[list[str], list[str]]
 ) -> Session:
-    """Write the file and load it, or name the operations that stand in the way."""
+    """Write the file and load it."""
+    convert = lambda *xs: _apart(fold(program.closed, *xs), xs)  # noqa: E731
+    written.write_bytes(_to_onnx(convert, program.specs, opset, *labels))
+    return Session(written, "onnx")
+
+
+@contextlib.contextmanager
+def _named(program: Program, opset: int) -> Iterator[None]:
+    """Name the operations that stand in the way of a file, or of running it."""
     try:
-        convert = lambda *xs: _apart(fold(program.closed, *xs), xs)  # noqa: E731
-        written.write_bytes(_to_onnx(convert, program.specs, opset, *labels))
-        return Session(written, "onnx")
+        yield
     except Exception as error:
-        attempt = lambda fn, specs: Session(_to_onnx(fn, specs, opset), "onnx")  # noqa: E731
+        attempt = lambda fn, specs: _alone(fn, specs, opset)  # noqa: E731
         raise ValueError(
             f"`export.onnx` cannot convert {culprits(program.closed.jaxpr, attempt, error)}: "
             f"{type(error).__name__}: {error}. Write it with operations that ONNX has, keep that "
             "part out of `fn`, or use `jp.export.stablehlo`, which knows all of JAX."
         ) from error
+
+
+def _alone(fn: Callable[..., Any], specs: Sequence[Any], opset: int) -> None:
+    """Convert one operation, and run it where its shapes are known."""
+    closed = jax.make_jaxpr(fn)(*specs)
+    session = Session(_to_onnx(lambda *xs: fold(closed, *xs), specs, opset), "onnx")
+    if all(isinstance(n, int) for x in specs for n in x.shape):
+        session([np.ones(x.shape, x.dtype) for x in specs])
 
 
 def _to_onnx(
@@ -139,6 +156,7 @@ def _to_onnx(
             input_names=inputs,
             output_names=outputs,
         )
+    free_pools(model)
     merge_biases(model)
     del model.graph.value_info[:]  # shapes in between: runtimes infer them, and some are wrong
     need("onnx.checker", "onnx").check_model(model)

@@ -17,8 +17,8 @@ from jaxprune.export._compare import compare
 from jaxprune.export._culprits import culprits
 from jaxprune.export._extras import need
 from jaxprune.export._fold import fold, is_known
-from jaxprune.export._program import Program, cpu, draw, make_program, names, trials
 from jaxprune.export._pools import free_pools
+from jaxprune.export._program import Program, cpu, draw, make_program, names, trials
 from jaxprune.export._report import Report, describe, in_place
 from jaxprune.export._session import Session, measure
 
@@ -32,6 +32,7 @@ def onnx(
     *inputs: Any,
     masks: Masks | None = None,
     batch: str | None = "batch",
+    shapes: Any = None,
     opset: int = 20,
     latency: Sequence[int] = (1, 64),
     tolerance: float = 1e-4,
@@ -57,6 +58,10 @@ def onnx(
       masks: baked in first, see ``bake``.
       batch: name of a first axis of any size, that of all inputs whose first axis is as long as
         the first input's; None for the shapes as given.
+      shapes: names for axes of any size in place of ``batch``, in the words of
+        ``jax.export.symbolic_args_specs``: ``"batch, time, ..."`` for all inputs, or a tuple with
+        one for each; or what that returns, where sizes obey constraints. An input may also be a
+        ``jax.ShapeDtypeStruct`` that has such names already.
       opset: version of the ONNX operators; from 21 on onnxruntime 1.32 quantizes some networks to
         files that it cannot load.
       latency: batch sizes to time; only the one of the examples where ``batch`` is None, and none
@@ -64,8 +69,8 @@ def onnx(
       tolerance: the largest difference from ``fn`` to allow, as a fraction of the largest value of
         an output.
       seed: of NumPy's generator for the inputs to compare on: normal floats, and integers within
-        the range of the examples (zeros where they have no values). Two batch sizes are tried, and
-        the examples too.
+        the range of the examples (zeros where they have no values). Two sizes of each axis of
+        any size are tried, and the examples too.
 
     Returns:
       A ``Report``.
@@ -94,7 +99,7 @@ def onnx(
             f"`export.onnx` got {size / 2**30:.3g} GiB of weights, but one ONNX file holds less "
             "than 2 GiB. Shrink more, or use `jp.export.stablehlo`."
         )
-    program = make_program("onnx", fn, params, inputs, masks=masks, batch=batch)
+    program = make_program("onnx", fn, params, inputs, masks=masks, batch=batch, shapes=shapes)
     labels = names(program.spec_tree, "input"), names(program.outputs, "output")
     with in_place(path) as written:
         with _named(program, opset):
@@ -198,6 +203,6 @@ def _batches(
 ) -> dict[int, Sequence[np.ndarray]]:
     rng = np.random.default_rng(seed)
     if program.batch is None:
-        shape = program.specs[0].shape
-        return {shape[0] if shape else 1: draw(program, rng, None)}
-    return {n: draw(program, rng, n) for n in latency}
+        values = draw(program, rng, program.sizes)
+        return {values[0].shape[0] if values[0].shape else 1: values}
+    return {n: draw(program, rng, {**program.sizes, program.batch: n}) for n in latency}

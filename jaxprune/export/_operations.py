@@ -1,8 +1,9 @@
 """Operations that jax2onnx refuses or gets wrong, in words that it knows."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,28 @@ def rewrite(eqn: Any, values: Sequence[Any]) -> Rewritten:
 # Pools
 
 
+class Window(NamedTuple):
+    """What a pool looks at, for each axis."""
+
+    size: Sequence[int]
+    strides: Sequence[int]
+    padding: Sequence[tuple[int, int]]
+    dilation: Sequence[int]
+
+    def over(self, axes: Sequence[int]) -> "Window":
+        """The window over some of the axes."""
+        taken: Any = ([setting[i] for i in axes] for setting in self)
+        return Window(*taken)
+
+    def moves(self, axis: int) -> bool:
+        """Tell an axis that is pooled."""
+        return (self.size[axis], self.strides[axis], *self.padding[axis]) != (1, 1, 0, 0)
+
+
 def _pool(eqn: Any, x: Any) -> Any:
     kind = eqn.primitive.name.removeprefix("reduce_window_")
-    half = x.dtype == np.float16 and kind == "sum"  # for which jax2onnx has no kernel of its type
-    return pool(kind, x.astype(np.float32) if half else x, **eqn.params).astype(x.dtype)
+    half = x.dtype == np.float16 and kind == "sum"  # jax2onnx mixes it with float32
+    return pool(kind, x.astype(np.float32) if half else x, eqn.params).astype(x.dtype)
 
 
 def _pool_from(eqn: Any, x: Any, init: Any) -> Rewritten:
@@ -33,38 +52,31 @@ def _pool_from(eqn: Any, x: Any, init: Any) -> Rewritten:
     kind = body.eqns[0].primitive.name if len(body.eqns) == 1 else ""
     if kind not in POOLS or eqn.params.get("consts"):
         return None
-    names = ("window_dimensions", "window_strides", "padding", "base_dilation", "window_dilation")
-    inner = pool("sum" if kind == "add" else kind, x, **{name: eqn.params[name] for name in names})
-    return POOLS[kind](inner, init)
+    return POOLS[kind](pool("sum" if kind == "add" else kind, x, eqn.params), init)
 
 
 POOLS = {"max": lax.max, "min": lax.min, "add": lax.add, "sum": lax.add}
 
 
-def pool(
-    kind: str,
-    x: Any,
-    *,
-    window_dimensions: Sequence[int],
-    window_strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    base_dilation: Sequence[int],
-    window_dilation: Sequence[int],
-) -> Any:
+def pool(kind: str, x: Any, params: Any) -> Any:
     """Pool over at most three axes, behind two others as ONNX has them: jax2onnx pools over all."""
-    settings = [window_dimensions, window_strides, padding, window_dilation]
-    plain = (1, 1, (0, 0))
-    axes = [i for i in range(x.ndim) if tuple(s[i] for s in settings[:3]) != plain]
+    window = Window(
+        params["window_dimensions"],
+        params["window_strides"],
+        params["padding"],
+        params["window_dilation"],
+    )
+    if any(n > 1 for n in params["base_dilation"]):
+        x = pad(x, _neutral(kind, x.dtype), [(0, 0, n - 1) for n in params["base_dilation"]])
+    axes = [i for i in range(x.ndim) if window.moves(i)]
     rest = [i for i in range(x.ndim) if i not in axes]
-    if any(n > 1 for n in base_dilation):
-        x = pad(x, _neutral(kind, x.dtype), [(0, 0, n - 1) for n in base_dilation])
     if len(axes) > 3 or not jnp.issubdtype(x.dtype, jnp.floating):
-        return _windows(kind, x, *settings)
+        return _pool_by_entries(kind, x, window)
     moved = jnp.transpose(x, (*rest, *axes))
     lead, spatial = moved.shape[: len(rest)], moved.shape[len(rest) :]
     if len(lead) != 2:
         moved = lax.reshape(moved, (*_two(lead), *spatial))
-    out = _pool_behind(kind, moved, *([s[i] for i in axes] for s in settings))
+    out = _pool_behind(kind, moved, window.over(axes))
     out = lax.reshape(out, (*lead, *out.shape[2:])) if len(lead) != 2 else out
     return jnp.transpose(out, [int(i) for i in np.argsort([*rest, *axes])])
 
@@ -73,48 +85,32 @@ def _two(lead: Sequence[Any]) -> tuple[Any, Any]:
     return (1, 1) if not lead else (lead[0], math.prod(lead[1:]))
 
 
-def _pool_behind(
-    kind: str,
-    x: Any,
-    size: Sequence[int],
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-) -> Any:
+def _pool_behind(kind: str, x: Any, window: Window) -> Any:
     """Pool ``[batch, channels, ...]`` over all but the first two axes."""
     if kind == "min":
-        return -_pool_behind("max", -x, size, strides, padding, dilation)
+        return -_pool_behind("max", -x, window)
     return lax.reduce_window(
         x,
         _neutral(kind, x.dtype),
         POOLS[kind],
-        (1, 1, *size),
-        (1, 1, *strides),
-        ((0, 0), (0, 0), *padding),
-        window_dilation=(1, 1, *dilation),
+        (1, 1, *window.size),
+        (1, 1, *window.strides),
+        ((0, 0), (0, 0), *window.padding),
+        window_dilation=(1, 1, *window.dilation),
     )
 
 
-def _windows(
-    kind: str,
-    x: Any,
-    size: Sequence[int],
-    strides: Sequence[int],
-    padding: Sequence[tuple[int, int]],
-    dilation: Sequence[int],
-) -> Any:
-    """Pool entry by entry of the window, for integers and for more axes than ONNX pools over."""
-    x = pad(x, _neutral(kind, x.dtype), [(*both, 0) for both in padding])
-    spans = [(n - 1) * d for n, d in zip(size, dilation, strict=True)]
+def _pool_by_entries(kind: str, x: Any, window: Window) -> Any:
+    """Go through the window, for integers and for more axes than ONNX pools over."""
+    x = pad(x, _neutral(kind, x.dtype), [(*both, 0) for both in window.padding])
+    size, dilation = np.asarray(window.size), np.asarray(window.dilation)
     parts = []
     for place in np.ndindex(*size):
-        first = [i * d for i, d in zip(place, dilation, strict=True)]
-        last = [n - s + i for n, s, i in zip(x.shape, spans, first, strict=True)]
-        parts.append(lax.slice(x, first, last, strides))
-    out = parts[0]
-    for part in parts[1:]:
-        out = POOLS[kind](out, part)
-    return out
+        first = [int(i) for i in place * dilation]
+        left = [int(i) for i in (size - 1 - place) * dilation]
+        last = [n - i for n, i in zip(x.shape, left, strict=True)]
+        parts.append(lax.slice(x, first, last, window.strides))
+    return functools.reduce(POOLS[kind], parts)
 
 
 def _neutral(kind: str, dtype: Any) -> Any:

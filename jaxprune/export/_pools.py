@@ -32,8 +32,8 @@ def _graphs(graph: Any) -> Iterator[Any]:
 def _free(pool: Any, graph: Any, constants: Mapping[str, Any]) -> None:
     size = _size(pool, constants)
     made = {name: node for node in graph.node for name in node.output}
-    outer = made.get(pool.input[0])
-    inner = None if outer is None else made.get(outer.input[0])
+    outer: Any = made.get(pool.input[0])
+    inner: Any = None if outer is None else made.get(outer.input[0])
     readers = [node for node in graph.node if pool.output[0] in node.input]
     kinds = [None if n is None else n.op_type for n in (inner, outer, *readers)]
     if size[:2] != [1, 1] or kinds != ["Unsqueeze", "Unsqueeze", "Squeeze"]:

@@ -1,6 +1,5 @@
 """Matrix products and convolutions of all kinds, in the forms that jax2onnx writes right."""
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax

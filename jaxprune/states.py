@@ -107,8 +107,8 @@ def _the_pruners(opt_state: optax.OptState) -> list[PruneState]:
             both = sorted("/".join(keys) for keys in mine & seen)
             raise ValueError(
                 f"The optimizer state holds {len(found)} pruners, want one for each leaf, but "
-                f"several mask {list_paths(both)}. Wrap the optimizer once, or pass the part of the "
-                "state that belongs to one of them."
+                f"several mask {list_paths(both)}. Wrap the optimizer once, or pass the part of "
+                "the state that belongs to one of them."
             )
         seen |= mine
     return found

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune._errors import check_parts, check_sparsity
+from jaxprune._errors import check_key, check_parts, check_sparsity
 from jaxprune._evidence import (
     check_data,
     check_evidence,
@@ -18,6 +18,7 @@ from jaxprune._evidence import (
     is_function,
     required_evidence,
 )
+from jaxprune._help import readable
 from jaxprune._mesh import in_auto_mode, is_explicit, lay_out
 from jaxprune._tree import (
     fill,
@@ -48,6 +49,7 @@ from jaxprune.scopes._windows import Windows
 SETTINGS = ("criterion", "pattern", "scope", "where", "within", "rounds")  # of find_masks
 
 
+@readable
 def find_masks(
     params: Params,
     sparsity: Sparsity,
@@ -105,6 +107,7 @@ def find_masks(
     check_parts("find_masks", criterion=criterion, pattern=pattern, scope=scope, where=where)
     check_sparsity(sparsity)
     check_names("find_masks", criterion, evidence, SETTINGS)
+    check_key("find_masks", evidence.get("key"))
     check_scope(scope, sparsity, exact=True)
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         wrong = ValueError if isinstance(rounds, int) else TypeError
@@ -261,6 +264,7 @@ def defer(
     return map_leaves(lambda s, w: Deferred(lax.stop_gradient(w), jnp.abs), scores, params)
 
 
+@readable
 def make_masks(
     scores: Scores,
     sparsity: Sparsity,

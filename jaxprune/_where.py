@@ -122,6 +122,9 @@ class ByPath:
 
     regexes: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        return f"by_path({', '.join(map(repr, self.regexes))})"
+
     def __call__(self, path: str, array: Any) -> bool:
         del array
         return any(matches(regex, path) for regex in self.regexes)
@@ -158,6 +161,10 @@ class Exclude:
 
     regexes: tuple[str, ...]
     where: Where
+
+    def __repr__(self) -> str:
+        more = [] if self.where is is_matrix else [f"where={self.where!r}"]
+        return f"exclude({', '.join([*map(repr, self.regexes), *more])})"
 
     def __call__(self, path: str, array: Any) -> bool:
         return not self.protects(path) and self.where(path, array)

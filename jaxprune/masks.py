@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._help import readable
 from jaxprune._mesh import is_explicit, lay_out, true_over, whole_parts
 from jaxprune._tree import (
     align,
@@ -90,6 +91,7 @@ def _both(a: Any, b: Any) -> Any:
     return a & b
 
 
+@readable
 def dense_masks(params: Params, *, where: Where = is_matrix) -> Masks:
     """Make masks that remove nothing.
 

@@ -8,6 +8,7 @@ import jax
 from jaxprune._errors import check_parts, check_sparsity
 from jaxprune._evidence import check_evidence, check_names, required_evidence
 from jaxprune._find import SETTINGS, find_compiled, fit_parts, rank
+from jaxprune._help import readable
 from jaxprune._tree import (
     align,
     check_regexes_match,
@@ -46,6 +47,7 @@ def rewind_to_init(init: Params, trained: Params) -> Params:
     return init
 
 
+@readable
 def imp(
     params_init: Params,
     fit: Callable[[Params, Masks], Params],

@@ -1,5 +1,7 @@
 """Tests of the question which leaves are prunable: by shape, by name, by regex."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,3 +171,23 @@ def test_regexes_refuse_paths_that_meet():
         jp.imp(params, lambda t, m: t, rates={".*": 0.1})
     with pytest.raises(ValueError, match=r"several leaves at 'a/kernel'"):
         jp.cut_list(params, {"a/kernel": None, "a": {"kernel": jnp.ones((1, 2), bool)}})
+
+
+def test_predicates_and_windows_are_shown_as_their_call():
+    assert repr(jp.by_path("a", "b")) == "by_path('a', 'b')"
+    assert repr(jp.exclude("a")) == "exclude('a')"
+    assert repr(jp.exclude("a", where=jp.by_path("b"))) == "exclude('a', where=by_path('b'))"
+    assert repr(jp.scopes.windows(4)) == "windows(4)"
+    assert repr(jp.scopes.windows(8, axis=-1)) == "windows(8, axis=-1)"
+
+
+FUNCTIONS = [
+    *(jp.find_masks, jp.imp, jp.dense_masks, jp.prune, jp.hold, jp.straight_through),
+    *(jp.dynamic.rigl, jp.scopes.erk, jp.scopes.uniform, jp.scopes.custom),
+]
+
+
+@pytest.mark.parametrize("f", FUNCTIONS, ids=lambda f: f.__name__)
+def test_help_shows_defaults_as_one_writes_them(f):
+    shown = str(inspect.signature(f))
+    assert "= jp.is_matrix" in shown and "<function" not in shown and " object at " not in shown

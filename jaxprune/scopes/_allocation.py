@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from jaxprune._errors import check_sparsity
+from jaxprune._help import readable
 from jaxprune._tree import (
     check_regexes_match,
     is_matrix,
@@ -19,6 +20,7 @@ from jaxprune._types import Params, Sparsity, Where
 from jaxprune._where import compile_regex, matches
 
 
+@readable
 def uniform(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsity:
     """Give every prunable leaf the same sparsity.
 
@@ -42,6 +44,7 @@ def uniform(params: Params, sparsity: float, *, where: Where = is_matrix) -> Spa
     return map_leaves(lambda _: sparsity, prunable(params, where=where))
 
 
+@readable
 def erk(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsity:
     r"""Keep relatively more of small layers: Erdos-Renyi-Kernel allocation.
 
@@ -95,6 +98,7 @@ def erk(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsit
     return jax.tree.unflatten(jax.tree.structure(part), leaves)
 
 
+@readable
 def custom(
     params: Params,
     rules: Mapping[str, float],

@@ -22,6 +22,9 @@ class Windows:
     m: int
     axis: int
 
+    def __repr__(self) -> str:
+        return f"windows({self.m})" if self.axis == -2 else f"windows({self.m}, axis={self.axis})"
+
     def __call__(self, units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
         self._check(units)
         self.check_sparsity(sparsity)

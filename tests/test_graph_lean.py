@@ -55,9 +55,7 @@ HIDDEN = {
     "in jit": lambda p, x: jax.jit(told)(p, x)[0],
     "in remat": lambda p, x: jax.checkpoint(told)(p, x)[0],
     "in jit in jit": jax.jit(lambda p, x: jax.jit(told)(p, x)[0]),
-    "what a scan makes": lambda p, x: (
-        lax.scan(step, x @ p["w"], jnp.ones((3, 2, 1)))[0] @ p["v"]
-    ),
+    "what a scan makes": lambda p, x: lax.scan(step, x @ p["w"], jnp.ones((3, 2, 1)))[0] @ p["v"],
     "what a scan carries": lambda p, x: (
         lax.scan(
             lambda c, _: ((jnp.tanh(c[0]), jnp.sort(c[0] @ p["u"] + c[1])), None),
@@ -76,19 +74,21 @@ HIDDEN = {
         (jnp.zeros((2, 8)), jnp.zeros((2, 8))),
     ),
     "what a loop in a scan in jit carries": jax.jit(
-        lambda p, x: lax.scan(
-            lambda h, _: (
-                lax.while_loop(
-                    lambda c: c[0] < 2,
-                    lambda c: (c[0] + 1, jnp.tanh(c[1]), jnp.cumsum(c[1], 1) @ p["u"]),
-                    (0, h, h),
-                )[1],
-                None,
-            ),
-            x @ p["w"],
-            length=2,
-        )[0]
-        @ p["v"]
+        lambda p, x: (
+            lax.scan(
+                lambda h, _: (
+                    lax.while_loop(
+                        lambda c: c[0] < 2,
+                        lambda c: (c[0] + 1, jnp.tanh(c[1]), jnp.cumsum(c[1], 1) @ p["u"]),
+                        (0, h, h),
+                    )[1],
+                    None,
+                ),
+                x @ p["w"],
+                length=2,
+            )[0]
+            @ p["v"]
+        )
     ),
     "what a branch makes": lambda p, x: (
         lax.cond(x[0, 0] > 0, step, lambda h, n: (h * n, step(h, n)[1]), x @ p["w"], 2.0)[0]
@@ -97,12 +97,14 @@ HIDDEN = {
     "what a custom jvp gives": lambda p, x: watched(x @ p["w"])[0] @ p["v"],
     "what a custom vjp gives": lambda p, x: straight(x @ p["w"])[0] @ p["v"],
     "what is drawn": lambda p, x: (
-        lambda h, key: (
-            h * jax.random.normal(key, h.shape),
-            h[:, jax.random.permutation(key, 8)],
-        )
-    )(x @ p["w"], jax.random.key(0))[0]
-    @ p["v"],
+        (
+            lambda h, key: (
+                h * jax.random.normal(key, h.shape),
+                h[:, jax.random.permutation(key, 8)],
+            )
+        )(x @ p["w"], jax.random.key(0))[0]
+        @ p["v"]
+    ),
 }
 
 

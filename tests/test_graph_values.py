@@ -92,7 +92,9 @@ INFINITE = {  # each with the operation that makes the difference
     "in remat": (jax.checkpoint(lambda h, s, t: free(h) / s), "div"),
     "in a scan": (scanned, "div"),
     "in a loop": (
-        lambda h, s, t: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] / s), (0, h))[1],
+        lambda h, s, t: lax.while_loop(lambda c: c[0] < 2, lambda c: (c[0] + 1, c[1] / s), (0, h))[
+            1
+        ],
         "div",
     ),
     "in a branch": (lambda h, s, t: lax.cond(h.sum() > 0, lambda: h / s, lambda: h), "div"),

@@ -2,12 +2,16 @@
 
 import inspect
 
+import equinox as eqx
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxprune as jp
+from jaxprune._tree import leaves_with_path
 from jaxprune._where import why_not
 
 SQUARE = jax.ShapeDtypeStruct((4, 6), jnp.float32)
@@ -191,3 +195,71 @@ FUNCTIONS = [
 def test_help_shows_defaults_as_one_writes_them(f):
     shown = str(inspect.signature(f))
     assert "= jp.is_matrix" in shown and "<function" not in shown and " object at " not in shown
+
+
+# The libraries themselves, with layers stacked, so that biases and gains have two axes.
+
+
+def haiku_stack(key):
+    def net(x):
+        x = hk.LayerNorm(-1, True, True)(hk.Linear(6)(x))
+        return hk.Conv2D(4, 3)(hk.Embed(10, 6)(jnp.zeros((1, 3), int))[:, :, None] + x.sum())
+
+    return jax.vmap(lambda k: hk.transform(net).init(k, jnp.ones((1, 5))))(jax.random.split(key, 2))
+
+
+def equinox_stack(key):
+    def block(k):
+        return (
+            eqx.nn.LayerNorm(6),
+            eqx.nn.Linear(6, 6, key=k),
+            eqx.nn.Embedding(10, 6, key=k),
+            eqx.nn.GRUCell(6, 6, key=k),
+        )
+
+    norm, linear, embed, gru = eqx.filter_vmap(block)(jax.random.split(key, 2))
+    return eqx.filter({"norm": norm, "linear": linear, "embed": embed, "gru": gru}, eqx.is_array)
+
+
+class Block(nnx.Module):
+    def __init__(self, key):
+        rngs = nnx.Rngs(key)
+        self.attn = nnx.MultiHeadAttention(2, 6, rngs=rngs, decode=False)
+        self.norm, self.embed = nnx.LayerNorm(6, rngs=rngs), nnx.Embed(10, 6, rngs=rngs)
+        self.lora = nnx.LoRA(6, 2, 6, rngs=rngs)
+        self.batch_norm = nnx.BatchNorm(6, rngs=rngs)
+        self.cls_token = nnx.Param(jnp.ones((1, 6)))
+        self.pos_embedding = nnx.Param(jnp.ones((4, 6)))
+
+
+def nnx_stack(key):
+    return nnx.state(nnx.vmap(Block)(jax.random.split(key, 2)))
+
+
+@pytest.mark.parametrize(
+    "stack, want",
+    [
+        (haiku_stack, {"linear/w", "conv2_d/w"}),
+        (equinox_stack, {"linear/weight", "gru/weight_ih", "gru/weight_hh"}),
+        (nnx_stack, {f"attn/{name}/kernel" for name in ("query", "key", "value", "out")}),
+    ],
+)
+def test_of_stacked_layers_kernels_alone_are_pruned(key, stack, want):
+    params = eqx.filter_eval_shape(stack, key)
+    assert {path for path, _ in leaves_with_path(jp.prunable(params))} == want
+
+
+def test_summary_says_what_is_left_out_and_as_what(key):
+    shapes = eqx.filter_eval_shape(nnx_stack, key)
+    shapes = jax.tree.map(lambda s: None if s.dtype != jnp.float32 else s, shapes)
+    params = jax.tree.map(lambda s: jnp.ones(s.shape, s.dtype), shapes)
+    masks = jp.find_masks(params, 0.5)
+    kinds = {left.kind: left.size for left in jp.summary(params, masks).left_out}
+    assert kinds["embeddings"] == 2 * 60 and kinds["LoRA factors"] == 2 * (12 + 12)
+    assert kinds["tables"] == 2 * (6 + 24) and kinds["statistics"] == 2 * (6 + 6)
+    assert kinds["biases"] == 2 * (4 * 6 + 6 + 6) and kinds["gains and scales"] == 2 * (6 + 6)
+    text = str(jp.summary(jp.apply_masks(params, masks), masks))
+    assert "  embeddings: 120 (embed/embedding)" in text
+    assert "  LoRA factors: 48 (lora/lora_a, lora/lora_b)" in text
+    chosen = jp.find_masks(params, 0.5, where=jp.exclude("attn/out/kernel"))
+    assert "  matrices: 72 (attn/out/kernel)" in str(jp.summary(params, chosen))

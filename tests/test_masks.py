@@ -360,6 +360,6 @@ def test_sparsity_counts_more_weights_than_an_int32_holds():
 
 def test_swapped_params_and_masks_are_told_so():
     with pytest.raises(
-        TypeError, match="'w' is float32. The other tree is bool: were the two swap"
+        TypeError, match=r"'w' is float32. The other tree is bool: were the two swap"
     ):
         jp.apply_masks({"w": jnp.ones((2, 2), bool)}, {"w": jnp.ones((2, 2))})

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from jaxprune._errors import check_key, check_parts, short
-from jaxprune._evidence import check_evidence, criterion_name, required_evidence
+from jaxprune._evidence import check_evidence, check_names, criterion_name, required_evidence
 from jaxprune._find import check_scope, find, fit_parts, rank
 from jaxprune._frozen import Moving, frozen, without
 from jaxprune._help import schedule_for
@@ -26,6 +26,7 @@ from jaxprune._tree import (
     prunable,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
+from jaxprune.criteria import magnitude
 from jaxprune.masks import Packed, check_masks, pack, unpack
 from jaxprune.patterns import Coupled
 from jaxprune.scopes._count import settle
@@ -148,6 +149,7 @@ class Search:
 
     def evidence(self, state: PruneState, memory: Any, grads: Params, extra: Any) -> dict[str, Any]:
         """Collect all that a criterion may ask for at this step, and see that it is enough."""
+        check_extra(self.user, self.inner, extra, self.criterion)
         evidence = {"grads": grads, **extra}
         if hasattr(self.criterion, "init"):
             evidence["state"] = memory
@@ -281,6 +283,12 @@ def is_placeholder(params: Any) -> bool:
 def is_packed(node: Any) -> bool:
     """True for a mask in bits: for ``is_leaf``."""
     return isinstance(node, Packed)
+
+
+def check_extra(user: str, inner: Any, extra: Any, criterion: Criterion = magnitude) -> None:
+    """Refuse keywords of an update that nobody knows, unless the optimizer might."""
+    if not isinstance(inner, optax.GradientTransformationExtraArgs):
+        check_names(f"{user}(...).update", criterion, extra)
 
 
 def check_inner(inner: Any, user: str) -> None:

@@ -13,6 +13,7 @@ from jaxprune._advice import warn
 from jaxprune._errors import check_key, check_parts, check_sparsity, is_bool
 from jaxprune._event import (
     PruneState,
+    check_extra,
     check_grads,
     check_inner,
     check_update,
@@ -226,7 +227,7 @@ def _drop_and_grow(
             f"`{user}` got a traced sparsity, which `jp.scopes.erk` cannot share out among the "
             "leaves. Pass a tree with one traced number for each leaf, or a plain number."
         )
-    inner = optax.with_extra_args_support(inner)
+    given_inner, inner = inner, optax.with_extra_args_support(inner)
     store = storage(packed)
 
     def first_masks(params: Params) -> Masks:
@@ -264,6 +265,7 @@ def _drop_and_grow(
         grads: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, PruneState]:
         check_update(state, params)
+        check_extra(user, given_inner, extra)
         old = check_masks(unpack(state.masks), params, "masks")
         part = narrow(params, old)
         grads = check_grads(grads, params, part)

@@ -13,6 +13,7 @@ from jaxprune._errors import check_parts
 from jaxprune._event import (
     PruneState,
     Search,
+    check_extra,
     check_grads,
     check_inner,
     check_update,
@@ -165,7 +166,8 @@ def hold(
         return dense_masks(params, where=moving(where, inner, params, "hold")), ()
 
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
-        del grads, params, extra
+        del grads, params
+        check_extra("hold", inner, extra)
         return state.masks, state.criterion_state
 
     return _wrap(

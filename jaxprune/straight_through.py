@@ -100,8 +100,8 @@ def straight_through(
       <https://arxiv.org/abs/2006.07253>`_, 2020.
     """
     check_inner(inner, "straight_through")
-    inner = optax.with_extra_args_support(inner)
     parts = Search("straight_through", schedule, criterion, pattern, scope, where, key, inner)
+    inner = optax.with_extra_args_support(inner)
     store = storage(packed)
 
     def init(params: Params) -> StraightThroughState:

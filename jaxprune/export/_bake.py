@@ -34,6 +34,7 @@ def bake(params: Params, masks: Masks) -> Params:
     if unknown:
         raise ValueError(
             f"`bake` got masks of {list_paths(unknown)}, which the params lack; their paths are "
-            f"{list_paths(paths)}. Nest the masks as the params are."
+            f"{list_paths(paths)}. Nest the masks as the params are; out of an optimizer's state "
+            "`jp.get_masks` takes them."
         )
     return apply_masks(params, map_with_path(lambda path, _: given.get(path), params))

@@ -124,8 +124,9 @@ def _scan(params: Any, values: Sequence[Any]) -> list[Any]:
         return outs[: params["num_carry"]], outs[params["num_carry"] :]
 
     turn = (lambda x: jnp.flip(x, 0)) if params["reverse"] else (lambda x: x)
+    length = None if rows else params["length"]  # which may be any
     carry, stacked = lax.scan(
-        step, list(map(jnp.asarray, start)), list(map(turn, rows)), length=params["length"]
+        step, list(map(jnp.asarray, start)), list(map(turn, rows)), length=length
     )
     return [*carry, *map(turn, stacked)]
 

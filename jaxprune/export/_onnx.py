@@ -10,14 +10,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxprune._types import Masks, Params
 from jaxprune.export._biases import merge_biases
 from jaxprune.export._compare import compare
 from jaxprune.export._culprits import culprits
+from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
-from jaxprune.export._fold import fold, is_known
+from jaxprune.export._fold import equations, fold, is_known
 from jaxprune.export._pools import free_pools
+from jaxprune.export._products import is_narrow
 from jaxprune.export._program import Program, cpu, draw, make_program, names, trials
 from jaxprune.export._report import Report, describe, in_place
 from jaxprune.export._session import Session, measure
@@ -78,7 +81,8 @@ def onnx(
     Raises:
       ValueError: there are no inputs; ``fn`` needs to know the batch; an operation cannot be
         converted; the weights exceed the 2 GiB of one file; the file differs from ``fn``.
-      TypeError: params without values, inputs that are keys.
+      TypeError: arguments in the wrong places, params without values, inputs that are keys or of
+        types that the file cannot hold.
       ImportError: a package of the extra ``export`` is missing.
 
     Example:
@@ -92,6 +96,7 @@ def onnx(
       ([array([[8., 8., 8.]], dtype=float32)], 0.0)
       >>> folder.cleanup()
     """
+    check_path("onnx", path)
     need("jax2onnx", "onnx")
     size = sum(x.nbytes for x in jax.tree.leaves(params) if hasattr(x, "nbytes"))
     if size > LIMIT:
@@ -100,6 +105,7 @@ def onnx(
             "than 2 GiB. Shrink more, or use `jp.export.stablehlo`."
         )
     program = make_program("onnx", fn, params, inputs, masks=masks, batch=batch, shapes=shapes)
+    _check_types(program)
     labels = names(program.spec_tree, "input"), names(program.outputs, "output")
     with in_place(path) as written:
         with _named(program, opset):
@@ -112,11 +118,29 @@ def onnx(
         return describe(path, written, compared, timed)
 
 
+def _check_types(program: Program) -> None:
+    """Refuse types that NumPy lacks: onnxruntime takes and gives NumPy's."""
+    for what, values in (
+        ("an input", program.specs),
+        ("a result", jax.tree.leaves(program.outputs)),
+    ):
+        narrow = [str(x.dtype) for x in values if is_narrow(x.dtype)]
+        if narrow:
+            raise TypeError(
+                f"`export.onnx` got {what} of type {narrow[0]}, which onnxruntime neither takes "
+                "nor gives in Python. Convert it inside of `fn`, from or to float32."
+            )
+
+
 def _write(
     written: Path, program: Program, opset: int, labels: tuple[list[str], list[str]]
 ) -> Session:
     """Write the file and load it."""
-    convert = lambda *xs: _apart(fold(program.closed, *xs), xs)  # noqa: E731
+
+    def convert(*xs: Any) -> tuple[Any, ...]:
+        _show_names(xs)
+        return _apart(fold(program.closed, *xs), xs)
+
     written.write_bytes(_to_onnx(convert, program.specs, opset, *labels))
     return Session(written, "onnx")
 
@@ -128,11 +152,26 @@ def _named(program: Program, opset: int) -> Iterator[None]:
         yield
     except Exception as error:
         attempt = lambda fn, specs: _alone(fn, specs, opset)  # noqa: E731
+        jaxpr = program.closed.jaxpr
+        named = _complex(jaxpr) or culprits(jaxpr, attempt, error)
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        several = any(name != program.batch for name in program.sizes)
         raise ValueError(
-            f"`export.onnx` cannot convert {culprits(program.closed.jaxpr, attempt, error)}: "
-            f"{type(error).__name__}: {error}. Write it with operations that ONNX has, keep that "
-            "part out of `fn`, or use `jp.export.stablehlo`, which knows all of JAX."
+            f"`export.onnx` cannot convert {named}: {type(error).__name__}: {reason} Write it with "
+            "operations that ONNX has, keep that part out of `fn`, or use `jp.export.stablehlo`, "
+            "which knows all of JAX."
+            + " Where strides divide an axis of any size, call it `8*h`."
+            * several
         ) from error
+
+
+def _complex(jaxpr: Any) -> str:
+    """Name the first operation that makes complex numbers, if there is one."""
+    for eqn, line in equations(jaxpr):
+        if any(getattr(v.aval, "dtype", np.dtype(bool)).kind == "c" for v in eqn.outvars):
+            where = line or "an unknown line"
+            return f"`{eqn.primitive.name}` at {where}, which makes complex numbers"
+    return ""
 
 
 def _alone(fn: Callable[..., Any], specs: Sequence[Any], opset: int) -> None:
@@ -187,6 +226,15 @@ def _contained() -> Iterator[None]:
         for name, function in functions.items():
             if getattr(jnp, name, None) is not function:
                 setattr(jnp, name, function)
+
+
+def _show_names(inputs: Sequence[Any]) -> None:
+    """Take every 8th entry of an axis of size ``8*h``: jax2onnx finds ``h`` on axes alone."""
+    for x in inputs:
+        for axis, size in enumerate(x.shape):
+            times, _, name = str(size).partition("*")
+            if times.isdigit() and name.isidentifier():
+                lax.slice_in_dim(x, 0, size, int(times), axis=axis)
 
 
 def _apart(outs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:

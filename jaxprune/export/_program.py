@@ -10,6 +10,7 @@ import numpy as np
 from jaxprune._tree import is_array, join_static, leaves_with_path, list_paths, split_static
 from jaxprune._types import Masks, Params
 from jaxprune.export._bake import bake
+from jaxprune.export._door import check_call, explain
 from jaxprune.export._sizes import (
     first_sizes,
     named_specs,
@@ -55,6 +56,7 @@ def make_program(
     shapes: Any,
 ) -> Program:
     """Take the parameters in and find out that the function can be traced at these shapes."""
+    check_call(user, fn, params, inputs)
     arrays, static = split_static(inputs)
     _check_arrays(user, params, arrays)
     if masks is not None:
@@ -68,12 +70,17 @@ def make_program(
 
     fixed = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     specs = _specs(user, fixed, _nest(fixed, inputs), batch, shapes)
-    closed, outputs = _trace(user, lambda *arrays: run(weights, arrays), specs, fixed)
+    sizes = solve(user, specs, fixed) if _is_fixed(fixed) else first_sizes(user, specs)
+    flat = lambda *arrays: run(weights, arrays)  # noqa: E731
+    try:
+        closed, outputs = _trace(user, flat, specs, fixed)
+    except Exception as error:
+        explain(user, fn, params, inputs, error)
+        raise
     if not jax.tree.leaves(outputs):
         raise ValueError(f"`export.{user}` got a function that returns no array. Return one.")
     trees = tuple(tree for tree in _nest(specs, inputs) if jax.tree.leaves(tree))
     reference = lambda *arrays: jax.tree.leaves(run(weights, arrays))  # noqa: E731
-    sizes = solve(specs, [x.shape for x in fixed]) if _is_fixed(fixed) else first_sizes(user, specs)
     first = next((str(x.shape[0]) for x in specs if x.shape), None)
     named = first if first in sizes else None
     return Program(reference, closed, specs, arrays, trees, outputs, sizes, named)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune.export._compare import Comparison
+from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._report import Report, describe, in_place
 from jaxprune.export._session import Session, measure
@@ -73,6 +74,13 @@ def quantize_onnx(
     if method not in methods:
         raise ValueError(
             f"`export.quantize_onnx(method={method!r})` is unknown. Use one of {list(methods)}."
+        )
+    check_path("quantize_onnx", path)
+    check_path("quantize_onnx", source, "source")
+    if not Path(source).is_file() and Path(path).is_file():
+        raise FileNotFoundError(
+            f"`export.quantize_onnx` finds no file {str(source)!r} to read, but {str(path)!r} "
+            "where it would write. The path of the new file comes first, the source second."
         )
     dense = _load(Path(source))
     batches = _read("calibration", calibration, dense)

@@ -41,11 +41,20 @@ def symbols(specs: Specs) -> dict[str, Any]:
     return {name: jax.export.symbolic_shape(name, scope=sizes[0].scope)[0] for name in names}
 
 
-def solve(specs: Specs, shapes: Sequence[Any]) -> dict[str, int]:
-    """Read from actual shapes how large each name is."""
+def solve(user: str, specs: Specs, fixed: Specs) -> dict[str, int]:
+    """Read from the examples how large each name is."""
     known = symbols(specs)
-    return dict(zip(known, (s[0] for s in _shapes(specs, [(n,) for n in known.values()], shapes)),
-                    strict=True)) if known else {}  # fmt: skip
+    if not known:
+        return {}
+    try:
+        found = _shapes(specs, [(n,) for n in known.values()], [x.shape for x in fixed])
+    except ValueError as error:
+        raise ValueError(
+            f"`export.{user}` got inputs of shapes {[list(x.shape) for x in fixed]} that do not "
+            f"fit {[str(x.shape) for x in specs]}: {str(error).partition(' Using the')[0]} Pass "
+            "examples of sizes that fit, or name the axes otherwise."
+        ) from error
+    return {name: size for name, (size,) in zip(known, found, strict=True)}
 
 
 def sized(specs: Specs, sizes: Mapping[str, int]) -> list[tuple[int, ...]]:

@@ -10,6 +10,7 @@ from jax.extend import core
 from jaxprune._types import Masks, Params
 from jaxprune.export._compare import compare
 from jaxprune.export._culprits import culprits
+from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._program import Program, cpu, make_program, names, trials
 from jaxprune.export._report import Report, describe, in_place
@@ -59,7 +60,7 @@ def stablehlo(
     Raises:
       ValueError: there are no inputs; ``fn`` needs to know the batch; an operation cannot be
         exported; the file differs from ``fn``.
-      TypeError: params without values, inputs that are keys.
+      TypeError: arguments in the wrong places, params without values, inputs that are keys.
       ImportError: ``flatbuffers`` is missing.
 
     Example:
@@ -73,6 +74,7 @@ def stablehlo(
       (Array([[8., 8., 8.]], dtype=float32), 0.0)
       >>> folder.cleanup()
     """
+    check_path("stablehlo", path)
     need("flatbuffers", "stablehlo")
     if "cpu" not in platforms:
         raise ValueError(

@@ -1,0 +1,96 @@
+"""Arguments in the wrong places, told before or instead of what would come of them."""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxprune._tree import leaves_with_path
+from jaxprune._types import Params
+from jaxprune.graph._network import is_array, join_static, split_static
+from jaxprune.masks import unpack
+
+
+def check_path(user: str, path: Any, what: str = "path") -> None:
+    """Refuse what is no path of a file."""
+    if isinstance(path, str | os.PathLike):
+        return
+    order = "path, source, calibration" if user == "quantize_onnx" else "path, fn, params, *inputs"
+    raise TypeError(
+        f"`export.{user}` got {_kind(path)} as {what}, which is no path of a file. The order is "
+        f"`export.{user}({order})`."
+    )
+
+
+def check_call(user: str, fn: Any, params: Params, inputs: Sequence[Any]) -> None:
+    """Refuse what is no function, and masks among the inputs."""
+    if hasattr(fn, "apply") and hasattr(fn, "init"):
+        raise TypeError(
+            f"`export.{user}` got {_kind(fn)} as fn, which is no function of params and inputs. "
+            "Pass its `apply`, with what its `init` gave as params."
+        )
+    if not callable(fn):
+        raise TypeError(
+            f"`export.{user}` got {_kind(fn)} as fn, which is no function, and {_kind(params)} as "
+            f"params. The order is `export.{user}(path, fn, params, *inputs)`."
+        )
+    if not inputs and _is_module(fn):
+        raise _module(user, fn)
+    paths = {path for path, _ in leaves_with_path(params)} - {""}
+    for i, given in enumerate(inputs):
+        leaves = leaves_with_path(unpack(given))
+        kinds = {getattr(leaf, "dtype", None) for _, leaf in leaves}
+        if leaves and kinds == {jnp.dtype(bool)} and {path for path, _ in leaves} <= paths:
+            raise TypeError(
+                f"`export.{user}` got masks as input {i}: a tree like the params with bool "
+                "leaves. Pass them as `masks=`."
+            )
+
+
+def explain(user: str, fn: Any, params: Params, inputs: Sequence[Any], error: Exception) -> None:
+    """Say why a function fails for its arguments, if they are in the wrong places."""
+    if _is_module(fn):
+        raise _module(user, fn) from error
+    if inputs and _goes(fn, (inputs[0], params, *inputs[1:])):
+        raise TypeError(
+            f"`export.{user}` got params and inputs the other way round: fn fails as given, and "
+            f"goes with the first input as its params. The order is `export.{user}(path, fn, "
+            "params, *inputs)`."
+        ) from error
+
+
+def _module(user: str, fn: Any) -> TypeError:
+    return TypeError(
+        f"`export.{user}` got {_kind(fn)} as fn, a module that holds its params itself. Pass a "
+        "function of both: `graphdef, params = nnx.split(module)` and `lambda params, x: "
+        "nnx.merge(graphdef, params)(x)`, or equinox's `partition` and `combine`."
+    )
+
+
+def _is_module(fn: Any) -> bool:
+    """Tell a function that is a tree of arrays."""
+    try:
+        arrays = any(is_array(leaf) for leaf in jax.tree.leaves(fn))
+    except Exception:  # a container that is no pytree
+        return False
+    return arrays and not isinstance(fn, functools.partial)
+
+
+def _goes(fn: Any, args: Sequence[Any]) -> bool:
+    arrays, static = split_static(args)
+    specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    try:
+        jax.eval_shape(lambda *xs: fn(*join_static(xs, static)), *specs)
+    except Exception:
+        return False
+    return True
+
+
+def _kind(value: Any) -> str:
+    if is_array(value):
+        return f"an array {value.dtype}{list(value.shape)}"
+    name = getattr(value, "__name__", None)
+    return f"the function `{name}`" if name else f"an object of type `{type(value).__name__}`"

@@ -15,6 +15,7 @@ from jaxprune._find import check_scope, find, fit_parts, rank
 from jaxprune._frozen import Moving, frozen, without
 from jaxprune._help import schedule_for
 from jaxprune._mesh import bare, lay_out, true_over
+from jaxprune._serial import serialize_tuple
 from jaxprune._tree import (
     align,
     is_matrix,
@@ -48,6 +49,9 @@ class PruneState(NamedTuple):
     inner_state: optax.OptState
     criterion_state: Any
     key: jax.Array | None
+
+
+serialize_tuple(PruneState)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 
 from jaxprune._help import readable
 from jaxprune._mesh import is_explicit, lay_out, true_over, whole_parts
+from jaxprune._serial import serialize_shaped
 from jaxprune._tree import (
     align,
     is_hole,
@@ -197,6 +198,9 @@ jax.tree_util.register_pytree_with_keys(
     lambda packed: (((jax.tree_util.GetAttrKey("bits"), packed.bits),), packed.shape),
     lambda shape, children: Packed(next(iter(children)), shape),
 )
+
+
+serialize_shaped(Packed)
 
 
 def pack(masks: Masks) -> Any:

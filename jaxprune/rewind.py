@@ -9,6 +9,7 @@ from jaxprune._errors import check_parts, check_sparsity
 from jaxprune._evidence import check_evidence, check_names, required_evidence
 from jaxprune._find import SETTINGS, find_compiled, fit_parts, rank
 from jaxprune._help import readable
+from jaxprune._serial import serialize_tuple
 from jaxprune._tree import (
     align,
     check_regexes_match,
@@ -39,6 +40,9 @@ class Level(NamedTuple):
     masks: Masks
     ticket: Params
     trained: Params
+
+
+serialize_tuple(Level)
 
 
 def rewind_to_init(init: Params, trained: Params) -> Params:

@@ -18,6 +18,7 @@ from jaxprune._event import (
     storage,
 )
 from jaxprune._help import readable, scheduled
+from jaxprune._serial import serialize_tuple
 from jaxprune._tree import is_matrix, map_leaves, prunable
 from jaxprune._types import Criterion, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
@@ -35,6 +36,9 @@ class StraightThroughState(NamedTuple):
     """
 
     masked: PruneState
+
+
+serialize_tuple(StraightThroughState)
 
 
 @scheduled

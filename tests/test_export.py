@@ -296,6 +296,233 @@ def test_a_bias_moves_into_the_matrix_product():
         np.testing.assert_array_equal(a, b)
 
 
+# What jax2onnx alone refuses or gets wrong
+
+IMAGES = jnp.sin(jnp.arange(2 * 6 * 6 * 3.0)).reshape(2, 6, 6, 3)
+ROWS = jnp.sin(jnp.arange(2 * 6 * 4.0)).reshape(2, 6, 4)
+CODES = jnp.array([[1, 2, 3], [3, 2, 0]], jnp.int32)
+
+
+def pools(_, x):
+    both = {"strides": (2, 2), "padding": "SAME"}
+    lowest = lambda x, init: jax.lax.reduce_window(x, init, jax.lax.min, (1, 3, 2, 1),
+                                                   (1, 2, 1, 1), "VALID")  # fmt: skip
+    yield from (nn.max_pool(x, (2, 3), **both), nn.avg_pool(x, (3, 2), **both))
+    yield nn.max_pool(x, (2, 2), padding=((1, 1), (0, 1)))
+    yield from (lowest(x, jnp.inf), lowest(x, 0.0))
+    yield nn.max_pool(x[:, 0], (2,), strides=(2,))
+    yield nn.max_pool(x[..., None], (2, 2, 2), strides=(2, 2, 2))  # over three axes
+    yield nn.max_pool(jnp.stack([x, -x], 1), (2, 2))  # batches of batches
+    yield jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 2, 2, 1), (1, 1, 1, 1), "VALID",
+                                None, (1, 2, 1, 1))  # fmt: skip
+    yield nn.max_pool(jnp.round(9 * x).astype(jnp.int32), (2, 2))
+    yield jax.lax.map(lambda row: nn.max_pool(row, (2, 2), **both), x.swapaxes(0, 1)[..., None])
+
+
+def products(params, x):
+    half, whole = x.astype(jnp.float16), jnp.round(9 * x).astype(jnp.int32)
+    yield jnp.einsum("bti,btj->btij", x, x)
+    yield jnp.einsum("bi,bj,bk->bijk", x[:, 0], x[:, 1], x[:, 2])
+    yield jnp.einsum("bi,bj->ij", x[:, 0], x[:, 1, :3])  # over the batch
+    yield jnp.einsum("bti,bt->bi", x, whole[..., 0])
+    for left in (half, x.astype(jnp.bfloat16), whole, x > 0):
+        yield jax.lax.dot_general(left, params, (((2,), (0,)), ((), ())),
+                                  preferred_element_type=jnp.float32)  # fmt: skip
+    yield whole[:, 0] @ jnp.round(9 * params).astype(jnp.int32)
+    yield jax.lax.dot_general(whole.astype(jnp.int8), whole.astype(jnp.int8),
+                              (((2,), (2,)), ((0,), (0,))),
+                              preferred_element_type=jnp.int32)  # fmt: skip
+    yield nn.Conv(2, (2, 2, 2)).apply({"params": {"kernel": params.reshape(2, 2, 2, 1, 2),
+                                                  "bias": jnp.ones(2)}},
+                                      x.reshape(x.shape[0], 6, 2, 2, 1))  # fmt: skip
+
+
+def paddings(_, x, codes):
+    causal = lambda x, by: jnp.pad(x, ((0, 0), (2 * by, 0), (0, 0)))
+    yield from (causal(x, 1), causal(x, 2) * 2, jnp.pad(codes, ((0, 1), (1, 2))))
+    yield jax.lax.pad(x, 1.0, ((0, 0, 0), (-1, 2, 1), (0, 0, 0)))
+    yield from (jnp.pad(x, ((0, 0), (1, 2), (0, 0)), mode=mode) for mode in ("edge", "reflect"))
+    yield jnp.take_along_axis(x, codes[:, :, None], axis=1)
+    yield x[jnp.arange(x.shape[0]), codes[:, 0]]
+    yield jax.vmap(jax.vmap(lambda i: ROWS[0, i]))(codes)  # equinox's Embedding
+    yield jnp.take(ROWS[0].astype(jnp.float16), codes, axis=0).astype(jnp.float32)
+    yield from (x / x.shape[0], x.mean(0), jnp.argsort(x, -1), jnp.mod(x, 0.3), codes << 1)
+    yield from (jax.lax.cumprod(x, 1), jax.lax.cumprod(x, 1, reverse=True))
+
+
+def loops(params, x):
+    rows = x.swapaxes(0, 1)
+    start = jnp.zeros((x.shape[0], 4))
+    step = lambda c, r: (jnp.tanh(c @ params[:, :4] + r), c * r)
+    yield from (*jax.lax.scan(step, start, rows), *jax.lax.scan(step, start, rows, reverse=True))
+    yield jax.lax.fori_loop(0, 3, lambda _, c: jnp.tanh(c @ params[:, :4]), x[:, 0])
+    yield jax.lax.cond(x.sum() > 0, lambda x: x[:, 0] @ params, lambda x: -x[:, 0] @ params, x)
+    branches = [jnp.sin, lambda x: x * 2, jnp.cos]
+    yield jax.lax.switch(jnp.argmax(x[0, 0, :3]), branches, x)
+
+
+@pytest.mark.parametrize(
+    "fn, inputs",
+    [(pools, (IMAGES,)), (products, (ROWS,)), (paddings, (ROWS, CODES)), (loops, (ROWS,))],
+    ids=["pools", "products", "paddings", "loops"],
+)
+def test_operations_that_jax2onnx_refuses_are_written_by_others_for_any_batch(fn, inputs, tmp_path):
+    params = jnp.cos(jnp.arange(16.0)).reshape(4, 4)
+    every = lambda params, *inputs: list(fn(params, *inputs))
+    report = jp.export.onnx(tmp_path / "net", every, params, *inputs, latency=())
+    assert report.parity < 1e-5
+    three = [jnp.concatenate([x, x[:1]]) for x in inputs]
+    for got, want in zip(run(report.path, *three), every(params, *three), strict=True):
+        np.testing.assert_allclose(got, want, rtol=0, atol=1e-5 * float(jnp.abs(want).max()))
+
+
+def test_pools_are_those_of_onnx_on_batch_and_channels(tmp_path):
+    fn = lambda _, x: nn.avg_pool(nn.max_pool(x, (2, 2)), (2, 2))
+    report = jp.export.onnx(tmp_path / "net", fn, {}, IMAGES, latency=())
+    nodes = {node.op_type: node for node in onnx.load(report.path).graph.node}
+    for kind in ("MaxPool", "AveragePool"):
+        assert [a.ints for a in nodes[kind].attribute if a.name == "kernel_shape"] == [[2, 2]]
+    assert not {"Conv", "Unsqueeze"} & nodes.keys()
+
+
+def test_a_network_in_bfloat16_is_computed_in_float32_and_rounded(tmp_path):
+    net = nn.Sequential([nn.Dense(5, dtype=jnp.bfloat16), nn.LayerNorm(dtype=jnp.bfloat16)])
+    variables = net.init(jax.random.key(0), X)
+    fn = lambda v, x: net.apply(v, x).astype(jnp.float32)
+    assert jp.export.onnx(tmp_path / "net", fn, variables, X, tolerance=0.02).parity > 0
+    with pytest.raises(ValueError, match=r"differs from JAX.*bfloat16 or float16: to 0.02"):
+        jp.export.onnx(tmp_path / "net", fn, variables, X, tolerance=1e-9)
+
+
+# Axes of any size
+
+
+def attend(params, x, mask):
+    scores = jnp.einsum("bqd,bkd->bqk", x @ params, x)
+    scores = jnp.where(mask[:, None] > 0, scores, -1e9)
+    return jax.nn.softmax(scores) @ x
+
+
+@EXPORTS
+def test_further_axes_may_be_of_any_size(export, tmp_path):
+    inputs, words = (ROWS, jnp.ones((2, 6), jnp.int32)), ("batch, time, _", "batch, time")
+    report = export(tmp_path / "net", attend, jnp.eye(4), *inputs, shapes=words)
+    x, mask = jnp.cos(jnp.arange(3 * 9 * 4.0)).reshape(3, 9, 4), jnp.ones((3, 9), jnp.int32)
+    if export is jp.export.onnx:
+        (got,) = run(report.path, x, mask)
+    else:
+        got = jax.export.deserialize(bytearray(report.path.read_bytes())).call(x, mask)
+    np.testing.assert_allclose(got, attend(jnp.eye(4), x, mask), rtol=1e-5, atol=1e-6)
+
+
+def test_images_of_any_size_are_pooled_and_averaged_and_named_by_specs_alone(tmp_path):
+    def fn(w, x):
+        x = nn.max_pool(nn.relu(x @ w), (2, 2), strides=(2, 2))
+        return x.mean((1, 2))
+
+    b, h, w = jax.export.symbolic_shape("b, 2*h, 2*w")
+    spec = jax.ShapeDtypeStruct((b, h, w, 3), jnp.float32)
+    report = jp.export.onnx(tmp_path / "net", fn, jnp.eye(3), spec, latency=(1,))
+    (got,) = run(report.path, IMAGES[:, :4])
+    np.testing.assert_allclose(got, fn(jnp.eye(3), IMAGES[:, :4]), rtol=1e-5)
+    assert list(report.latency_ms) == [1]
+
+
+def test_a_loop_runs_over_rows_of_any_number(tmp_path):
+    fn = lambda _, x: jax.lax.scan(lambda c, r: (c + r, c * r), x[:, 0], x.swapaxes(0, 1))
+    report = jp.export.onnx(tmp_path / "net", fn, {}, ROWS, shapes="b, t, _", latency=())
+    got = run(report.path, ROWS[:, :2])
+    for a, b in zip(got, jax.tree.leaves(fn({}, ROWS[:, :2])), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_sizes_obey_the_constraints_that_are_given(tmp_path):
+    table = jnp.ones((8, 4))
+    fn = lambda p, x: x + p[None, : x.shape[1]]
+    words = jax.export.symbolic_args_specs((ROWS,), "b, t, _", constraints=("t <= 8",))
+    assert jp.export.stablehlo(tmp_path / "net", fn, table, ROWS, shapes=words).parity == 0.0
+    with pytest.raises(ValueError, match=r"cannot trace `fn` for b, t of any size.*constraints="):
+        jp.export.stablehlo(tmp_path / "net", fn, table, ROWS, shapes="b, t, _")
+
+
+@EXPORTS
+@pytest.mark.parametrize(
+    "shapes, words",
+    [
+        ("b, t", r"shapes='b, t', which do not fit inputs of shapes \[\[2, 6, 4\]\]"),
+        ("b, (, _", r"shapes='b, \(, _' for inputs of shapes.*'batch, time, ...'"),
+        (
+            "b, 4*t, _",
+            r"shapes \[\[2, 6, 4\]\] that do not fit \['\(b, 4\*t, 4\)'\].*sizes that fit",
+        ),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(export, shapes, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        export(tmp_path / "net", lambda _, x: x, {}, ROWS, shapes=shapes)
+
+
+def test_specs_whose_constraints_allow_no_usual_size_ask_for_examples(tmp_path):
+    (n,) = jax.export.symbolic_shape("n", constraints=("n >= 1000",))
+    spec = jax.ShapeDtypeStruct((n,), jnp.float32)
+    with pytest.raises(ValueError, match=r"no sizes to try n at. Pass arrays as examples"):
+        jp.export.stablehlo(tmp_path / "net", lambda _, x: x, {}, spec)
+
+
+# Arguments in the wrong places
+
+
+@EXPORTS
+def test_arguments_in_the_wrong_places_are_told(export, params, tmp_path):
+    path, net = tmp_path / "net", nn.Dense(3)
+    variables, masks = net.init(jax.random.key(0), X), jp.find_masks(params, 0.5)
+    for args, words in (
+        ((mlp, path, params, X), r"the function `mlp` as path, .*\(path, fn, params, \*inputs\)"),
+        ((path, params, mlp, X), r"type `dict` as fn, .*the function `mlp` as params. The order"),
+        ((path, mlp, X, params), r"params and inputs the other way round"),
+        ((path, net, variables, X), r"type `Dense` as fn.*Pass its `apply`"),
+        ((path, mlp, params, masks, X), r"masks as input 0.*`masks=`"),
+        ((path, mlp, params, jp.pack(masks), X), r"masks as input 0"),
+    ):
+        with pytest.raises(TypeError, match=words):
+            export(*args)
+    with pytest.raises(ValueError, match=r"which the params lack.*`jp.get_masks` takes them"):
+        export(path, mlp, params, X, masks=jp.PruneState(jnp.array(0), masks, (), (), None))
+
+
+@EXPORTS
+def test_a_module_is_no_function_of_its_params(export, tmp_path):
+    from flax import nnx
+
+    module = nnx.Linear(16, 3, rngs=nnx.Rngs(0))
+    for inputs in ((X,), (nnx.split(module)[1], X)):
+        with pytest.raises(TypeError, match=r"type `Linear` as fn, a module.*nnx.split\(module"):
+            export(tmp_path / "net", module, *inputs)
+
+
+def test_quantization_with_its_paths_the_wrong_way_round_is_told(float_file, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"path of the new file comes first"):
+        jp.export.quantize_onnx(float_file, tmp_path / "int8", X)
+    with pytest.raises(TypeError, match=r"array float32\[5, 16\] as source.*path, source, calib"):
+        jp.export.quantize_onnx(tmp_path / "int8", X, float_file)
+
+
+def test_what_onnx_or_numpy_lacks_is_named(tmp_path):
+    spectrum = lambda _, x: jnp.fft.rfft(x).real
+    with pytest.raises(ValueError, match=r"`fft` at test_export.py:\d+, which makes complex num"):
+        jp.export.onnx(tmp_path / "net", spectrum, {}, X)
+    with pytest.raises(TypeError, match=r"an input of type bfloat16.*Convert it inside of `fn`"):
+        jp.export.onnx(tmp_path / "net", lambda _, x: x, {}, X.astype(jnp.bfloat16))
+    with pytest.raises(TypeError, match=r"a result of type bfloat16"):
+        jp.export.onnx(tmp_path / "net", lambda _, x: x.astype(jnp.bfloat16), {}, X)
+
+
+def test_an_operation_that_loads_but_does_not_run_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(_onnx, "free_pools", lambda model: None)
+    with pytest.raises(ValueError, match=r"`reduce_window_max` at test_export.py:\d+.*pooling"):
+        jp.export.onnx(tmp_path / "net", lambda _, x: nn.max_pool(x, (2, 2)), {}, IMAGES)
+
+
 # int8
 
 

@@ -61,6 +61,7 @@ def compare(
         raise ValueError(
             f"`export.{user}` made a file that differs from JAX by {found.parity:.2g} of the "
             f"largest value, more than `tolerance={tolerance:g}`: {found.where}. No file was "
-            "written. Raise `tolerance` if the network is that sensitive, or compare its parts."
+            "written. Raise `tolerance` if the network is that sensitive (one in bfloat16 or "
+            "float16: to 0.02), or compare its parts."
         )
     return found.result()

@@ -24,6 +24,7 @@ from jaxprune.export._products import is_narrow
 from jaxprune.export._program import Program, cpu, draw, make_program, names, trials
 from jaxprune.export._report import Report, describe, in_place
 from jaxprune.export._session import Session, measure
+from jaxprune.export._sizes import sized, symbols
 
 LIMIT = 2**31 - 2**20  # bytes of a protobuf message, with some room for all but the weights
 
@@ -175,11 +176,11 @@ def _complex(jaxpr: Any) -> str:
 
 
 def _alone(fn: Callable[..., Any], specs: Sequence[Any], opset: int) -> None:
-    """Convert one operation, and run it where its shapes are known."""
+    """Convert one operation, and run it."""
     closed = jax.make_jaxpr(fn)(*specs)
     session = Session(_to_onnx(lambda *xs: fold(closed, *xs), specs, opset), "onnx")
-    if all(isinstance(n, int) for x in specs for n in x.shape):
-        session([np.ones(x.shape, x.dtype) for x in specs])
+    shapes = sized(specs, dict.fromkeys(symbols(specs), 2))
+    session([np.ones(shape, x.dtype) for shape, x in zip(shapes, specs, strict=True)])
 
 
 def _to_onnx(

@@ -77,11 +77,6 @@ def quantize_onnx(
         )
     check_path("quantize_onnx", path)
     check_path("quantize_onnx", source, "source")
-    if not Path(source).is_file() and Path(path).is_file():
-        raise FileNotFoundError(
-            f"`export.quantize_onnx` finds no file {str(source)!r} to read, but {str(path)!r} "
-            "where it would write. The path of the new file comes first, the source second."
-        )
     dense = _load(Path(source))
     batches = _read("calibration", calibration, dense)
     tests = batches if test is None else _read("test", test, dense)
@@ -106,7 +101,8 @@ def quantize_onnx(
 def _load(source: Path) -> Session:
     if not source.is_file():
         raise FileNotFoundError(
-            f"`export.quantize_onnx` finds no file {str(source)!r}. Write it with `jp.export.onnx`."
+            f"`export.quantize_onnx` finds no file {str(source)!r}. Write it with `jp.export.onnx`; "
+            "the path of the new file comes first, that of the source second."
         )
     need("onnxruntime", "quantize_onnx")
     try:

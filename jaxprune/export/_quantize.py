@@ -101,8 +101,8 @@ def quantize_onnx(
 def _load(source: Path) -> Session:
     if not source.is_file():
         raise FileNotFoundError(
-            f"`export.quantize_onnx` finds no file {str(source)!r}. Write it with `jp.export.onnx`; "
-            "the path of the new file comes first, that of the source second."
+            f"`export.quantize_onnx` finds no file {str(source)!r}. Write it with "
+            "`jp.export.onnx`; the path of the new file comes first, that of the source second."
         )
     need("onnxruntime", "quantize_onnx")
     try:

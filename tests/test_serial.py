@@ -1,5 +1,6 @@
 """Training steps that leave JAX: masks and states in what ``jax.export`` serializes."""
 
+import contextlib
 import importlib
 
 import jax
@@ -27,10 +28,8 @@ STATES = {
 def optax_states():
     """The states of optax itself, which it leaves to its users."""
     for node in (optax.EmptyState, optax.TraceState):
-        try:
+        with contextlib.suppress(ValueError):
             export.register_namedtuple_serialization(node, serialized_name=f"o.{node.__name__}")
-        except ValueError:
-            pass
 
 
 @pytest.mark.parametrize("wrap", STATES.values(), ids=STATES)

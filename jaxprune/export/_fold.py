@@ -43,6 +43,17 @@ class Product(NamedTuple):
     place: tuple[int | None, ...]
 
 
+class Empty(NamedTuple):
+    """A value without entries, made only if somebody asks for it.
+
+    A ``Reshape`` of ONNX takes a size of 0 for something else, and jax2onnx reads the batch from
+    whatever value came last.
+    """
+
+    shape: tuple[Any, ...]
+    dtype: Any
+
+
 def fold(closed: Any, *inputs: Any) -> list[Any]:
     """Evaluate a closed jaxpr on traced inputs, and all that depends on no input right away."""
     return _run(closed.jaxpr, closed.consts, inputs)
@@ -61,7 +72,8 @@ def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
             outs = _evaluate(eqn, [value(v) for v in eqn.invars])
             # What is read twice is computed once, as it is.
             outs = [
-                x if uses[v] == 1 else _value(x) for v, x in zip(eqn.outvars, outs, strict=True)
+                x if uses[v] == 1 or isinstance(x, Empty) else _value(x)
+                for v, x in zip(eqn.outvars, outs, strict=True)
             ]
         env.update(zip(eqn.outvars, outs, strict=True))
     return [_value(value(v)) for v in jaxpr.outvars]
@@ -69,10 +81,16 @@ def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
 
 def _evaluate(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     name = eqn.primitive.name
+    if not eqn.effects and all(_is_empty(v.aval) for v in eqn.outvars):
+        return [Empty(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+    if name == "concatenate":
+        operands = [x for x in operands if not isinstance(x, Empty)]
     merged = _merge(name, operands)
-    if merged is not None:
-        return [merged]
-    values = [_value(x) for x in operands]
+    return _compute(eqn, [_value(x) for x in operands]) if merged is None else [merged]
+
+
+def _compute(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    name = eqn.primitive.name
     if name in CALLS:
         inner = eqn.params[CALLS[name]]
         return _run(getattr(inner, "jaxpr", inner), getattr(inner, "consts", ()), values)
@@ -84,6 +102,10 @@ def _evaluate(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     if any(is_narrow(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)):
         return _widened(eqn, values)
     return _apply(eqn, values)
+
+
+def _is_empty(aval: Any) -> bool:
+    return any(isinstance(n, int) and n == 0 for n in getattr(aval, "shape", ()))
 
 
 def _apply(eqn: Any, values: Sequence[Any]) -> list[Any]:
@@ -300,6 +322,8 @@ def _scaled(product: Product, c: np.ndarray) -> Product:
 
 def _value(x: Any) -> Any:
     """Compute a product that was held back."""
+    if isinstance(x, Empty):
+        return jnp.zeros(x.shape, x.dtype)
     if not isinstance(x, Product):
         return x
     return x.make(x.weights, x.shift)

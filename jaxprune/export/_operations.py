@@ -156,19 +156,6 @@ def _spread(x: Any, value: np.ndarray, axis: int, interior: int) -> Any:
     return lax.slice_in_dim(x, 0, size - interior, axis=axis)
 
 
-def _concatenate(eqn: Any, *operands: Any) -> Rewritten:
-    """Leave out what is empty: a ``Reshape`` of ONNX takes a size of 0 for something else."""
-    axis = eqn.params["dimension"]
-    some = [x for x in operands if not _is_zero(x.shape[axis])] or operands[:1]
-    if len(some) == len(operands):
-        return None
-    return some[0] if len(some) == 1 else lax.concatenate(some, axis)
-
-
-def _is_zero(size: Any) -> bool:
-    return isinstance(size, int) and size == 0
-
-
 def _gather(eqn: Any, x: Any, places: Any) -> Rewritten:
     """Drop places along axes that are taken whole, where there is but one: the start."""
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
@@ -206,7 +193,7 @@ SAME: dict[str, Callable[..., Any]] = {
 }
 RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), _pool),
-    **{"reduce_window": _pool_from, "pad": _pad, "concatenate": _concatenate},
+    **{"reduce_window": _pool_from, "pad": _pad},
     **{"gather": _gather, "cumprod": _cumprod},
     **SAME,
 }

@@ -19,11 +19,7 @@ EXTRAS = {"checkpoint": {"orbax"}}
 FILES_ARE_ITS_BUSINESS = {"checkpoint", "export"}
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
-<<<<<<< HEAD
-    ("_types", "_where", "_tree", "_mesh", "_errors", "_help", "_values"),
-=======
-    ("_types", "_serial", "_tree", "_mesh", "_errors"),
->>>>>>> 29661ea (Masks in bits and states of wrappers are serialized by jax.export)
+    ("_types", "_serial", "_where", "_tree", "_mesh", "_errors", "_help", "_values"),
     ("groups", *PARTS),
     ("masks", "_evidence", "_find", "report", "graph"),
     (

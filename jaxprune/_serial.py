@@ -14,13 +14,13 @@ def serialize_tuple(node: Any) -> None:
 
 
 def serialize_shaped(node: Any) -> None:
-    """The same for a dataclass whose one static field is a shape."""
+    """The same for a node that knows a shape beside its arrays."""
     with _once():
         export.register_pytree_node_serialization(
             node,
             serialized_name=f"jaxprune.{node.__name__}",
-            serialize_auxdata=lambda fixed: json.dumps(fixed[0]).encode(),
-            deserialize_auxdata=lambda data: (tuple(json.loads(bytes(data))),),
+            serialize_auxdata=lambda shape: json.dumps(shape).encode(),
+            deserialize_auxdata=lambda data: tuple(json.loads(bytes(data))),
         )
 
 

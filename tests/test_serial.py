@@ -15,7 +15,7 @@ from jaxprune import _serial
 
 pytest.importorskip("flatbuffers")
 
-PARAMS = {"kernel": jnp.sin(jnp.arange(36.0)).reshape(4, 9), "bias": jnp.zeros(9)}
+PARAMS = {"kernel": jnp.sin(jnp.arange(1.0, 37.0)).reshape(4, 9), "bias": jnp.zeros(9)}
 HALF = jp.schedules.constant(0.5)
 STATES = {
     "packed": lambda tx: jp.prune(tx, schedule=HALF, packed=True),

@@ -24,6 +24,7 @@ from jaxprune._tree import (
     mirrored,
     narrow,
     prunable,
+    wide_dtype,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
@@ -268,8 +269,19 @@ def enforce(update: jax.Array, param: jax.Array, mask: jax.Array | None) -> jax.
     if mask is None:
         return update
     # A narrow update cannot hold `-param` exactly, and then the sum would not be zero.
-    dtype = jnp.promote_types(update.dtype, param.dtype)
+    dtype = common(update.dtype, param.dtype)
     return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
+
+
+def common(a: Any, b: Any) -> Any:
+    """A type that holds the numbers of both; eight bits promote to nothing by themselves."""
+    if a == b:
+        return a
+    return jnp.promote_types(*(wide_dtype(d) if _is_eight(d) else d for d in (a, b)))
+
+
+def _is_eight(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8
 
 
 def is_placeholder(params: Any) -> bool:

@@ -22,6 +22,7 @@ from jaxprune._event import (
     is_placeholder,
     live,
     storage,
+    without_variables,
 )
 from jaxprune._frozen import moving
 from jaxprune._help import readable, scheduled
@@ -124,34 +125,41 @@ def prune(
 
 @readable
 def hold(
-    inner: optax.GradientTransformation, *, where: Where = is_matrix, packed: bool = False
+    inner: optax.GradientTransformation,
+    *,
+    masks: Masks | Callable[[Params], Masks] | None = None,
+    where: Where = is_matrix,
+    packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that given masks hold: train a ticket.
 
-    Dense until ``with_masks`` puts masks into the state; they never change by themselves.
+    Dense until masks are given, here or by ``with_masks``; they never change by themselves.
     Removed weights are exactly zero after every ``optax.apply_updates``. It goes outermost, like
     ``prune``.
 
     Args:
       inner: any optax optimizer.
-      where: which leaves the dense masks of ``init`` cover.
+      masks: masks like the params, or a function that makes them from the params at ``init``:
+        ``jp.masks_from_zeros`` goes on with a network that was pruned before. Arrays are kept in
+        the state and travel with it.
+      where: which leaves the dense masks of ``init`` cover, if no masks are given.
       packed: keep the masks as bits.
 
     Returns:
       An optax transformation with a ``PruneState``.
 
     Raises:
-      TypeError: ``inner`` is no optax transformation.
-      ValueError: at ``init``, nothing is prunable; at ``update``, the masks do not mirror the
-        params, or params are missing.
+      TypeError: ``inner`` is no optax transformation; at ``init``, a mask is not bool.
+      ValueError: at ``init``, nothing is prunable, or the masks do not mirror the params; at
+        ``update``, they do not, or params are missing.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import jaxprune as jp
       >>> params = {"kernel": jnp.ones((2, 2))}
       >>> masks = {"kernel": jnp.array([[True, False], [True, True]])}
-      >>> tx = jp.hold(optax.sgd(0.5))
-      >>> state = jp.with_masks(tx.init(params), masks)
+      >>> tx = jp.hold(optax.sgd(0.5), masks=masks)
+      >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
       >>> optax.apply_updates(params, updates)["kernel"]
       Array([[0.5, 0. ],
@@ -159,10 +167,16 @@ def hold(
     """
     check_inner(inner, "hold")
     check_parts("hold", where=where)
+    # A module with masks in the place of its weights can be called as well.
+    from_params = callable(masks) and not any(map(_is_mask, jax.tree.leaves(masks)))
 
     def start(params: Params) -> tuple[Masks, Any]:
         if is_placeholder(params):
             return params, ()
+        if masks is not None:
+            given = masks(params) if from_params else masks
+            mirror = check_masks(unpack(without_variables(given)), params, "masks")
+            return map_leaves(_as_params, params, mirror), ()
         return dense_masks(params, where=moving(where, inner, params, "hold")), ()
 
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
@@ -174,10 +188,22 @@ def hold(
         inner,
         start=start,
         refresh=refresh,
-        advise=functools.partial(warn, "hold", by_default=where is is_matrix, dense=True),
+        advise=functools.partial(
+            warn, "hold", by_default=where is is_matrix and masks is None, dense=masks is None
+        ),
         key=None,
         packed=packed,
     )
+
+
+def _as_params(param: jax.Array, mask: Any) -> Any:
+    """A mask of one's own in the place of a weight: donating the state must not take it away."""
+    del param
+    return None if mask is None else jnp.copy(mask)
+
+
+def _is_mask(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) in (jnp.bool_, jnp.uint8)
 
 
 def _wrap(

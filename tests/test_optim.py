@@ -265,6 +265,44 @@ def test_held_masks_never_change(key, packed):
     assert_trees_equal(jp.get_masks(state), masks)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("given", [HALF, FrozenDict(HALF), jp.pack(HALF), lambda params: HALF])
+def test_hold_takes_masks_or_a_function_that_makes_them(given, packed):
+    tx = jp.hold(optax.sgd(0.5), masks=given, packed=packed)
+    params, state = update(tx, tx.init(KERNEL), KERNEL)
+    assert params["kernel"].tolist() == [[0.0, -2.0], [1.5, 0.0]]
+    assert_trees_equal(jp.get_masks(state), HALF)
+    assert_trees_equal(jp.get_masks(jax.jit(tx.init)(KERNEL)), HALF)
+    assert isinstance(state.masks["kernel"], jp.Packed) == packed
+
+
+def test_masks_that_hold_was_given_survive_the_donation_of_its_state():
+    tx = jp.hold(optax.sgd(0.5), masks=HALF)
+    jax.jit(lambda s: jax.tree.map(lambda x: x * 1, s), donate_argnums=0)(tx.init(KERNEL))
+    assert_trees_equal(jp.get_masks(tx.init(KERNEL)), HALF)
+
+
+def test_a_pruned_network_is_trained_further_with_masks_from_its_zeros():
+    params = {"kernel": jnp.array([[0.0, -4.0], [3.0, -0.0]]), "bias": jnp.zeros(2)}
+    assert jp.masks_from_zeros(params)["bias"] is None
+    assert_trees_equal(
+        jp.masks_from_zeros(params, where=jp.by_path("kernel")), {**HALF, "bias": None}
+    )
+    tx = jp.hold(optax.adam(0.5), masks=jp.masks_from_zeros)
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = update(tx, state, params, jax.tree.map(jnp.ones_like, params))
+    assert_zero_where_removed(params, {**HALF, "bias": None})
+    assert not jp.check(params, state)
+
+
+def test_hold_refuses_masks_that_do_not_fit_at_init():
+    with pytest.raises(ValueError, match=r"'kernel' has shape \(3, 2\).*\(2, 2\)"):
+        jp.hold(optax.sgd(0.5), masks={"kernel": jnp.ones((3, 2), bool)}).init(KERNEL)
+    with pytest.raises(TypeError, match=r"not bool: 'kernel' is float32"):
+        jp.hold(optax.sgd(0.5), masks=lambda params: params).init(KERNEL)
+
+
 def test_masks_are_found_however_deep_they_are_nested(key):
     params = tree_of_weights(key)
     masks = jp.find_masks(params, 0.5)

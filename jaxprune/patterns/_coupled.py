@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree import leaves_by_path
+from jaxprune._tree import leaves_by_path, wide
 from jaxprune._types import Masks, Params, Scores, Units
 from jaxprune.groups import Group, Groups, expand
 from jaxprune.patterns._reduce import check_reduce
@@ -105,8 +105,7 @@ class Coupled:
                     "Score all members, or use the groups of this tree: `groups.at(prefix)` gives "
                     "those of a subtree."
                 )
-            s = leaves[m.path]
-            s = s.astype(jnp.promote_types(s.dtype, jnp.float32))
+            s = wide(leaves[m.path])
             s = s * s if self.reduce == "norm" else s
             others = tuple(i for i in range(s.ndim) if i != m.axis)
             each = jnp.sum(s, axis=others)

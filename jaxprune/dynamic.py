@@ -16,6 +16,7 @@ from jaxprune._event import (
     check_extra,
     check_grads,
     check_inner,
+    check_start,
     check_update,
     common,
     enforce,
@@ -251,6 +252,7 @@ def _drop_and_grow(
         )
 
     def init(params: Params) -> PruneState:
+        check_start(f"dynamic.{user}", params)
         state = PruneState(
             count=jnp.zeros([], jnp.int32),
             masks=store(first_masks(params)),

@@ -16,6 +16,7 @@ from jaxprune._event import (
     check_extra,
     check_grads,
     check_inner,
+    check_start,
     check_update,
     enforce,
     if_due,
@@ -56,10 +57,21 @@ def prune(
     work on the network that is left. Weights never come back, unless the schedule falls.
 
     Three cautions. It goes outermost: a transformation chained after it rescales the ``-param``
-    update and pruned weights come back (gradient accumulation around it is fine). The state of
-    other optimizers is reached through ``optax.tree.map_params``, never by type. Copies made of
-    params elsewhere (an average, the evaluation params of a schedule-free optimizer) are masked
-    by nobody: call ``apply_masks`` on them.
+    update and pruned weights come back (gradient accumulation around it is fine;
+    ``optax.contrib.sam`` goes inside). The state of other optimizers is reached through
+    ``optax.tree.map_params``, never by type. Copies made of params elsewhere (an average, the
+    evaluation params of a schedule-free optimizer) are masked by nobody: call ``apply_masks`` on
+    them.
+
+    Updates never look at what they leave behind: ``jp.check(params, opt_state, schedule=...)``
+    does, at the end of a run. Steps are updates, so a loop that ends early leaves pruning undone:
+    the minimisers of optimistix and jaxopt stop when they have converged, before the first event
+    if it is late. Trainers that return the best params seen (flowjax does) return those of before
+    the last event. Tried and fine without more: plain loops, ``lax.scan``, linen's ``TrainState``,
+    ``nnx.Optimizer``, numpyro's SVI, Keras's ``stateless_call``, tunix's trainer.
+
+    Leaves that ``inner`` freezes (``optax.freeze``, ``optax.set_to_zero`` in a partition) are left
+    out by the default ``where``; another one is obeyed.
 
     Args:
       inner: any optax optimizer. Extra arguments of ``update`` reach it and the criterion.
@@ -97,6 +109,7 @@ def prune(
     store = storage(packed)
 
     def start(params: Params) -> tuple[Masks, Any]:
+        check_start("prune", params)
         search = parts.on(params)
         return search.first_masks(params), search.first_memory(params)
 
@@ -171,6 +184,7 @@ def hold(
     from_params = callable(masks) and not any(map(_is_mask, jax.tree.leaves(masks)))
 
     def start(params: Params) -> tuple[Masks, Any]:
+        check_start("hold", params)
         if is_placeholder(params):
             return params, ()
         if masks is not None:

@@ -487,6 +487,56 @@ def test_arguments_of_update_in_another_order_are_refused(name):
         tx.update(KERNEL, KERNEL, state)
 
 
+# What optax puts around optimizers that does arithmetic of its own.
+
+
+@pytest.mark.parametrize("name", ["prune", "hold", "straight_through"])
+def test_a_state_that_was_blended_by_arithmetic_is_refused_by_name(name):
+    pruner = wrappers()[name](optax.sgd(0.1))
+    tx = optax.contrib.sam(pruner, optax.sgd(0.05))
+    _, state = tx.update(KERNEL, tx.init(KERNEL), KERNEL)
+    with pytest.raises(
+        TypeError, match=r"become int32.*`optax.contrib.sam`.*jp.prune\(optax.contrib"
+    ):
+        tx.update(KERNEL, state, KERNEL)
+
+
+def test_sam_inside_of_a_pruner_leaves_exact_zeros():
+    sam = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05))
+    tx = jp.prune(sam, schedule=ONCE)
+    params, state, _, masks = run(tx, KERNEL, 4)
+    assert removed_at(masks, 3) == [2]
+    assert_zero_where_removed(params, jp.get_masks(state))
+
+
+def test_gradients_of_single_examples_are_refused_with_what_takes_them():
+    grads = jax.tree.map(lambda p: jnp.stack([p] * 5), KERNEL)
+    private = optax.contrib.differentially_private_aggregate(1.0, 0.1, key=jax.random.key(0))
+    for name, wrap in wrappers().items():
+        tx = wrap(private) if name not in ("rigl", "set") else wrap(optax.sgd(0.1))
+        with pytest.raises(
+            ValueError, match=r"leading axis of 5.*dpsgd.*`optax.chain\(optax.contrib"
+        ):
+            tx.update(grads, tx.init(KERNEL), KERNEL)
+    tx = optax.chain(private, jp.prune(optax.sgd(0.1), schedule=ONCE))
+    updates, state = tx.update(grads, tx.init(KERNEL), KERNEL)
+    assert_zero_where_removed(optax.apply_updates(KERNEL, updates), jp.get_masks(state))
+
+
+def test_the_pair_of_lookahead_is_refused_with_what_works():
+    pair = optax.LookaheadParams.init_synced(KERNEL)
+    for wrap in wrappers().values():
+        with pytest.raises(ValueError, match=r"fast and the slow.*`optax.lookahead\(jp.*mask both"):
+            wrap(optax.lookahead(optax.sgd(0.1), 2, 0.5)).init(pair)
+    tx = optax.lookahead(jp.prune(optax.sgd(0.1), schedule=ONCE), 2, 0.5)
+    state = tx.init(pair)
+    for _ in range(3):
+        updates, state = tx.update(pair.fast, state, pair)
+        pair = optax.apply_updates(pair, updates)
+        pair = optax.LookaheadParams(*(jp.apply_masks(p, jp.get_masks(state)) for p in pair))
+    assert not jp.check(pair.fast, state) and not jp.check(pair.slow, state)
+
+
 @pytest.mark.parametrize("wrap", [jp.prune, jp.straight_through, jp.hold, jp.dynamic.rigl])
 def test_signatures_show_parts_as_one_writes_them(wrap):
     shown = str(inspect.signature(wrap))

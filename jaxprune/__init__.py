@@ -30,6 +30,7 @@ from jaxprune.masks import Packed as Packed
 from jaxprune.masks import apply_masks as apply_masks
 from jaxprune.masks import combine_masks as combine_masks
 from jaxprune.masks import dense_masks as dense_masks
+from jaxprune.masks import masks_from_zeros as masks_from_zeros
 from jaxprune.masks import pack as pack
 from jaxprune.masks import sparsity as sparsity
 from jaxprune.masks import unpack as unpack
@@ -93,6 +94,7 @@ __all__ = (
     "imp",
     "is_matrix",
     "make_masks",
+    "masks_from_zeros",
     "masks_within_budget",
     "overlap",
     "pack",

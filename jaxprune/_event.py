@@ -25,6 +25,7 @@ from jaxprune._tree import (
     mirrored,
     narrow,
     prunable,
+    wide_dtype,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
@@ -272,8 +273,19 @@ def enforce(update: jax.Array, param: jax.Array, mask: jax.Array | None) -> jax.
     if mask is None:
         return update
     # A narrow update cannot hold `-param` exactly, and then the sum would not be zero.
-    dtype = jnp.promote_types(update.dtype, param.dtype)
+    dtype = common(update.dtype, param.dtype)
     return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
+
+
+def common(a: Any, b: Any) -> Any:
+    """A type that holds the numbers of both; eight bits promote to nothing by themselves."""
+    if a == b:
+        return a
+    return jnp.promote_types(*(wide_dtype(d) if _is_eight(d) else d for d in (a, b)))
+
+
+def _is_eight(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8
 
 
 def is_placeholder(params: Any) -> bool:
@@ -307,10 +319,36 @@ def check_inner(inner: Any, user: str) -> None:
 def check_grads(grads: Params, params: Params, part: Params) -> Params:
     """Give gradients the structure of the params, or say by path how they differ."""
     mirror = align(grads, params)
+    if mirror is not None:
+        _check_per_example(narrow(mirror, part), part)
     if mirror is None:
         return mirrored(grads, params, "grads")  # which says what is missing
     mirrored(narrow(mirror, part), part, "grads")  # whatever else may be None, these are needed
     return mirror
+
+
+def _check_per_example(grads: Params, part: Params) -> None:
+    """Refuse a gradient for each example with what takes them."""
+    shapes = [jnp.shape(g) for g in jax.tree.leaves(grads)]
+    wanted = [p.shape for p in jax.tree.leaves(part)]
+    if wanted and [s[1:] for s in shapes if s] == wanted and shapes != wanted:
+        raise ValueError(
+            f"`grads` have a leading axis of {shapes[0][0]} that the params do not have: gradients "
+            "of single examples, as `optax.contrib.dpsgd` takes them. Let them be averaged before "
+            "the pruner: `optax.chain(optax.contrib.differentially_private_aggregate(...), "
+            "jp.prune(optax.sgd(...), ...))`."
+        )
+
+
+def check_start(user: str, params: Params) -> None:
+    """Refuse the pair of params that ``optax.lookahead`` trains."""
+    if isinstance(params, optax.LookaheadParams):
+        raise ValueError(
+            f"`{user}` got the fast and the slow params of `optax.lookahead`, but gradients are "
+            f"for the fast ones alone. Put it inside, `optax.lookahead(jp.{user}(...), ...)`, and "
+            "mask both after each step, or each synchronization brings weights back: `params = "
+            "optax.LookaheadParams(*(jp.apply_masks(p, jp.get_masks(state)) for p in params))`."
+        )
 
 
 def check_update(state: Any, params: Params | None, kind: type = PruneState) -> None:
@@ -320,6 +358,17 @@ def check_update(state: Any, params: Params | None, kind: type = PruneState) -> 
             f"`tx.update` got a {type(state).__name__} in the place of the state, a "
             f"`{kind.__name__}` that `tx.init(params)` makes. The order is "
             "`tx.update(grads, state, params)`."
+        )
+    inside: Any = getattr(state, "masked", state)  # what straight_through wraps
+    masks = without_variables(inside.masks)
+    kinds = {str(leaf.dtype) for leaf in jax.tree.leaves(masks)} - {"bool", "uint8"}
+    if kinds:
+        raise TypeError(
+            f"The masks in the state have become {', '.join(sorted(kinds))}: something around the "
+            "pruner blends its old and its new state by arithmetic, as `optax.contrib.sam` and "
+            "`optax.lookahead(reset_state=True)` do, and zeros would not stay exact. Let the "
+            "pruner be the outermost, `jp.prune(optax.contrib.sam(...), ...)`; sam with "
+            "`opaque_mode=True` may be around it."
         )
     if params is None:
         raise ValueError(

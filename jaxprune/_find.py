@@ -320,10 +320,7 @@ def rank(
             "is not prunable."
         )
     if isinstance(pattern, Coupled) and is_tree(sparsity):
-        raise ValueError(
-            "`Coupled` ranks units that own parts of many leaves, but got a tree of sparsities. "
-            "Pass one number; `max_sparsity` bounds what a group may lose."
-        )
+        sparsity = pattern.of_groups(sparsity)
     if within is not None:
         within = check_masks(within, scores, "within")
     # Deferred scores are no arrays: their weights cross into the other mode, and there they are

@@ -65,8 +65,8 @@ def frozen(inner: optax.GradientTransformation, params: Params) -> list[str] | N
     An optimizer that moves nothing at all freezes nothing: it stands still, as one with a
     learning rate of zero does.
     """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), params)
     try:
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), x.dtype), params)
         # State and gradients are inputs: what is zero at the first step only is no literal.
         first, state = jax.make_jaxpr(inner.init, return_shape=True)(shapes)
         step = jax.make_jaxpr(inner.update)(shapes, state, shapes)
@@ -130,6 +130,10 @@ def _results(eqn: Any, zero: list[bool]) -> list[bool]:
 
 
 def _is_zero(value: Any) -> bool:
-    return isinstance(value, int | float | np.ndarray | np.generic | jax.Array) and (
-        not isinstance(value, jax.core.Tracer) and not np.any(np.asarray(value))
-    )
+    """True for a known zero; what is large or no number is not looked at."""
+    if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array):
+        return False
+    if isinstance(value, jax.core.Tracer) or np.size(value) > 1024:
+        return False
+    numeric = jnp.issubdtype(jnp.result_type(value), np.number)
+    return numeric and not np.any(np.asarray(value))

@@ -245,7 +245,12 @@ def narrow(tree: Any, part: Params) -> Any:
 
 def wide(x: jax.Array) -> jax.Array:
     """Cast to at least float32, where products of small numbers do not underflow."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x.astype(wide_dtype(x.dtype))
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """Float32 for narrower floats, eight bits included, which promote to nothing; else itself."""
+    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
 def mirrored(tree: Any, params: Params, name: str) -> Any:

@@ -33,7 +33,7 @@ def zero_shares(params: Params) -> dict[str, float]:
     """For each path of some zeros, their share; a leaf that is zero as a whole starts so."""
     shares = {path: float(_zero_share(leaf)) for path, leaf in leaves_with_path(params)}
     # Some zeros come by chance where eight bits hold a weight; pruning removes more than those.
-    return {path: share for path, share in shares.items() if 0.01 <= share < 1.0}
+    return {path: share for path, share in shares.items() if 0.05 <= share < 1.0}
 
 
 def constant_of(leaf: Any) -> float | None:

@@ -16,7 +16,9 @@ from jaxprune._event import (
     check_extra,
     check_grads,
     check_inner,
+    check_start,
     check_update,
+    common,
     enforce,
     if_due,
     is_placeholder,
@@ -250,6 +252,7 @@ def _drop_and_grow(
         )
 
     def init(params: Params) -> PruneState:
+        check_start(f"dynamic.{user}", params)
         state = PruneState(
             count=jnp.zeros([], jnp.int32),
             masks=store(first_masks(params)),
@@ -277,7 +280,7 @@ def _drop_and_grow(
             stored, updates, inner_state = now
             # From what the loop carries: the masks beside it would be copied at every step.
             old = check_masks(unpack(stored), params, "masks")
-            moved = optax.apply_updates(params, updates)
+            moved = map_leaves(_moved, params, updates)
             new = drop_and_grow(
                 old,
                 worth=magnitude(narrow(moved, part)),
@@ -310,6 +313,12 @@ def _drop_and_grow(
         return updates, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _moved(param: jax.Array, update: jax.Array) -> jax.Array:
+    """A weight after its update; also where the two types do not promote by themselves."""
+    dtype = common(param.dtype, update.dtype)
+    return (param.astype(dtype) + update.astype(dtype)).astype(param.dtype)
 
 
 def drop_and_grow(

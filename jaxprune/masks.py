@@ -114,6 +114,32 @@ def dense_masks(params: Params, *, where: Where = is_matrix) -> Masks:
     return map_leaves(true_over, prunable(params, where=where))
 
 
+@readable
+def masks_from_zeros(params: Params, *, where: Where = is_matrix) -> Masks:
+    """Make masks that remove the weights that are zero: those of a network pruned before.
+
+    To train it further: ``jp.hold(inner, masks=jp.masks_from_zeros)``. A leaf that is zero as a
+    whole keeps nothing, be it collapsed or not trained yet; ``jp.summary`` warns of it.
+
+    Args:
+      params: parameters; any tree.
+      where: which leaves are prunable.
+
+    Returns:
+      Full masks, False where a weight is zero, with the sharding of their parameter; None
+      elsewhere.
+
+    Raises:
+      ValueError: nothing is prunable.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> masks_from_zeros({"kernel": jnp.array([[0.0, 2.0]]), "bias": jnp.zeros(2)})
+      {'bias': None, 'kernel': Array([[False,  True]], dtype=bool)}
+    """
+    return map_leaves(lambda p: jnp.asarray(p != 0), prunable(params, where=where))
+
+
 def sparsity(masks: Masks, params: Params) -> float | jax.Array:
     """Measure the fraction of the prunable weights that masks remove.
 

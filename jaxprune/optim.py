@@ -16,12 +16,14 @@ from jaxprune._event import (
     check_extra,
     check_grads,
     check_inner,
+    check_start,
     check_update,
     enforce,
     if_due,
     is_placeholder,
     live,
     storage,
+    without_variables,
 )
 from jaxprune._frozen import moving
 from jaxprune._help import readable, scheduled
@@ -55,10 +57,21 @@ def prune(
     work on the network that is left. Weights never come back, unless the schedule falls.
 
     Three cautions. It goes outermost: a transformation chained after it rescales the ``-param``
-    update and pruned weights come back (gradient accumulation around it is fine). The state of
-    other optimizers is reached through ``optax.tree.map_params``, never by type. Copies made of
-    params elsewhere (an average, the evaluation params of a schedule-free optimizer) are masked
-    by nobody: call ``apply_masks`` on them.
+    update and pruned weights come back (gradient accumulation around it is fine;
+    ``optax.contrib.sam`` goes inside). The state of other optimizers is reached through
+    ``optax.tree.map_params``, never by type. Copies made of params elsewhere (an average, the
+    evaluation params of a schedule-free optimizer) are masked by nobody: call ``apply_masks`` on
+    them.
+
+    Updates never look at what they leave behind: ``jp.check(params, opt_state, schedule=...)``
+    does, at the end of a run. Steps are updates, so a loop that ends early leaves pruning undone:
+    the minimisers of optimistix and jaxopt stop when they have converged, before the first event
+    if it is late. Trainers that return the best params seen (flowjax does) return those of before
+    the last event. Tried and fine without more: plain loops, ``lax.scan``, linen's ``TrainState``,
+    ``nnx.Optimizer``, numpyro's SVI, Keras's ``stateless_call``, tunix's trainer.
+
+    Leaves that ``inner`` freezes (``optax.freeze``, ``optax.set_to_zero`` in a partition) are left
+    out by the default ``where``; another one is obeyed.
 
     Args:
       inner: any optax optimizer. Extra arguments of ``update`` reach it and the criterion.
@@ -96,6 +109,7 @@ def prune(
     store = storage(packed)
 
     def start(params: Params) -> tuple[Masks, Any]:
+        check_start("prune", params)
         search = parts.on(params)
         return search.first_masks(params), search.first_memory(params)
 
@@ -124,34 +138,41 @@ def prune(
 
 @readable
 def hold(
-    inner: optax.GradientTransformation, *, where: Where = is_matrix, packed: bool = False
+    inner: optax.GradientTransformation,
+    *,
+    masks: Masks | Callable[[Params], Masks] | None = None,
+    where: Where = is_matrix,
+    packed: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that given masks hold: train a ticket.
 
-    Dense until ``with_masks`` puts masks into the state; they never change by themselves.
+    Dense until masks are given, here or by ``with_masks``; they never change by themselves.
     Removed weights are exactly zero after every ``optax.apply_updates``. It goes outermost, like
     ``prune``.
 
     Args:
       inner: any optax optimizer.
-      where: which leaves the dense masks of ``init`` cover.
+      masks: masks like the params, or a function that makes them from the params at ``init``:
+        ``jp.masks_from_zeros`` goes on with a network that was pruned before. Arrays are kept in
+        the state and travel with it.
+      where: which leaves the dense masks of ``init`` cover, if no masks are given.
       packed: keep the masks as bits.
 
     Returns:
       An optax transformation with a ``PruneState``.
 
     Raises:
-      TypeError: ``inner`` is no optax transformation.
-      ValueError: at ``init``, nothing is prunable; at ``update``, the masks do not mirror the
-        params, or params are missing.
+      TypeError: ``inner`` is no optax transformation; at ``init``, a mask is not bool.
+      ValueError: at ``init``, nothing is prunable, or the masks do not mirror the params; at
+        ``update``, they do not, or params are missing.
 
     Example:
       >>> import jax.numpy as jnp, optax
       >>> import jaxprune as jp
       >>> params = {"kernel": jnp.ones((2, 2))}
       >>> masks = {"kernel": jnp.array([[True, False], [True, True]])}
-      >>> tx = jp.hold(optax.sgd(0.5))
-      >>> state = jp.with_masks(tx.init(params), masks)
+      >>> tx = jp.hold(optax.sgd(0.5), masks=masks)
+      >>> state = tx.init(params)
       >>> updates, state = tx.update(params, state, params)
       >>> optax.apply_updates(params, updates)["kernel"]
       Array([[0.5, 0. ],
@@ -159,10 +180,17 @@ def hold(
     """
     check_inner(inner, "hold")
     check_parts("hold", where=where)
+    # A module with masks in the place of its weights can be called as well.
+    from_params = callable(masks) and not any(map(_is_mask, jax.tree.leaves(masks)))
 
     def start(params: Params) -> tuple[Masks, Any]:
+        check_start("hold", params)
         if is_placeholder(params):
             return params, ()
+        if masks is not None:
+            given = masks(params) if from_params else masks
+            mirror = check_masks(unpack(without_variables(given)), params, "masks")
+            return map_leaves(_as_params, params, mirror), ()
         return dense_masks(params, where=moving(where, inner, params, "hold")), ()
 
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
@@ -174,10 +202,22 @@ def hold(
         inner,
         start=start,
         refresh=refresh,
-        advise=functools.partial(warn, "hold", by_default=where is is_matrix, dense=True),
+        advise=functools.partial(
+            warn, "hold", by_default=where is is_matrix and masks is None, dense=masks is None
+        ),
         key=None,
         packed=packed,
     )
+
+
+def _as_params(param: jax.Array, mask: Any) -> Any:
+    """A mask of one's own in the place of a weight: donating the state must not take it away."""
+    del param
+    return None if mask is None else jnp.copy(mask)
+
+
+def _is_mask(leaf: Any) -> bool:
+    return getattr(leaf, "dtype", None) in (jnp.bool_, jnp.uint8)
 
 
 def _wrap(

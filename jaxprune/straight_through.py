@@ -12,6 +12,7 @@ from jaxprune._event import (
     Search,
     check_grads,
     check_inner,
+    check_start,
     check_update,
     if_due,
     is_placeholder,
@@ -109,6 +110,7 @@ def straight_through(
     store = storage(packed)
 
     def init(params: Params) -> StraightThroughState:
+        check_start("straight_through", params)
         search = parts.on(params)
         masked = PruneState(
             count=jnp.zeros([], jnp.int32),

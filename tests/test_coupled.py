@@ -1,10 +1,12 @@
 """Coupled units are scored, ranked and masked as slow loops over groups built by hand do it."""
 
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxprune as jp
@@ -234,3 +236,49 @@ def test_isomorphic_refuses_other_units_and_trees_of_sparsities(scores):
     units = {"a": jnp.ones(2), "b": jnp.ones(2)}
     with pytest.raises(ValueError, match=r"one sparsity for all classes.*tree of 2"):
         scope(units, {"a": 0.5, "b": 0.5})
+
+
+def two_groups():
+    net = lambda p, x: jax.nn.relu(jax.nn.relu(x @ p["a"]) @ p["b"]) @ p["c"]
+    key = jax.random.key(1)
+    shapes = {"a": (2, 10), "b": (10, 20), "c": (20, 3)}
+    params = {name: jax.random.normal(key, shape) for name, shape in shapes.items()}
+    return params, jp.find_groups(net, params, jnp.ones((1, 2)))
+
+
+def kept(masks):
+    return int(masks["a"].sum()), int(masks["c"].sum())
+
+
+def test_groups_have_a_sparsity_each_by_a_regex_over_their_names():
+    params, groups = two_groups()
+    coupled = jp.patterns.Coupled(groups)
+    first, second = (group.name for group in groups)
+    tree = coupled.share({re.escape(first): 0.7}, default=0.25)
+    assert tree == {first: 0.7, second: 0.25}
+    assert kept(jp.find_masks(params, tree, pattern=coupled)) == (3, 15)
+    ramp = jp.schedules.linear(tree, begin=0, end=2, every=1)
+    tx = jp.prune(optax.sgd(0.1), schedule=ramp, pattern=coupled)
+    state, step = tx.init(params), jax.jit(tx.update)
+    counts = []
+    for _ in range(3):
+        updates, state = step(params, state, params)
+        params = optax.apply_updates(params, updates)
+        counts.append(kept(jp.get_masks(state)))
+    assert counts == [(10, 20), (6, 18), (3, 15)]
+
+
+def test_sparsities_by_the_paths_of_leaves_are_refused_with_what_groups_take():
+    params, groups = two_groups()
+    coupled = jp.patterns.Coupled(groups)
+    tree = jp.scopes.uniform(params, 0.5)
+    words = r"`Coupled`.*nothing for the groups .*`jp.patterns.Coupled\(groups\).share"
+    with pytest.raises(ValueError, match=words):
+        jp.find_masks(params, tree, pattern=coupled)
+    with pytest.raises(ValueError, match=words):
+        schedule = jp.schedules.constant(tree)
+        jp.prune(optax.sgd(0.1), schedule=schedule, pattern=coupled).init(params)
+    with pytest.raises(ValueError, match=r"`share` got 'nobody', which matches no group.*The"):
+        coupled.share({"nobody": 0.5})
+    with pytest.raises(ValueError, match=r"`share` got 2 at.*outside"):
+        coupled.share({".*": 2})

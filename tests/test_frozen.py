@@ -70,6 +70,7 @@ TRAINING = {
     "conditionally_mask": optax.conditionally_mask(ADAM, lambda step, **_: step > 3),
     "decay of what has no gradient": optax.chain(optax.freeze(MASK), optax.adamw(0.1)),
     "masked Adam": optax.masked(ADAM, MASK),
+    "noise from a key": optax.chain(ADAM, optax.add_noise(0.1, 0.5, jax.random.key(0))),
     "L-BFGS": optax.lbfgs(),  # wants more than gradients: nothing is assumed
 }
 

@@ -265,6 +265,44 @@ def test_held_masks_never_change(key, packed):
     assert_trees_equal(jp.get_masks(state), masks)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("given", [HALF, FrozenDict(HALF), jp.pack(HALF), lambda params: HALF])
+def test_hold_takes_masks_or_a_function_that_makes_them(given, packed):
+    tx = jp.hold(optax.sgd(0.5), masks=given, packed=packed)
+    params, state = update(tx, tx.init(KERNEL), KERNEL)
+    assert params["kernel"].tolist() == [[0.0, -2.0], [1.5, 0.0]]
+    assert_trees_equal(jp.get_masks(state), HALF)
+    assert_trees_equal(jp.get_masks(jax.jit(tx.init)(KERNEL)), HALF)
+    assert isinstance(state.masks["kernel"], jp.Packed) == packed
+
+
+def test_masks_that_hold_was_given_survive_the_donation_of_its_state():
+    tx = jp.hold(optax.sgd(0.5), masks=HALF)
+    jax.jit(lambda s: jax.tree.map(lambda x: x * 1, s), donate_argnums=0)(tx.init(KERNEL))
+    assert_trees_equal(jp.get_masks(tx.init(KERNEL)), HALF)
+
+
+def test_a_pruned_network_is_trained_further_with_masks_from_its_zeros():
+    params = {"kernel": jnp.array([[0.0, -4.0], [3.0, -0.0]]), "bias": jnp.zeros(2)}
+    assert jp.masks_from_zeros(params)["bias"] is None
+    assert_trees_equal(
+        jp.masks_from_zeros(params, where=jp.by_path("kernel")), {**HALF, "bias": None}
+    )
+    tx = jp.hold(optax.adam(0.5), masks=jp.masks_from_zeros)
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = update(tx, state, params, jax.tree.map(jnp.ones_like, params))
+    assert_zero_where_removed(params, {**HALF, "bias": None})
+    assert not jp.check(params, state)
+
+
+def test_hold_refuses_masks_that_do_not_fit_at_init():
+    with pytest.raises(ValueError, match=r"'kernel' has shape \(3, 2\).*\(2, 2\)"):
+        jp.hold(optax.sgd(0.5), masks={"kernel": jnp.ones((3, 2), bool)}).init(KERNEL)
+    with pytest.raises(TypeError, match=r"not bool: 'kernel' is float32"):
+        jp.hold(optax.sgd(0.5), masks=lambda params: params).init(KERNEL)
+
+
 def test_masks_are_found_however_deep_they_are_nested(key):
     params = tree_of_weights(key)
     masks = jp.find_masks(params, 0.5)
@@ -447,6 +485,56 @@ def test_arguments_of_update_in_another_order_are_refused(name):
         TypeError, match=r"got a dict in the place of.*`tx.update\(grads, state, params"
     ):
         tx.update(KERNEL, KERNEL, state)
+
+
+# What optax puts around optimizers that does arithmetic of its own.
+
+
+@pytest.mark.parametrize("name", ["prune", "hold", "straight_through"])
+def test_a_state_that_was_blended_by_arithmetic_is_refused_by_name(name):
+    pruner = wrappers()[name](optax.sgd(0.1))
+    tx = optax.contrib.sam(pruner, optax.sgd(0.05))
+    _, state = tx.update(KERNEL, tx.init(KERNEL), KERNEL)
+    with pytest.raises(
+        TypeError, match=r"become int32.*`optax.contrib.sam`.*jp.prune\(optax.contrib"
+    ):
+        tx.update(KERNEL, state, KERNEL)
+
+
+def test_sam_inside_of_a_pruner_leaves_exact_zeros():
+    sam = optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.05))
+    tx = jp.prune(sam, schedule=ONCE)
+    params, state, _, masks = run(tx, KERNEL, 4)
+    assert removed_at(masks, 3) == [2]
+    assert_zero_where_removed(params, jp.get_masks(state))
+
+
+def test_gradients_of_single_examples_are_refused_with_what_takes_them():
+    grads = jax.tree.map(lambda p: jnp.stack([p] * 5), KERNEL)
+    private = optax.contrib.differentially_private_aggregate(1.0, 0.1, key=jax.random.key(0))
+    for name, wrap in wrappers().items():
+        tx = wrap(private) if name not in ("rigl", "set") else wrap(optax.sgd(0.1))
+        with pytest.raises(
+            ValueError, match=r"leading axis of 5.*dpsgd.*`optax.chain\(optax.contrib"
+        ):
+            tx.update(grads, tx.init(KERNEL), KERNEL)
+    tx = optax.chain(private, jp.prune(optax.sgd(0.1), schedule=ONCE))
+    updates, state = tx.update(grads, tx.init(KERNEL), KERNEL)
+    assert_zero_where_removed(optax.apply_updates(KERNEL, updates), jp.get_masks(state))
+
+
+def test_the_pair_of_lookahead_is_refused_with_what_works():
+    pair = optax.LookaheadParams.init_synced(KERNEL)
+    for wrap in wrappers().values():
+        with pytest.raises(ValueError, match=r"fast and the slow.*`optax.lookahead\(jp.*mask both"):
+            wrap(optax.lookahead(optax.sgd(0.1), 2, 0.5)).init(pair)
+    tx = optax.lookahead(jp.prune(optax.sgd(0.1), schedule=ONCE), 2, 0.5)
+    state = tx.init(pair)
+    for _ in range(3):
+        updates, state = tx.update(pair.fast, state, pair)
+        pair = optax.apply_updates(pair, updates)
+        pair = optax.LookaheadParams(*(jp.apply_masks(p, jp.get_masks(state)) for p in pair))
+    assert not jp.check(pair.fast, state) and not jp.check(pair.slow, state)
 
 
 @pytest.mark.parametrize("wrap", [jp.prune, jp.straight_through, jp.hold, jp.dynamic.rigl])

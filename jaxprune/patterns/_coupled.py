@@ -2,14 +2,17 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree import leaves_by_path
+from jaxprune._errors import check_sparsity
+from jaxprune._tree import leaves_by_path, list_paths, wide
 from jaxprune._types import Masks, Params, Scores, Units
+from jaxprune._where import compile_regex
 from jaxprune.groups import Group, Groups, expand
 from jaxprune.patterns._reduce import check_reduce
 
@@ -86,6 +89,46 @@ class Coupled:
         """Masks that keep the given units; None for leaves that belong to no group."""
         return expand(self.groups, keep, like)
 
+    def share(self, rules: Mapping[str, float], *, default: float = 0.0) -> dict[str, float]:
+        """Give groups their sparsity by rules over their names, in the place of one number.
+
+        Args:
+          rules: from regex (matching the whole name) to sparsity; the first that matches counts.
+          default: sparsity of the groups that no rule matches.
+
+        Returns:
+          A sparsity for each group by name: for ``find_masks``, or as what a schedule ends with.
+
+        Raises:
+          ValueError: a sparsity is outside [0, 1], or a regex matches no group.
+        """
+        check_sparsity(dict(rules), "share")
+        check_sparsity(default, "share(default)")
+        compiled = {regex: compile_regex(regex, "share") for regex in rules}
+        names = [group.name for group in self.groups]
+        unused = [r for r, regex in compiled.items() if not any(map(regex.fullmatch, names))]
+        if unused:
+            raise ValueError(
+                f"`share` got {list_paths(unused)}, which matches no group (a regex has to match "
+                f"the whole name). The groups are {list_paths(names)}."
+            )
+        first = lambda name: (rules[r] for r, regex in compiled.items() if regex.fullmatch(name))  # noqa: E731
+        return {name: next(first(name), default) for name in names}
+
+    def of_groups(self, sparsity: Any) -> dict[str, Any]:
+        """The sparsity of each group out of a tree by the names of groups."""
+        missing = [
+            g.name for g in self.groups if not isinstance(sparsity, dict) or g.name not in sparsity
+        ]
+        if missing:
+            raise ValueError(
+                "`Coupled` ranks units that own parts of many leaves, but got a tree of sparsities "
+                f"with nothing for the groups {list_paths(missing)}. Pass one number, or one for "
+                "each group by its name: `jp.patterns.Coupled(groups).share({regex: sparsity})`; "
+                "`max_sparsity` bounds what a group may lose."
+            )
+        return {group.name: sparsity[group.name] for group in self.groups}
+
     def owns(self, path: str, array: Any) -> bool:
         """Say whether a leaf is a member of a group: a ``where`` for ``hold`` and the like."""
         del array
@@ -105,8 +148,7 @@ class Coupled:
                     "Score all members, or use the groups of this tree: `groups.at(prefix)` gives "
                     "those of a subtree."
                 )
-            s = leaves[m.path]
-            s = s.astype(jnp.promote_types(s.dtype, jnp.float32))
+            s = wide(leaves[m.path])
             s = s * s if self.reduce == "norm" else s
             others = tuple(i for i in range(s.ndim) if i != m.axis)
             each = jnp.sum(s, axis=others)

@@ -5,6 +5,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxprune._tree import wide
+
 Axes = tuple[int, ...]
 
 _REDUCTIONS: dict[str, Callable[[jax.Array, Axes], jax.Array]] = {
@@ -25,5 +27,4 @@ def check_reduce(reduce: str, user: str) -> None:
 
 def reduce_scores(reduce: str, scores: jax.Array, axes: Axes) -> jax.Array:
     """Reduce over ``axes`` (kept with size 1), in at least float32: bfloat16 means tie."""
-    wide = jnp.promote_types(scores.dtype, jnp.float32)
-    return _REDUCTIONS[reduce](scores.astype(wide), axes)
+    return _REDUCTIONS[reduce](wide(scores), axes)

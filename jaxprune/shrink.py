@@ -13,8 +13,9 @@ from jaxprune._event import PruneState, is_packed
 from jaxprune._tree import is_hole, leaves_with_path, list_paths, path_str
 from jaxprune._types import Masks, Params
 from jaxprune.graph import Rule
-from jaxprune.graph._network import is_array, mirrored_outputs
-from jaxprune.graph._shrunk import small_function
+from jaxprune.graph._carry import Carry
+from jaxprune.graph._network import check_call, is_array, spec_of
+from jaxprune.graph._shrunk import Surgery, small_function
 from jaxprune.graph._take import take
 from jaxprune.groups import Cut, Groups, is_dropped, kept_indices
 from jaxprune.masks import Packed, apply_masks, pack, unpack
@@ -24,12 +25,14 @@ def shrink(
     fn: Callable[..., Any],
     params: Params,
     masks: Masks | None = None,
-    *,
+    *inputs: Any,
     cut: Mapping[str, Any] | None = None,
     groups: Groups | None = None,
     counts: str = "masked",
     rules: Mapping[str, Rule] | None = None,
     cut_outputs: bool = False,
+    carry: Carry | None = None,
+    **keywords: Any,
 ) -> tuple[Callable[..., Any], Params]:
     """Cut what masks remove out of a function and its parameters.
 
@@ -43,9 +46,12 @@ def shrink(
       params: the whole parameters, the tree that ``fn`` takes.
       masks: masks of ``Coupled`` groups of this function, of blocks, or both combined; None where
         nothing is cut. Subtrees may be left out.
+      *inputs: inputs of ``fn`` as for ``find_groups``, arrays or ``jax.ShapeDtypeStruct``. They
+        are needed with ``carry``; without, they let it tell at once what is wrong with the masks.
       cut: instead of masks, what ``cut_list`` says, perhaps read from JSON.
       groups: carry the masks over to all members of these groups first, such as from params to the
-        running statistics beside them.
+        running statistics beside them. Whatever the network still used of those members goes
+        with them, biases under masks of kernels, say: ``verify_shrink`` tells how far it moves.
       counts: what a mean over cut channels divides by, in LayerNorm and the like: ``"masked"``
         keeps the old number, which equals the masked network; ``"rescaled"`` takes the number that
         is left, which equals the module built at the smaller width.
@@ -53,6 +59,10 @@ def shrink(
       cut_outputs: let results lose the channels that are cut instead of refusing the masks: for a
         function that returns its hidden features too, see ``feature_loss``. Masks are found for
         the function that returns predictions alone.
+      carry: as for ``find_groups``: what goes in and comes out again, cut on both sides. The small
+        function takes the whole carry, which it cuts, or a small one, and returns a small one.
+      **keywords: keyword arguments of ``fn`` beside ``inputs``. The small function takes inputs
+        and keywords as ``fn`` does.
 
     Returns:
       ``(small_fn, small_params)``. ``small_params`` is a tree of the same structure; parameters of
@@ -60,9 +70,10 @@ def shrink(
       when ``small_fn`` is first called, since only then the inputs are known.
 
     Raises:
+      TypeError: ``fn`` is no function of the params; ``carry`` without inputs.
       ValueError: masks of single weights, masks of unknown paths, both or none of ``masks`` and
-        ``cut``, ``counts`` unknown. When called: masks that contradict what is coupled, a group
-        emptied, params of other shapes.
+        ``cut``, ``counts`` unknown. When called, or where inputs are given: masks that
+        contradict what is coupled, a group emptied, params of other shapes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -75,6 +86,7 @@ def shrink(
       >>> small_params["w"], small_fn(small_params, jnp.ones((1, 1)))
       (Array([[3., 2.]], dtype=float32), Array([[5.]], dtype=float32))
     """
+    check_call(fn, keywords, shrink)
     if counts not in ("masked", "rescaled"):
         raise ValueError(
             f"`shrink(counts={counts!r})` is unknown. Use 'masked' to equal the masked network, "
@@ -85,10 +97,14 @@ def shrink(
     if masks is not None:
         cut = cut_list(params, masks if groups is None else groups.spread(masks, params))
     kept = _read_cut(cut or {}, params)
-    return (
-        small_function(fn, params, kept, counts=counts, rules=rules, cut_outputs=cut_outputs),
-        _cut_tree(params, kept),
-    )
+    surgery = Surgery(fn, _shapes(params), kept, counts, rules, cut_outputs, carry)
+    if carry is not None and not (inputs or keywords):
+        raise TypeError(
+            "`shrink(carry=...)` needs inputs to know how large the whole carry is. Call "
+            "`jp.shrink(fn, params, masks, *inputs, carry=...)` with those of `jp.find_groups`."
+        )
+    carried = surgery.plan(inputs, keywords).left_of_carry() if inputs or keywords else ()
+    return small_function(surgery, carried), _cut_tree(params, kept)
 
 
 def cut_list(params: Params, masks: Masks) -> Cut:
@@ -284,8 +300,14 @@ def verify_shrink(
     groups: Groups | None = None,
     counts: str = "masked",
     rules: Mapping[str, Rule] | None = None,
+    carry: Carry | None = None,
+    **keywords: Any,
 ) -> float:
     """Measure how far the small function is from the masked one.
+
+    The masked one has the weights that ``masks`` remove set to zero and no others, as it was
+    trained, also where ``groups`` carry the masks further: what the small function loses besides
+    is part of the difference.
 
     Args:
       fn: function of params and inputs.
@@ -295,14 +317,17 @@ def verify_shrink(
       groups: as for ``shrink``.
       counts: as for ``shrink``.
       rules: as for ``shrink``.
+      carry: as for ``shrink``. Both start from the carry that is given, so what it holds at
+        removed units counts if the network looks at it.
+      **keywords: keyword arguments of ``fn``.
 
     Returns:
       The largest difference between outputs, as a fraction of the largest of the small ones;
-      infinite where one of them is not finite and the other is.
-      New values of the state are compared where they stay.
+      infinite where one of them is not finite and the other is; at least 1 where integers differ.
+      New values of the state and of a carry are compared where they stay.
 
     Raises:
-      ValueError: as for ``shrink``.
+      TypeError, ValueError: as for ``shrink``.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -312,34 +337,32 @@ def verify_shrink(
       >>> verify_shrink(mlp, params, masks, jnp.ones((1, 1)))
       0.0
     """
-    if groups is not None:
-        masks = groups.spread(masks, params)
-    small_fn, small_params = shrink(fn, params, masks, counts=counts, rules=rules)
-    small = small_fn(small_params, *inputs)
-    large = fn(apply_masks(params, _over(masks, params)), *inputs)
-    kept = _read_cut(cut_list(params, masks), params)
-    arrays = [(path, leaf) for path, leaf in leaves_with_path(params) if is_array(leaf)]
-    paths, specs = [path for path, _ in arrays], [leaf for _, leaf in arrays]
-    worst, scale = 0.0, 0.0
-    outs = zip(
-        jax.tree.leaves(large),
-        jax.tree.leaves(small),
-        mirrored_outputs(jax.eval_shape(lambda: large), paths, specs),
-        strict=True,
-    )
-    for whole, less, state in outs:
-        cut_whole = _cut_leaf(
-            jnp.asarray(whole), kept.get(paths[state], {}) if state is not None else {}
-        )
+    check_call(fn, keywords, verify_shrink)
+    spread = masks if groups is None else groups.spread(masks, params)
+    kept = _read_cut(cut_list(params, spread), params)
+    surgery = Surgery(fn, _shapes(params), kept, counts, rules, carry=carry)
+    plan = surgery.plan(inputs, keywords)
+    small_fn = small_function(surgery, plan.left_of_carry())
+    small = small_fn(_cut_tree(params, kept), *inputs, **keywords)
+    large = fn(apply_masks(params, _over(masks, params)), *inputs, **keywords)
+    worst, scale, otherwise = 0.0, 0.0, 0.0
+    outs = zip(jax.tree.leaves(large), jax.tree.leaves(small), plan.left_of_outputs(), strict=True)
+    for whole, less, left in outs:
+        cut_whole = take(jnp.asarray(whole), left)
         if cut_whole.size and jnp.issubdtype(cut_whole.dtype, jnp.inexact):
             both_nan = jnp.isnan(cut_whole) & jnp.isnan(less)
             gap = jnp.where((cut_whole == less) | both_nan, 0, jnp.abs(cut_whole - less))
             apart = float(jnp.max(gap))
             worst = max(worst, apart if math.isfinite(apart) else math.inf)
             scale = max(scale, float(jnp.max(jnp.where(jnp.isfinite(less), jnp.abs(less), 0))))
-        elif not np.array_equal(_numbers(cut_whole), _numbers(less)):
-            worst = max(worst, 1.0)
-    return worst / scale if scale else worst
+        elif cut_whole.size and not np.array_equal(_numbers(cut_whole), _numbers(less)):
+            otherwise = 1.0  # whatever the scale of the others
+    return max(worst / scale if scale else worst, otherwise)
+
+
+def _shapes(params: Params) -> Params:
+    """Arrays as their shapes; what is no array is held as it is."""
+    return jax.tree.map(lambda x: spec_of(x) if is_array(x) else x, params)
 
 
 def _numbers(x: jax.Array) -> jax.Array:

@@ -1,5 +1,6 @@
 """Rules for primitives that call other programs: jit, loops, branches, custom derivatives."""
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -217,13 +218,11 @@ def _walk_derivative(
     """
     if at.analysis.deriving == 2:
         return
-    primals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in at.eqn.invars]
+    primals = [v.aval for v in at.eqn.invars]
     forward = at.eqn.primitive.name.startswith("custom_jvp")
     given = at.eqn.invars if forward else at.eqn.outvars
-    tangents = _only(
-        _inexact(given), [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in given]
-    )
-    traced = jax.make_jaxpr(derivative)(primals, tangents)
+    tangents = _only(_inexact(given), [v.aval for v in given])
+    traced = _trace_in_place(at, derivative, primals, tangents)
     exact, at.analysis.exact = at.analysis.exact, False
     at.analysis.deriving += 1
     frame = at.walk(traced, [*at.ins, *seeds])
@@ -231,6 +230,35 @@ def _walk_derivative(
     at.analysis.deriving -= 1
     for a, b in zip(frame.outs, wanted, strict=True):
         _both(at, a, b)
+
+
+def _trace_in_place(at: Site, f: Any, *specs: Any) -> Any:
+    """Trace a function where the equation stands: what maps over devices has names for axes."""
+    traced: list[Any] = []
+
+    def trace() -> tuple[()]:
+        traced.append(jax.make_jaxpr(f)(*specs))
+        return ()
+
+    run, site = trace, at.frame.caller
+    while site is not None:
+        if site.eqn.primitive.name == "shard_map":
+            run = functools.partial(jax.eval_shape, on_devices(site, run, (), ()))
+        site = site.frame.caller
+    run()
+    return traced[0]
+
+
+def on_devices(at: Site, f: Any, in_specs: Any, out_specs: Any) -> Any:
+    """Map a function over devices as a ``shard_map`` equation does."""
+    return jax.shard_map(
+        f,
+        mesh=at.params["mesh"],
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(at.params["newly_manual_axes"]),
+        check_vma=at.params["check_vma"],
+    )
 
 
 def _alone(at: Site) -> Any:

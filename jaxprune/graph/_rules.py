@@ -1,6 +1,6 @@
 """The rules of all primitives, by name."""
 
-from jaxprune.graph import _calls, _contractions, _elementwise, _indexing, _shapes
+from jaxprune.graph import _calls, _collectives, _contractions, _elementwise, _indexing, _shapes
 
 RULES = {
     **_elementwise.RULES,  # add, mul, exp, select_n, ...: axes at the same place are joined
@@ -8,4 +8,5 @@ RULES = {
     **_shapes.RULES,  # reshape, broadcast, concatenate, slice, ...: ids move with the values
     **_indexing.RULES,  # gather, scatter, dynamic slices: whole axes pass, indexed ones stay
     **_calls.RULES,  # jit, remat, scan, while, cond, custom derivatives: a frame for each call
+    **_collectives.RULES,  # shard_map, psum, all_gather, reshard; keys of layers and devices
 }

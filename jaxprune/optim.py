@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune._errors import check_living
 from jaxprune._event import (
     PruneState,
     Search,
@@ -229,6 +230,7 @@ def get_masks(opt_state: optax.OptState) -> Masks:
         _the_pruner(opt_state).masks,
         is_leaf=_is_variable,
     )
+    check_living(masks, "opt_state")
     return jax.tree.map(jnp.copy, unpack(masks))
 
 

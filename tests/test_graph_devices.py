@@ -201,7 +201,8 @@ def each(mapped, in_axes):
 
 @pytest.fixture(scope="module")
 def variables():
-    shapes = jax.eval_shape(Normed().init, jax.random.key(0), X[:1], False)
+    init = lambda key: Normed().init(key, X[:1], False)
+    shapes = jax.eval_shape(init, jax.random.key(0))
     return jax.tree.map(lambda leaf: 1 + 0.3 * draw(leaf.size, *leaf.shape), shapes)
 
 

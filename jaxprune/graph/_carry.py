@@ -24,8 +24,11 @@ def carry_pairs(carry: Carry | None, arguments: Any, results: Any) -> dict[int, 
     pairs: dict[int, int | None] = {}
     for place, old in _inputs(carry, given):
         back = _as_mapping(carry)[place]
-        new = [None] * len(old) if back is None else _below(made, back)
-        if back is not None and _kinds(given, old) != _kinds(made, new):
+        if back is None:
+            pairs |= dict.fromkeys(old)
+            continue
+        new = _below(made, back)
+        if _kinds(given, old) != _kinds(made, new):
             raise ValueError(
                 f"`carry` says that the argument {place!r} comes back as the result {back!r}, but "
                 f"{_kinds(given, old)} goes in and {_kinds(made, new) or 'nothing'} comes out; the "

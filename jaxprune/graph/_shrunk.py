@@ -86,7 +86,7 @@ class Plan(NamedTuple):
         """For each array of a carry and each axis that is cut: its whole size and what is left."""
         return [
             [
-                None if k is None or axis is None else (len(axis.ids), k)
+                None if k is None or axis is None or len(k) == len(axis.ids) else (len(axis.ids), k)
                 for axis, k in zip(axes, self.left(axes), strict=True)
             ]
             for axes in self.net.carried.values()

@@ -421,7 +421,7 @@ def label(params):
 
 KINDS = {
     "coupled": {},
-    "memory": {"criterion": jp.criteria.movement()},
+    "memory": {"criterion": jp.criteria.movement},
     "key": {"criterion": jp.criteria.random, "key": jax.random.key(0)},
     "packed": {"packed": True},
 }

@@ -261,7 +261,7 @@ def shrink_state(
         ) from error
     small = _cut_tree(plain, kept)
     cut = _settled(tx, jax.tree.map(_packed_like, given, cut, is_leaf=_is_pruner), small)
-    return jax.tree.map(_like_variable, opt_state, cut, is_leaf=_is_variable_or_mask)
+    return _as_given(opt_state, cut)
 
 
 def _refuse_events(tx: optax.GradientTransformation, opt_state: optax.OptState) -> None:
@@ -375,19 +375,40 @@ def _is_variable(node: Any) -> bool:
     return hasattr(node, "get_value") and hasattr(node, "set_value")
 
 
-def _is_variable_or_mask(node: Any) -> bool:
-    return _is_variable(node) or is_packed(node)
-
-
 def _without_variables(tree: Any) -> Any:
     return jax.tree.map(
         lambda v: v.get_value() if _is_variable(v) else v, tree, is_leaf=_is_variable
     )
 
 
-def _like_variable(old: Any, new: Any) -> Any:
-    """Put the nnx variable back around a value."""
-    return jax.tree.unflatten(jax.tree.structure(old), [new]) if _is_variable(old) else new
+def _as_given(old: Any, new: Any) -> Any:
+    """Put nnx variables back around the arrays that they held."""
+
+    def put(old: Any, new: Any) -> Any:
+        if not _is_pruner(old):
+            whole = _is_variable(old) and not is_hole(new)
+            return jax.tree.unflatten(jax.tree.structure(old), [new]) if whole else new
+        memory, masks = new.criterion_state, _leaves_by_path(old.masks)
+        return new._replace(
+            count=put(old.count, new.count),
+            masks=jax.tree_util.tree_map_with_path(
+                lambda path, m: put(masks.get(path_str(path)), m), new.masks, is_leaf=is_packed
+            ),
+            inner_state=_as_given(old.inner_state, new.inner_state),
+            criterion_state=_as_given(old.criterion_state, memory) if memory != () else (),
+            key=put(old.key, new.key),
+        )
+
+    return jax.tree.map(put, old, new, is_leaf=lambda v: _is_pruner(v) or _is_variable_or_mask(v))
+
+
+def _is_variable_or_mask(node: Any) -> bool:
+    return _is_variable(node) or is_packed(node)
+
+
+def _leaves_by_path(tree: Any) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable_or_mask)
+    return {path_str(path): leaf for path, leaf in leaves}
 
 
 def _unpacked(node: Any) -> Any:

@@ -517,6 +517,10 @@ def test_the_state_of_an_nnx_optimizer_is_cut_with_its_variables():
     kept = np.nonzero(np.asarray(jax.tree.leaves(masks["v"])[0])[:, 0])[0]
     mu = optimizer.opt_state[0].mu["w"].get_value()
     np.testing.assert_array_equal(cut[0].mu["w"].get_value(), mu[:, kept])
+    pruner = nnx.Optimizer(net, jp.hold(tx), wrt=nnx.Param)
+    cut = jp.shrink_state(jp.hold(tx), pruner.opt_state, params, masks)
+    again = nnx.Optimizer(nnx.merge(graph, small), jp.hold(tx), wrt=nnx.Param)
+    assert jax.tree.structure(cut) == jax.tree.structure(again.opt_state)
     with pytest.raises(TypeError, match=r"a Optimizer instead of an optimizer state.*`opt_state`"):
         jp.shrink_state(tx, optimizer, params, masks)
 

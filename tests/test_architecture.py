@@ -22,7 +22,7 @@ LAYERS = (
     ("_types", "_tree", "_mesh", "_errors"),
     ("groups", *PARTS),
     ("masks", "_find", "report", "graph"),
-    ("_event", "optim", "dynamic", "straight_through", "shrink", "distill"),
+    ("_event", "optim", "dynamic", "straight_through", "shrink", "_shrink_state", "distill"),
     ("rewind", "search", "checkpoint", "export"),
 )
 ORDER = [name for layer in LAYERS for name in layer]

@@ -450,6 +450,18 @@ def test_after_a_cut_training_goes_on_with_hold(kind):
     assert jax.tree.map(jnp.shape, updates) == jax.tree.map(jnp.shape, small)
 
 
+@pytest.mark.slow
+def test_what_was_trained_straight_through_goes_on_with_hold(masks):
+    through = jp.straight_through(optax.adam(0.1), schedule=jp.schedules.constant(0.5))
+    _, state = through.update(PARAMS, through.init(PARAMS), PARAMS)
+    tx = jp.hold(optax.adam(0.1))
+    cut = jp.shrink_state(tx, state, PARAMS, masks)
+    assert jax.tree.structure(cut) == jax.tree.structure(tx.init(PARAMS))
+    _, small = jp.shrink(mlp, PARAMS, masks)
+    assert jp.sparsity(jp.get_masks(cut), small) > 0
+    tx.update(small, cut, small)
+
+
 def test_single_weights_that_were_removed_stay_so_after_a_cut(masks):
     tx = jp.prune(optax.adam(0.1), schedule=jp.schedules.constant(0.25))
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)

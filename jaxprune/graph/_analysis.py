@@ -170,9 +170,13 @@ class Site:
 
     def kept(self, axes: Axes) -> list[np.ndarray | None]:
         """For each axis the indices that are left, None where it is never cut."""
+        return kept_indices(self.analysis.coupling, self.kept_roots(), axes)
+
+    def kept_roots(self) -> np.ndarray:
+        """Say of every root of the coupling whether it is left."""
         if self.alive is None:
             raise RuntimeError("nothing is cut while axes are still being coupled")
-        return kept_indices(self.analysis.coupling, self.alive, axes)
+        return self.alive
 
     def kept_ins(self) -> list[list[np.ndarray | None]]:
         """For each operand the indices that are left of each axis."""
@@ -247,9 +251,7 @@ class Site:
 
     def inner(self, i: int = 0) -> Callable[..., list[Any]]:
         """The function of a jaxpr inside of the equation, on cut operands."""
-        frame, alive = self.frame.inner[self.number][i], self.alive
-        if alive is None:
-            raise RuntimeError("nothing is computed while axes are still being coupled")
+        frame, alive = self.frame.inner[self.number][i], self.kept_roots()
         return lambda *values: evaluate(self.analysis, frame, alive, values)
 
     def walk(

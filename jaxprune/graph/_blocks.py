@@ -10,7 +10,7 @@ from jax.extend import core
 from jaxprune._tree import list_paths
 from jaxprune._types import Params
 from jaxprune.graph._analysis import Frame, Rule, Site
-from jaxprune.graph._calls import scan_sizes
+from jaxprune.graph._calls import clocks, scan_sizes
 from jaxprune.graph._carry import Carry
 from jaxprune.graph._collectives import MOVES, SUMS
 from jaxprune.graph._elementwise import ELEMENTWISE, stays_zero
@@ -339,9 +339,10 @@ def _scan_reasons(net: Network) -> list[str]:
         zero = zip(inputs[n + k :], leads, strict=True)  # a layer's number, say, is not
         states |= {v: _ZERO for v, lead in zero if lead is not None and lead.zero}
         after = _outcomes(net, body, states, range(len(body.jaxpr.eqns)))
+        counted = clocks(site)  # each layer that is left gets what it got
         passes = all(
-            after.get(out) is v
-            for out, v in zip(body.jaxpr.outvars, inputs[n : n + k], strict=False)
+            i in counted or after.get(out) is v
+            for i, (out, v) in enumerate(zip(body.jaxpr.outvars, inputs[n : n + k], strict=False))
             if isinstance(out, core.Var)
         )
         text = f"{site.name()}: a layer whose parameters are zero changes what it is given"

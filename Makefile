@@ -16,7 +16,7 @@ help:
 	@echo "make edge        from a trained network to files in int8 (some ten minutes)"
 	@echo "make test        lint, types, doctests and the fast tests"
 	@echo "make test-slow   all tests, the slow ones too"
-	@echo "make notebooks   execute the notebooks on the results at hand"
+	@echo "make notebooks   execute the notebooks whose results are at hand"
 	@echo "make benchmarks  ratios against what you would use instead (some minutes)"
 	@echo "make clean       remove the environment, caches and results"
 
@@ -46,7 +46,13 @@ types: $(VENV)/ready
 	$(BIN)/mypy
 
 notebooks: $(VENV)/ready
-	cd notebooks && for n in *.py; do \
+	@mkdir -p results
+	@cd notebooks && for n in *.py; do \
+		run=results/$${n%.py}_digits; \
+		if [ $$n != quickstart.py ] && [ -z "$$JAXPRUNE_RESULTS" ] && [ ! -f ../$$run/summary.json ]; then \
+			echo "skipped notebooks/$$n: no finished run in $$run; python -m experiments.$${n%.py} makes it"; \
+			continue; \
+		fi; \
 		../$(BIN)/jupytext --to ipynb --execute --output ../results/$${n%.py}.ipynb $$n || exit 1; \
 	done
 

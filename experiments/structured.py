@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -496,36 +496,55 @@ def report(settings: Config, records: list[runs.Record], times: list[runs.Record
     runs.write(settings.out / "answer.md", answer)
 
     console = rich.console.Console(width=None if sys.stdout.isatty() else 125)
-    console.print(table(rows, title=f"images: {settings.dataset}, seeds: {settings.seeds}"))
+    console.print(
+        accuracy_table(rows, title=f"images: {settings.dataset}, seeds: {settings.seeds}")
+    )
+    console.print(cost_table(rows))
     console.print(rich.markdown.Markdown(answer))
     console.print(f"Figure, metrics, networks and answer: {settings.out}")
     return summary
 
 
-def table(rows: list[runs.Record], *, title: str) -> rich.table.Table:
-    """Lay out a network a line: what is left of it, what it gets right and how long it takes."""
-    lines = rich.table.Table(title=title)
-    for name in ("network", "method", "removed"):
-        lines.add_column(name, no_wrap=True)
-    lines.add_column("accuracy [%]", justify="right", no_wrap=True)
-    for name in ("loss", "parameters", "MFLOPs", "(%)", "ms", "(%)", "over FLOPs"):
-        lines.add_column(name, justify="right")
-    for model in tradeoff.models(rows):
-        for row in (row for row in rows if row["model"] == model):
-            lines.add_row(model, row["method"], *_cells(row))
-        lines.add_section()
+def accuracy_table(rows: list[runs.Record], *, title: str) -> rich.table.Table:
+    """Lay out what each network gets right, a network a line."""
+    cells = lambda row: [tradeoff.percent(row), f"{row['loss']['mean']:.3f}"]  # noqa: E731
+    lines = _table(rows, ("accuracy [%]", "loss"), cells, title=title)
+    lines.caption = "Mean ± std."
+    return lines
+
+
+def cost_table(rows: list[runs.Record]) -> rich.table.Table:
+    """Lay out what is left of each network and how long it takes, a network a line."""
+    lines = _table(rows, ("parameters", "MFLOPs", "(%)", "ms", "(%)", "over"), _costs, title=None)
     lines.caption = (
-        f"Accuracy is mean ± std. Latency is that of a batch of {LATENCY_BATCH}; over FLOPs: how "
-        "many times longer than the FLOPs say, compared with dense."
+        f"Latency is that of a batch of {LATENCY_BATCH}; over: how many times what the FLOPs say, "
+        "compared with dense."
     )
     return lines
 
 
-def _cells(row: runs.Record) -> list[str]:
+def _table(
+    rows: list[runs.Record],
+    columns: Iterable[str],
+    cells: Callable[[runs.Record], list[str]],
+    *,
+    title: str | None,
+) -> rich.table.Table:
+    """Lines of cells, a section for each model; no wider than 80 columns."""
+    lines = rich.table.Table(title=title)
+    for name in ("network", "method", "removed"):
+        lines.add_column(name, no_wrap=True)
+    for name in columns:
+        lines.add_column(name, justify="right", no_wrap=True)
+    for model in tradeoff.models(rows):
+        for row in (row for row in rows if row["model"] == model):
+            lines.add_row(model, row["method"], tradeoff.share(row), *cells(row))
+        lines.add_section()
+    return lines
+
+
+def _costs(row: runs.Record) -> list[str]:
     return [
-        tradeoff.share(row),
-        tradeoff.percent(row),
-        f"{row['loss']['mean']:.3f}",
         f"{row['parameters']:,.0f}",
         f"{row['flops'] / 1e6:.2f}",
         f"{100 * row['flops_ratio']:.1f}",

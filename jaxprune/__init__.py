@@ -8,13 +8,17 @@ from jaxprune import graph as graph
 from jaxprune import patterns as patterns
 from jaxprune import schedules as schedules
 from jaxprune import scopes as scopes
+from jaxprune._advice import PruneWarning as PruneWarning
 from jaxprune._event import PruneState as PruneState
 from jaxprune._find import find_masks as find_masks
 from jaxprune._find import make_masks as make_masks
 from jaxprune._shrink_state import shrink_state as shrink_state
-from jaxprune._tree import by_path as by_path
-from jaxprune._tree import is_matrix as is_matrix
 from jaxprune._tree import prunable as prunable
+from jaxprune._where import by_path as by_path
+from jaxprune._where import exclude as exclude
+from jaxprune._where import is_matrix as is_matrix
+from jaxprune.check import Check as Check
+from jaxprune.check import check as check
 from jaxprune.distill import distillation_loss as distillation_loss
 from jaxprune.distill import feature_loss as feature_loss
 from jaxprune.graph import count_flops as count_flops
@@ -30,10 +34,8 @@ from jaxprune.masks import dense_masks as dense_masks
 from jaxprune.masks import pack as pack
 from jaxprune.masks import sparsity as sparsity
 from jaxprune.masks import unpack as unpack
-from jaxprune.optim import get_masks as get_masks
 from jaxprune.optim import hold as hold
 from jaxprune.optim import prune as prune
-from jaxprune.optim import with_masks as with_masks
 from jaxprune.report import Overlap as Overlap
 from jaxprune.report import Summary as Summary
 from jaxprune.report import overlap as overlap
@@ -46,6 +48,8 @@ from jaxprune.shrink import masks_within_budget as masks_within_budget
 from jaxprune.shrink import shrink as shrink
 from jaxprune.shrink import size_of as size_of
 from jaxprune.shrink import verify_shrink as verify_shrink
+from jaxprune.states import get_masks as get_masks
+from jaxprune.states import with_masks as with_masks
 from jaxprune.straight_through import StraightThroughState as StraightThroughState
 from jaxprune.straight_through import forward_params as forward_params
 from jaxprune.straight_through import straight_through as straight_through
@@ -53,6 +57,7 @@ from jaxprune.straight_through import straight_through as straight_through
 __version__ = "0.1.0"
 
 __all__ = (
+    "Check",
     "Group",
     "Groups",
     "Level",
@@ -60,10 +65,12 @@ __all__ = (
     "Overlap",
     "Packed",
     "PruneState",
+    "PruneWarning",
     "StraightThroughState",
     "Summary",
     "apply_masks",
     "by_path",
+    "check",
     "checkpoint",
     "combine_masks",
     "count_flops",
@@ -72,6 +79,7 @@ __all__ = (
     "dense_masks",
     "distillation_loss",
     "dynamic",
+    "exclude",
     "export",
     "feature_loss",
     "find_blocks",

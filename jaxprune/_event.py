@@ -11,18 +11,15 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from jaxprune._find import (
-    check_evidence,
-    check_scope,
-    criterion_name,
-    find,
-    fit_parts,
-    rank,
-    required_evidence,
-)
+from jaxprune._errors import check_key, check_parts, short
+from jaxprune._evidence import check_evidence, check_names, criterion_name, required_evidence
+from jaxprune._find import check_scope, find, fit_parts, rank
+from jaxprune._frozen import Moving, frozen, without
+from jaxprune._help import schedule_for
 from jaxprune._mesh import bare, lay_out, true_over
 from jaxprune._tree import (
     align,
+    is_matrix,
     leaves_with_path,
     list_paths,
     map_leaves,
@@ -31,7 +28,9 @@ from jaxprune._tree import (
     prunable,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
+from jaxprune.criteria import magnitude
 from jaxprune.masks import Packed, check_masks, pack, unpack
+from jaxprune.patterns import Coupled
 from jaxprune.scopes._count import settle
 
 
@@ -68,14 +67,17 @@ class Search:
     scope: Scope
     where: Where
     key: jax.Array | None
+    inner: optax.GradientTransformation
 
     def __post_init__(self) -> None:
         if not callable(self.schedule) or not hasattr(self.schedule, "due"):
             raise TypeError(
-                f"`{self.user}` got schedule={self.schedule!r}, which cannot say when it is due. "
-                "Use one of `jp.schedules`; `jp.schedules.custom(fn, begin, end, every)` takes "
-                "any function."
+                f"`{self.user}` got schedule={short(self.schedule)}, which cannot say when it is "
+                f"due. {schedule_for(self.user, self.schedule)}"
             )
+        parts = {"criterion": self.criterion, "pattern": self.pattern}
+        check_parts(self.user, **parts, scope=self.scope, where=self.where)
+        check_key(self.user, self.key)
         if self.key is None and "key" in required_evidence(self.criterion):
             raise TypeError(
                 f"The criterion `{criterion_name(self.criterion)}` needs a random key and there "
@@ -83,12 +85,39 @@ class Search:
             )
         check_scope(self.scope, getattr(self.schedule, "final", None))
 
-    def on(self, params: Params) -> "Search":
-        """Settle what the pattern covers of these params."""
+    @property
+    def by_default(self) -> bool:
+        """True if leaves are chosen by the default ``where`` alone."""
+        return self.where is is_matrix and not isinstance(self.pattern, Coupled)
+
+    def on(self, params: Params, stored: Masks | None = None) -> "Search":
+        """Settle what is pruned of these params, at ``init`` or with the masks of the state.
+
+        What the inner optimizer freezes is left out by default. It is ``init`` that finds out,
+        and masks say so from then on; only where they lack a leaf, it is looked at again.
+        """
         if is_placeholder(params):
             return self
-        pattern, where = fit_parts(self.pattern, self.where, params)
+        search = self._over(params, self.where)
+        missing = [] if stored is None else search._not_in(stored, params)
+        if self.where is not is_matrix or not (stored is None or missing):
+            return search
+        paths = frozen(self.inner, params)
+        base = search.where if isinstance(self.pattern, Coupled) else self.where
+        return self._over(
+            params, without(base, missing if paths is None else paths, params, self.user)
+        )
+
+    def _over(self, params: Params, where: Where) -> "Search":
+        pattern, where = fit_parts(self.pattern, where, params)
         return dataclasses.replace(self, pattern=pattern, where=where)
+
+    def _not_in(self, stored: Masks, params: Params) -> list[str]:
+        """What would be pruned, but masks say nothing of it."""
+        marks = jax.tree.map(lambda _: True, stored, is_leaf=is_packed)
+        have = dict(leaves_with_path(marks))
+        part = prunable(params, where=self.where)
+        return [path for path, _ in leaves_with_path(part) if path not in have]
 
     def first_masks(self, params: Params) -> Masks:
         """Make masks that keep all, of the shape that events find."""
@@ -98,7 +127,7 @@ class Search:
         # The shapes say all that can go wrong: which masks come out, and whether any do.
         found = jax.eval_shape(
             lambda p: rank(
-                p, self._sparsity(0), pattern=self.pattern, scope=self.scope, within=None
+                p, self._sparsity(0, part), pattern=self.pattern, scope=self.scope, within=None
             ),
             bare(part),
         )
@@ -122,6 +151,7 @@ class Search:
 
     def evidence(self, state: PruneState, memory: Any, grads: Params, extra: Any) -> dict[str, Any]:
         """Collect all that a criterion may ask for at this step, and see that it is enough."""
+        check_extra(self.user, self.inner, extra, self.criterion)
         evidence = {"grads": grads, **extra}
         if hasattr(self.criterion, "init"):
             evidence["state"] = memory
@@ -134,9 +164,10 @@ class Search:
         self, step: Any, params: Params, within: Masks | None, evidence: dict[str, Any]
     ) -> Masks:
         """Find the masks of an event."""
+        part = prunable(params, where=self.where)
         return find(
             params,
-            self._sparsity(step),
+            self._sparsity(step, part),
             evidence,
             criterion=self.criterion,
             pattern=self.pattern,
@@ -159,19 +190,21 @@ class Search:
     def fit(self, stored: Masks, params: Params) -> Masks:
         """Widen masks of somebody else's pattern to what this one finds."""
         part = prunable(params, where=self.where)
-        masks = dict(leaves_with_path(check_masks(unpack(stored), params, "masks")))
-        wanted = dict(leaves_with_path(part))
-        if masks.keys() != wanted.keys():
+        masks = leaves_with_path(check_masks(unpack(stored), params, "masks"))
+        wanted, held = ([path for path, _ in tree] for tree in (leaves_with_path(part), masks))
+        if wanted != held:
             raise ValueError(
-                f"`{self.user}` finds masks for {list_paths(list(wanted))}, but its state holds "
-                f"masks for {list_paths(list(masks))}. Put masks for all of them in with "
+                f"`{self.user}` finds masks for {list_paths(wanted)}, but its state holds "
+                f"masks for {list_paths(held)}. Put masks for all of them in with "
                 "`jp.with_masks` (True keeps a weight), or leave leaves out with `where`."
             )
         return widen(stored, part, self.pattern)
 
-    def _sparsity(self, step: Any) -> Any:
+    def _sparsity(self, step: Any, part: Params) -> Any:
         """Sparsity at a step, exact where it has arrived at the number that was asked for."""
         now, final = self.schedule(step), getattr(self.schedule, "final", None)
+        if isinstance(self.where, Moving):  # a tree may have numbers for what is frozen, too
+            now, final = narrow(now, part), narrow(final, part)
         return now if final is None else jax.tree.map(settle, now, final)
 
 
@@ -227,20 +260,36 @@ def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:
     """Widen masks to the shape of those that a pattern finds among the prunable part."""
     keep = lambda p: jax.tree.map(lambda unit: unit > 0, pattern.pool(p))  # noqa: E731
     found = jax.eval_shape(lambda p: pattern.expand(keep(p), like=p), bare(part))
-    same = jax.tree.map(lambda m, f: m.shape == f.shape, stored, found, is_leaf=is_packed)
-    if all(jax.tree.leaves(same)):
+    shapes = [m.shape for m in jax.tree.leaves(stored, is_leaf=is_packed)]
+    if shapes == [f.shape for f in jax.tree.leaves(found)]:
         return stored
     wide = map_leaves(
         lambda m, f: jnp.broadcast_to(m, jnp.broadcast_shapes(m.shape, f.shape)),
-        unpack(stored),
+        check_masks(unpack(stored), part, "masks"),
         found,
     )
     return lay_out(wide, part)
 
 
 def storage(packed: bool) -> Callable[[Masks], Masks]:
-    """Say how masks lie in the state."""
-    return pack if packed else lambda masks: masks
+    """Say how masks lie in the state.
+
+    Bits have no nnx variables around them: ``nnx.Optimizer`` gives it a variable for each array,
+    and what it keeps of a node inside of a variable is no node any more.
+    """
+    return (lambda masks: pack(without_variables(masks))) if packed else lambda masks: masks
+
+
+def without_variables(tree: Any) -> Any:
+    """Take nnx variables from around arrays."""
+    return jax.tree.map(
+        lambda v: v.get_value() if _is_variable(v) else v, tree, is_leaf=_is_variable
+    )
+
+
+def _is_variable(node: Any) -> bool:
+    """True for an nnx variable, known by what it can do: the core does not import flax."""
+    return hasattr(node, "get_value") and hasattr(node, "set_value")
 
 
 def live(grads: Params, masks: Masks) -> Params:
@@ -272,6 +321,12 @@ def is_packed(node: Any) -> bool:
     return isinstance(node, Packed)
 
 
+def check_extra(user: str, inner: Any, extra: Any, criterion: Criterion = magnitude) -> None:
+    """Refuse keywords of an update that nobody knows, unless the optimizer might."""
+    if not isinstance(inner, optax.GradientTransformationExtraArgs):
+        check_names(f"{user}(...).update", criterion, extra)
+
+
 def check_inner(inner: Any, user: str) -> None:
     """Refuse to wrap what is no optimizer."""
     if not (hasattr(inner, "init") and hasattr(inner, "update")):
@@ -290,8 +345,14 @@ def check_grads(grads: Params, params: Params, part: Params) -> Params:
     return mirror
 
 
-def check_params(params: Params | None) -> None:
-    """Refuse an update without params."""
+def check_update(state: Any, params: Params | None, kind: type = PruneState) -> None:
+    """Refuse an update without params, or with something else in the place of the state."""
+    if not isinstance(state, kind):
+        raise TypeError(
+            f"`tx.update` got a {type(state).__name__} in the place of the state, a "
+            f"`{kind.__name__}` that `tx.init(params)` makes. The order is "
+            "`tx.update(grads, state, params)`."
+        )
     if params is None:
         raise ValueError(
             "`tx.update(grads, state)` was called without params, but masks are made from them and "

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,19 +9,32 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune._errors import check_sparsity
+from jaxprune._errors import check_key, check_parts, check_sparsity
+from jaxprune._evidence import (
+    check_data,
+    check_evidence,
+    check_names,
+    criterion_name,
+    is_function,
+    required_evidence,
+)
+from jaxprune._help import readable
 from jaxprune._mesh import in_auto_mode, is_explicit, lay_out
 from jaxprune._tree import (
     fill,
     is_floating,
     is_matrix,
+    join_static,
+    leaves_by_path,
     leaves_with_path,
     list_paths,
     map_leaves,
     narrow,
     prunable,
+    split_static,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Scope, Scores, Sparsity, Where
+from jaxprune._where import refuses
 from jaxprune.criteria import magnitude
 from jaxprune.groups import Groups
 from jaxprune.masks import apply_masks, check_masks
@@ -34,7 +46,10 @@ from jaxprune.scopes._rank import keep_largest
 from jaxprune.scopes._spread import is_tree
 from jaxprune.scopes._windows import Windows
 
+SETTINGS = ("criterion", "pattern", "scope", "where", "within", "rounds")  # of find_masks
 
+
+@readable
 def find_masks(
     params: Params,
     sparsity: Sparsity,
@@ -89,21 +104,51 @@ def find_masks(
       Array([[False,  True],
              [ True, False]], dtype=bool)
     """
+    check_parts("find_masks", criterion=criterion, pattern=pattern, scope=scope, where=where)
     check_sparsity(sparsity)
-    check_evidence(criterion, evidence)
-    check_scope(scope, sparsity)
+    check_names("find_masks", criterion, evidence, SETTINGS)
+    check_key("find_masks", evidence.get("key"))
+    check_scope(scope, sparsity, exact=True)
     if not isinstance(rounds, int) or isinstance(rounds, bool) or rounds < 1:
         wrong = ValueError if isinstance(rounds, int) else TypeError
         raise wrong(
             f"`find_masks` got rounds={rounds!r}. Use an integer from 1 on; 100 for SynFlow."
         )
-    functions = {name: value for name, value in evidence.items() if callable(value)}
-    arrays = {name: value for name, value in evidence.items() if name not in functions}
-    masks, finite = _find_jit(
+    return find_compiled(
         params,
+        sparsity,
+        evidence,
+        criterion=criterion,
+        pattern=pattern,
+        scope=scope,
+        where=where,
+        within=within,
+        rounds=rounds,
+    )
+
+
+def find_compiled(
+    params: Params,
+    sparsity: Sparsity,
+    evidence: dict[str, Any],
+    *,
+    criterion: Criterion,
+    pattern: Pattern,
+    scope: Scope,
+    where: Where,
+    within: Masks | None,
+    rounds: int = 1,
+) -> Masks:
+    """Find masks in a program of their own; settings have been checked."""
+    check_evidence(criterion, evidence)
+    functions = {name: evidence[name] for name in evidence if is_function(name)}
+    arrays = {name: value for name, value in evidence.items() if name not in functions}
+    check_data(arrays, "find_masks")
+    values, static = split_static((params, within, arrays))
+    masks, finite = _find_jit(
+        values,
         _exact(sparsity),
-        within,
-        arrays,
+        static=static,
         criterion=criterion,
         pattern=pattern,
         scope=scope,
@@ -118,14 +163,14 @@ def find_masks(
 
 
 @functools.partial(
-    jax.jit, static_argnames=("criterion", "pattern", "scope", "where", "rounds", "functions")
+    jax.jit,
+    static_argnames=("static", "criterion", "pattern", "scope", "where", "rounds", "functions"),
 )
 def _find_jit(
-    params: Params,
+    values: list[jax.Array],
     sparsity: Sparsity,
-    within: Masks | None,
-    evidence: dict[str, Any],
     *,
+    static: Any,
     criterion: Criterion,
     pattern: Pattern,
     scope: Scope,
@@ -134,6 +179,7 @@ def _find_jit(
     functions: tuple[tuple[str, Callable[..., Any]], ...],
 ) -> tuple[Masks, Any]:
     """Find masks, and tell for each leaf whether the scores of its finite weights were finite."""
+    params, within, evidence = join_static(values, static)
     pattern, where = fit_parts(pattern, where, params)
     _check_pair(pattern, scope)  # before scores are computed for nothing
     evidence = {**evidence, **dict(functions)}
@@ -195,12 +241,12 @@ def score(
     """Score the prunable leaves; evidence is cut down to what the criterion may see."""
     part = lax.stop_gradient(prunable(params, where=where))
 
-    def offer(value: Any) -> Any:
-        if callable(value):  # a function of all params, offered as one of the prunable part
+    def offer(name: str, value: Any) -> Any:
+        if is_function(name) and callable(value):  # of all params, offered as one of the part
             return lambda p, *args, **kwargs: value(fill(p, params), *args, **kwargs)
         return narrow(value, part)
 
-    scores = criterion(part, **{name: offer(value) for name, value in evidence.items()})
+    scores = criterion(part, **{name: offer(name, value) for name, value in evidence.items()})
     _check_scores(scores, part, criterion)
     return scores
 
@@ -218,6 +264,7 @@ def defer(
     return map_leaves(lambda s, w: Deferred(lax.stop_gradient(w), jnp.abs), scores, params)
 
 
+@readable
 def make_masks(
     scores: Scores,
     sparsity: Sparsity,
@@ -248,8 +295,9 @@ def make_masks(
       >>> make_masks({"w": jnp.array([3.0, 1.0, 2.0, 4.0])}, 0.25)
       {'w': Array([ True, False,  True,  True], dtype=bool)}
     """
+    check_parts("make_masks", pattern=pattern, scope=scope)
     check_sparsity(sparsity)
-    check_scope(scope, sparsity)
+    check_scope(scope, sparsity, exact=True)
     return rank(scores, sparsity, pattern=pattern, scope=scope, within=within)
 
 
@@ -340,7 +388,7 @@ def fit_parts(pattern: Pattern, where: Where, params: Params) -> tuple[Pattern, 
     """
     if not isinstance(pattern, Coupled):
         return pattern, where
-    leaves = dict(leaves_with_path(params))
+    leaves = leaves_by_path(params, "Coupled")
     free = []
     for group in pattern.groups:
         missing = [m.path for m in group.members if m.path not in leaves]
@@ -351,7 +399,7 @@ def fit_parts(pattern: Pattern, where: Where, params: Params) -> tuple[Pattern, 
                 "the groups of these params: `groups.at(params)`, or `groups.at(prefix)` for a "
                 "subtree of flax variables."
             )
-        if where is is_matrix or all(where(m.path, leaves[m.path]) for m in group.members):
+        if not any(refuses(where, m.path, leaves[m.path]) for m in group.members):
             free.append(group)
     if not free:
         raise ValueError(
@@ -368,50 +416,6 @@ def living(pattern: Pattern, scores: Scores, masks: Masks) -> Any:
         lambda s, m: jnp.broadcast_to(m is None or m, s.shape).astype(jnp.float32), scores, masks
     )
     return jax.tree.map(lambda share: share > 0, pattern.pool(weights))
-
-
-def check_evidence(criterion: Criterion, evidence: Any) -> None:
-    """Refuse to call a criterion with what it cannot take, or without what it asks for."""
-    surplus = [name for name in evidence if not _takes(criterion, name)]
-    if surplus:
-        raise TypeError(
-            f"The criterion `{criterion_name(criterion)}` takes no "
-            f"{', '.join(f'`{name}`' for name in surplus)}. End its arguments with `**_` to "
-            "swallow what it does not need; if it makes criteria, such as `fisher_ema`, call it."
-        )
-    missing = [name for name in required_evidence(criterion) if name not in evidence]
-    if missing:
-        asked = ", ".join(f"`{name}`" for name in missing)
-        first = missing[0]
-        raise TypeError(
-            f"The criterion `{criterion_name(criterion)}` needs {asked}, which was not given. Pass "
-            f"`{first}=...` to `jp.find_masks`, or to `tx.update` inside a training step; `jp.imp` "
-            "gets it from `evidence=`."
-        )
-
-
-def required_evidence(criterion: Criterion) -> list[str]:
-    """Names of the keyword-only arguments without default."""
-    return [
-        p.name for p in _arguments(criterion) if p.kind is p.KEYWORD_ONLY and p.default is p.empty
-    ]
-
-
-def _takes(criterion: Criterion, name: str) -> bool:
-    arguments = _arguments(criterion)
-    return not arguments or any(p.kind is p.VAR_KEYWORD or p.name == name for p in arguments)
-
-
-def _arguments(criterion: Criterion) -> list[inspect.Parameter]:
-    try:
-        return list(inspect.signature(criterion).parameters.values())
-    except (TypeError, ValueError):  # a builtin or a wrapper that hides them
-        return []
-
-
-def criterion_name(criterion: Criterion) -> str:
-    """The name of a criterion for people."""
-    return getattr(criterion, "__name__", None) or type(criterion).__name__
 
 
 def _check_scores(scores: Scores, part: Params, criterion: Criterion) -> None:
@@ -440,10 +444,12 @@ def _check_finite(finite: Any, criterion: Criterion, functions: list[str]) -> No
         )
 
 
-def check_scope(scope: Scope, sparsity: Sparsity) -> None:
-    """Refuse windows of which nothing would be left, where the sparsity is known."""
+def check_scope(scope: Scope, sparsity: Sparsity, *, exact: bool = False) -> None:
+    """Refuse windows of which nothing would be left, or that cannot have a known sparsity."""
     if isinstance(scope, Windows):
         scope.check_sparsity(sparsity)
+        if exact:
+            scope.check_exact(sparsity)
 
 
 def _check_pair(pattern: Pattern, scope: Scope) -> None:

@@ -8,12 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune._event import PruneState, is_packed, searches
-from jaxprune._tree import is_hole, leaves_with_path, list_paths, path_str
+from jaxprune._event import PruneState, is_packed, searches, without_variables
+from jaxprune._tree import (
+    is_array,
+    is_hole,
+    leaves_with_path,
+    list_paths,
+    map_with_path,
+    slots,
+)
 from jaxprune._types import Masks, Params
-from jaxprune.graph._network import is_array
 from jaxprune.masks import Packed, pack, unpack
 from jaxprune.shrink import cut_leaf, cut_list, cut_tree, read_cut
+from jaxprune.states import is_pruner, pruners
 from jaxprune.straight_through import StraightThroughState
 
 
@@ -67,14 +74,12 @@ def shrink_state(
             "its `opt_state`, and `nnx.state(model, nnx.Param)` as params."
         )
     _refuse_events(tx, opt_state)
-    plain = _without_variables(params)
+    plain = without_variables(params)
     kept = read_cut(cut_list(plain, masks), plain)
-    cuts = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _Axes(kept.get(path_str(path), {}), jnp.shape(leaf)), plain
-    )
+    cuts = map_with_path(lambda path, leaf: _Axes(kept.get(path, {}), jnp.shape(leaf)), plain)
     opt_state = _adopted(tx, opt_state, plain)
-    given = _without_variables(opt_state)
-    old = jax.tree.map(_unpacked, given, is_leaf=_is_pruner)
+    given = without_variables(opt_state)
+    old = jax.tree.map(_unpacked, given, is_leaf=is_pruner)
     try:
         cut = optax.tree.map_params(tx, _cut_beside, old, cuts, is_leaf=lambda _: True)
     except ValueError as error:
@@ -85,15 +90,14 @@ def shrink_state(
             'the masks of this tree: `variables["params"]` and `masks["params"]`, mostly.'
         ) from error
     small = cut_tree(plain, kept)
-    cut = _settled(tx, jax.tree.map(_packed_like, given, cut, is_leaf=_is_pruner), small)
+    cut = _settled(tx, jax.tree.map(_packed_like, given, cut, is_leaf=is_pruner), small)
     return _as_given(opt_state, cut)
 
 
 def _refuse_events(tx: optax.GradientTransformation, opt_state: optax.OptState) -> None:
     """Refuse a pruner that would prune again: its groups and shares are those of the whole."""
     ends = [search.schedule.end for search in searches(tx) if hasattr(search.schedule, "end")]
-    counts = [node.count for node in jax.tree.leaves(opt_state, is_leaf=_is_pruner)
-              if _is_pruner(node)]  # fmt: skip
+    counts = [node.count for node in pruners(without_variables(opt_state))]
     done = min((int(jnp.min(jnp.asarray(count))) for count in counts), default=0)
     if ends and done <= max(ends):
         raise ValueError(
@@ -135,14 +139,14 @@ def _adopted(tx: optax.GradientTransformation, state: Any, params: Params) -> An
     """Let ``hold`` take over from a pruner: all that it needs are the masks."""
 
     def adopt(want: Any, got: Any) -> Any:
-        got = got.masked if isinstance(got, StraightThroughState) and _is_pruner(want) else got
-        if not (_is_pruner(want) and _is_pruner(got)):
+        got = got.masked if isinstance(got, StraightThroughState) and is_pruner(want) else got
+        if not (is_pruner(want) and is_pruner(got)):
             return got
         memory = got.criterion_state if jax.tree.leaves(want.criterion_state) else ()
         return got._replace(criterion_state=memory, key=None if want.key is None else got.key)
 
     try:
-        return jax.tree.map(adopt, jax.eval_shape(tx.init, params), state, is_leaf=_is_pruner)
+        return jax.tree.map(adopt, jax.eval_shape(tx.init, params), state, is_leaf=is_pruner)
     except ValueError:  # which is told below
         return state
 
@@ -153,12 +157,12 @@ def _settled(tx: optax.GradientTransformation, state: Any, small: Params) -> Any
         fresh = jax.eval_shape(tx.init, small)
     except ValueError:  # a pruner around it has the groups of the whole params
         return state
-    state = jax.tree.map(_settle_masks, fresh, state, is_leaf=_is_pruner)
-    leaves = jax.tree_util.tree_leaves_with_path(_without_masks(fresh))
+    state = jax.tree.map(_settle_masks, fresh, state, is_leaf=is_pruner)
+    leaves = leaves_with_path(_without_masks(fresh))
     for (path, want), got in zip(leaves, jax.tree.leaves(_without_masks(state)), strict=True):
         if want.shape != jnp.shape(got):
             raise ValueError(
-                f"The state at {path_str(path)!r} has shape {jnp.shape(got)} once it is cut, but "
+                f"The state at {path!r} has shape {jnp.shape(got)} once it is cut, but "
                 f"for the small params the optimizer keeps one of {want.shape}. Start anew: "
                 "`tx.init(small_params)`."
             )
@@ -166,13 +170,14 @@ def _settled(tx: optax.GradientTransformation, state: Any, small: Params) -> Any
 
 
 def _settle_masks(want: Any, got: Any) -> Any:
-    if not _is_pruner(want):
+    if not is_pruner(want):
         return got
     packed = any(map(is_packed, jax.tree.leaves(want.masks, is_leaf=is_packed)))
     masks = dict(leaves_with_path(unpack(got.masks)))
     like = jax.eval_shape(unpack, want.masks)
-    new = jax.tree_util.tree_map_with_path(
-        lambda path, m: _settle(m, masks.get(path_str(path))), like, is_leaf=is_hole
+    new = jax.tree.unflatten(
+        jax.tree.structure(like, is_leaf=is_hole),
+        [_settle(slot.leaf, masks.get(slot.path)) for slot in slots(like)],
     )
     return got._replace(masks=pack(new) if packed else new)
 
@@ -186,25 +191,15 @@ def _settle(want: Any, mask: Any) -> Any:
 
 def _without_masks(state: Any) -> Any:
     return jax.tree.map(
-        lambda node: node._replace(masks=()) if _is_pruner(node) else node,
+        lambda node: node._replace(masks=()) if is_pruner(node) else node,
         state,
-        is_leaf=_is_pruner,
+        is_leaf=is_pruner,
     )
-
-
-def _is_pruner(node: Any) -> bool:
-    return isinstance(node, PruneState)
 
 
 def _is_variable(node: Any) -> bool:
     """True for an nnx variable, known by what it can do: the core does not import flax."""
     return hasattr(node, "get_value") and hasattr(node, "set_value")
-
-
-def _without_variables(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda v: v.get_value() if _is_variable(v) else v, tree, is_leaf=_is_variable
-    )
 
 
 def _as_given(old: Any, new: Any) -> Any:
@@ -215,25 +210,30 @@ def _as_given(old: Any, new: Any) -> Any:
         return jax.tree.unflatten(jax.tree.structure(old), [new]) if whole else new
 
     def visit(old: Any, new: Any) -> Any:
-        if not _is_pruner(old):
+        if not is_pruner(old):
             return put(old, new)
         before = _leaves_by_path(old.masks)  # there may be others now
-        masks = jax.tree_util.tree_map_with_path(
-            lambda path, m: put(before.get(path_str(path)), m), new.masks, is_leaf=is_packed
+        masks = jax.tree.unflatten(
+            jax.tree.structure(new.masks, is_leaf=_is_mask),
+            [put(before.get(slot.path), slot.leaf) for slot in slots(new.masks, _is_mask)],
         )
         rest = _as_given(tuple(old._replace(masks=())), tuple(new._replace(masks=())))
         return PruneState(*rest)._replace(masks=masks)
 
-    return jax.tree.map(visit, old, new, is_leaf=lambda v: _is_pruner(v) or _is_variable_or_mask(v))
+    return jax.tree.map(visit, old, new, is_leaf=lambda v: is_pruner(v) or _is_variable_or_mask(v))
 
 
 def _is_variable_or_mask(node: Any) -> bool:
     return _is_variable(node) or is_packed(node)
 
 
+def _is_mask(node: Any) -> bool:
+    return is_hole(node) or is_packed(node)
+
+
 def _leaves_by_path(tree: Any) -> dict[str, Any]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=_is_variable_or_mask)
-    return {path_str(path): leaf for path, leaf in leaves}
+    whole = lambda node: _is_variable_or_mask(node) or is_hole(node)  # noqa: E731
+    return {slot.path: slot.leaf for slot in slots(tree, whole)}
 
 
 def _unpacked(node: Any) -> Any:

@@ -1,15 +1,35 @@
-"""Trees of parameters: paths, holes, and which leaves can be pruned."""
+"""Trees of parameters: what leaves are called, holes, and trees that mirror one another."""
 
-import dataclasses
+import collections
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxprune._types import Params, Where
+from jaxprune._where import is_array, is_floating, is_matrix, matches, regexes_of
+
+Keys = tuple[str, ...]
+
+
+class Slot(NamedTuple):
+    """A leaf or a hole of a tree, and what it is called.
+
+    Attributes:
+      keys: simple names of its key path, which tell leaves apart. A dict and a struct of the same
+        fields have the same, and so have an nnx state with its variables and without.
+      path: what people read, regexes match and files hold: ``Dense_0/kernel``.
+      leaf: what lies there.
+      key_path: the path as jax has it.
+    """
+
+    keys: Keys
+    path: str
+    leaf: Any
+    key_path: tuple[Any, ...]
 
 
 def is_hole(leaf: Any) -> bool:
@@ -17,15 +37,29 @@ def is_hole(leaf: Any) -> bool:
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
-def path_str(path: tuple[Any, ...]) -> str:
-    """Write a key path as ``Dense_0/kernel``; the ``.value`` that nnx adds is left out."""
-    return jax.tree_util.keystr(own_path(path), simple=True, separator="/")
+def slots(tree: Any, is_leaf: Callable[[Any], bool] = is_hole) -> list[Slot]:
+    """All leaves with their names, holes included.
+
+    Variables and boxes around arrays (nnx, linen's metadata) add a ``.value`` of their own to each
+    path. It is left out where nothing else lies beside it; a field that is called `value` has
+    neighbours.
+    """
+    found = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+    paths = [path for path, _ in found]
+    beside = zip([(), *paths], paths, [*paths[1:], ()], strict=False)
+    return [
+        _slot(path, leaf, alone=path[:-1] not in (before[: len(path) - 1], after[: len(path) - 1]))
+        for (_, leaf), (before, path, after) in zip(found, beside, strict=True)
+    ]
 
 
-def own_path(path: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A key path without the ``.value`` that nnx adds."""
-    last = jax.tree_util.GetAttrKey("value")
-    return path[:-1] if len(path) > 1 and path[-1] == last else path
+def _slot(path: tuple[Any, ...], leaf: Any, alone: bool) -> Slot:
+    keys = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+    boxed = alone and len(keys) > 1 and keys[-1] == "value"
+    field = isinstance(path[-1], jax.tree_util.GetAttrKey) if path else False
+    short = len(keys) - boxed
+    n = short if field else len(keys)
+    return Slot(keys[:short], "/".join(keys[:n]), leaf, path[:n])
 
 
 def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
@@ -38,103 +72,45 @@ def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
 
 def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     """Like ``map_leaves``, with the path as the first argument of ``f``."""
-
-    def visit(path: tuple[Any, ...], leaf: Any, *others: Any) -> Any:
-        if is_hole(leaf):
-            return leaf
-        return f(path_str(path), leaf, *(None if is_hole(other) else other for other in others))
-
-    return jax.tree_util.tree_map_with_path(visit, tree, *rest, is_leaf=is_hole)
+    treedef: Any = jax.tree.structure(tree, is_leaf=is_hole)
+    beside = zip(*(treedef.flatten_up_to(other) for other in rest), strict=True)
+    others = list(beside) if rest else [()] * treedef.num_leaves
+    return jax.tree.unflatten(
+        treedef,
+        [
+            s.leaf
+            if is_hole(s.leaf)
+            else f(s.path, s.leaf, *(None if is_hole(x) else x for x in more))
+            for s, more in zip(slots(tree), others, strict=True)
+        ],
+    )
 
 
 def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:
     """The leaves that are not holes, each with its path."""
-    return [(path, leaf) for path, leaf in _slots(tree) if not is_hole(leaf)]
+    return [(slot.path, slot.leaf) for slot in slots(tree) if not is_hole(slot.leaf)]
 
 
-def is_floating(leaf: Any) -> bool:
-    """True for real floating arrays and what looks like one (numpy, abstract, traced)."""
-    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+def leaves_by_keys(tree: Any) -> dict[Keys, Any]:
+    """The leaves that are not holes, by what tells them apart."""
+    return {slot.keys: slot.leaf for slot in slots(tree) if not is_hole(slot.leaf)}
 
 
-def is_matrix(path: str, array: jax.Array) -> bool:
-    """Say whether a leaf is a weight matrix or kernel: the default of every ``where``.
-
-    True for floating arrays of rank two or more that are not named ``bias`` or ``scale`` (layers
-    stacked for a scan give those a rank of two as well).
-
-    Args:
-      path: path of the leaf, as in ``Dense_0/kernel``.
-      array: the leaf.
-
-    Returns:
-      Whether to prune it.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> is_matrix("Dense_0/kernel", jnp.ones((3, 4))), is_matrix("Dense_0/bias", jnp.ones(4))
-      (True, False)
-    """
-    named = path.rsplit("/", 1)[-1] in ("bias", "scale")
-    return is_floating(array) and len(array.shape) >= 2 and not named
+def leaves_by_path(tree: Any, user: str) -> dict[str, Any]:
+    """The leaves that are not holes, by path, for who selects by paths; refuse two of one path."""
+    leaves = leaves_with_path(tree)
+    check_paths([path for path, _ in leaves], user)
+    return dict(leaves)
 
 
-@dataclasses.dataclass(frozen=True)
-class ByPath:
-    """The predicate that ``by_path`` makes; compares equal by its regexes, so jit caches hit."""
-
-    regexes: tuple[str, ...]
-
-    def __call__(self, path: str, array: Any) -> bool:
-        del array
-        return any(re.fullmatch(regex, path) for regex in self.regexes)
-
-
-def by_path(*regexes: str) -> Where:
-    r"""Say by their path which leaves are prunable.
-
-    A regex has to match the whole path. Leaves that are not floating arrays are left out whatever
-    their path.
-
-    Args:
-      *regexes: regular expressions over paths such as ``Dense_0/kernel``; one has to match.
-
-    Returns:
-      A predicate for ``where``.
-
-    Raises:
-      ValueError: there is no regex, or one cannot be compiled. Where the predicate is used, a
-        regex that matches no parameter is an error that lists the paths.
-
-    Example:
-      >>> where = by_path(r".*Dense_\d+/kernel", "head/.*")
-      >>> where("encoder/Dense_0/kernel", None), where("Dense_0/bias", None)
-      (True, False)
-    """
-    if not regexes:
+def check_paths(paths: list[str], user: str) -> None:
+    """Refuse paths that meet once they are joined with slashes: selecting one takes the other."""
+    twice = [path for path, n in collections.Counter(paths).items() if n > 1]
+    if twice:
         raise ValueError(
-            "`by_path()` got no regex, so that nothing could match. Pass at least one, such as "
-            "`by_path('.*/kernel')`."
+            f"`{user}` got several leaves at {list_paths(twice)}: paths are joined with '/', and "
+            "leaves are told apart by them. Rename a key that holds a '/'."
         )
-    for regex in regexes:
-        compile_regex(regex, "by_path")
-    return ByPath(regexes)
-
-
-def compile_regex(regex: str, user: str) -> re.Pattern[str]:
-    """Compile, or say which regex of which function is broken."""
-    if not isinstance(regex, str):
-        raise TypeError(
-            f"`{user}` got {regex!r} of type {type(regex).__name__} as a regex. "
-            "Pass a string, such as '.*/kernel'."
-        )
-    try:
-        return re.compile(regex)
-    except re.error as error:
-        raise ValueError(
-            f"`{user}` got {regex!r}, which is no regular expression: {error}. "
-            "Escape special characters with a backslash."
-        ) from error
 
 
 def list_paths(paths: list[str], most: int = 12) -> str:
@@ -145,13 +121,26 @@ def list_paths(paths: list[str], most: int = 12) -> str:
 
 def check_regexes_match(regexes: tuple[str, ...], tree: Any, user: str) -> None:
     """Refuse regexes that match no path of ``tree``: they are typing errors."""
-    paths = [path for path, _ in leaves_with_path(tree)]
-    unused = [r for r in regexes if not any(re.fullmatch(r, path) for path in paths)]
+    paths = list(leaves_by_path(tree, user)) if regexes else []
+    unused = [r for r in regexes if not any(matches(r, path) for path in paths)]
     if unused:
         raise ValueError(
             f"`{user}` got {', '.join(map(repr, unused))}, which matches no parameter (a regex "
-            f"has to match the whole path). The paths are {list_paths(paths)}."
+            f"has to match the whole path).{_hint(unused, paths)} The paths are "
+            f"{list_paths(paths)}."
         )
+
+
+def _hint(unused: list[str], paths: list[str]) -> str:
+    """What a regex that matches nothing may have meant."""
+    for regex in unused:
+        optional = f"(.*/)?{regex.removeprefix('.*/')}"
+        if any(matches(optional, path) for path in paths):
+            return f" With {optional!r} it would."
+    special = [path for path in paths if re.escape(path).replace("\\-", "-") != path]
+    if special:
+        return f" Paths hold special characters: write `re.escape({special[0]!r})`."
+    return ""
 
 
 def prunable(params: Params, *, where: Where = is_matrix) -> Params:
@@ -165,28 +154,43 @@ def prunable(params: Params, *, where: Where = is_matrix) -> Params:
       The same tree with None where a leaf is not prunable.
 
     Raises:
-      ValueError: no leaf is prunable, or a regex of ``by_path`` matches no parameter.
+      ValueError: no leaf is prunable, or a regex of ``by_path`` or ``exclude`` matches no
+        parameter, or two parameters have one path.
 
     Example:
       >>> import jax.numpy as jnp
       >>> prunable({"kernel": jnp.ones((1, 2)), "bias": jnp.zeros(2)})
       {'bias': None, 'kernel': Array([[1., 1.]], dtype=float32)}
     """
-    if isinstance(where, ByPath):
-        check_regexes_match(where.regexes, params, "by_path")
+    for regex, user in regexes_of(where):
+        check_regexes_match((regex,), params, user)
     part = map_with_path(
         lambda path, leaf: leaf if is_floating(leaf) and where(path, leaf) else None, params
     )
     if not leaves_with_path(part):
-        found = ", ".join(
-            f"{path!r} {getattr(leaf, 'dtype', type(leaf).__name__)}{list(jnp.shape(leaf))}"
-            for path, leaf in leaves_with_path(params)[:12]
-        )
         raise ValueError(
-            f"No leaf of `params` is prunable with where={_name(where)}; the leaves are "
-            f"{found or 'none'}. Choose floating arrays with `where=jp.by_path(...)`."
+            f"No leaf of `params` is prunable with where={_name(where)}; {_what_there_is(params)}"
         )
     return part
+
+
+def _what_there_is(params: Params) -> str:
+    """The leaves of params of which none is prunable, and one next step."""
+    leaves = leaves_with_path(params)
+    objects = [(path, leaf) for path, leaf in leaves if not is_array(leaf)]
+    if leaves and len(objects) == len(leaves):
+        path, leaf = objects[0]
+        return (
+            f"its leaves are no arrays but objects, such as {type(leaf).__name__} at {path!r}. "
+            "Pass the tree of arrays that these objects hold."
+        )
+    found = ", ".join(
+        f"{path!r} {getattr(leaf, 'dtype', type(leaf).__name__)}{list(jnp.shape(leaf))}"
+        if is_array(leaf)
+        else f"{path!r} of type {type(leaf).__name__}"
+        for path, leaf in leaves[:12]
+    )
+    return f"the leaves are {found or 'none'}. Choose floating arrays with `where=jp.by_path(...)`."
 
 
 def fill(part: Params, params: Params) -> Params:
@@ -201,19 +205,34 @@ def same_structure(a: Any, b: Any) -> bool:
 
 
 def align(tree: Any, like: Any) -> Any | None:
-    """Give ``tree`` the structure of ``like`` if both have the same paths, else None.
+    """Give ``tree`` the structure of ``like`` if both have the same leaves, else None.
 
     Trees that were made apart mirror one another although their containers differ: a dict and a
-    FrozenDict, an nnx state with its variables and without.
+    FrozenDict, an nnx state with its variables and without. A hole of either may stand for a whole
+    subtree of the other, as a label of ``optax.partition`` does.
     """
     if same_structure(tree, like):
         return tree
-    given, wanted = dict(_slots(tree)), [path for path, _ in _slots(like)]
-    if given.keys() != set(wanted):
+    given = {slot.keys: slot.leaf for slot in slots(tree)}
+    holes = {keys for keys, leaf in given.items() if is_hole(leaf) and keys}
+    left, leaves = set(given), []
+    for keys, _, leaf, _ in slots(like):
+        over = next((keys[:n] for n in range(1, len(keys)) if keys[:n] in holes), None)
+        below = {k for k in left if k[: len(keys)] == keys} if is_hole(leaf) else None
+        if keys in given:
+            leaves.append(given[keys])
+            left.discard(keys)
+        elif over is not None:
+            leaves.append(None)
+            left.discard(over)
+        elif below and keys:
+            leaves.append(None)
+            left -= below
+        else:
+            return None
+    if left - holes:
         return None
-    return jax.tree.unflatten(
-        jax.tree.structure(like, is_leaf=is_hole), [given[path] for path in wanted]
-    )
+    return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_hole), leaves)
 
 
 def narrow(tree: Any, part: Params) -> Any:
@@ -232,14 +251,14 @@ def wide(x: jax.Array) -> jax.Array:
 def mirrored(tree: Any, params: Params, name: str) -> Any:
     """Give evidence the structure of ``params``, or say by path how it differs from them."""
     mirror = align(tree, params)
-    want = dict(leaves_with_path(params))
-    got = dict(leaves_with_path(tree if mirror is None else mirror))
-    missing = [path for path in want if path not in got]
-    unknown = [path for path in got if path not in want]
+    given = tree if mirror is None else mirror
+    want, got = leaves_by_keys(params), leaves_by_keys(given)
+    missing = ["/".join(keys) for keys in want if keys not in got]
+    unknown = ["/".join(keys) for keys in got if keys not in want]
     shapes = [
-        f"{path!r} has shape {jnp.shape(got[path])}, the weights {jnp.shape(want[path])}"
-        for path in want
-        if path in got and jnp.shape(got[path]) != jnp.shape(want[path])
+        f"{'/'.join(keys)!r} has shape {jnp.shape(got[keys])}, the weights {jnp.shape(want[keys])}"
+        for keys in want
+        if keys in got and jnp.shape(got[keys]) != jnp.shape(want[keys])
     ]
     if mirror is None or missing or unknown or shapes:
         differs = [f"nothing at {list_paths(missing)}"] if missing else []
@@ -252,10 +271,31 @@ def mirrored(tree: Any, params: Params, name: str) -> Any:
     return mirror
 
 
-def _slots(tree: Any) -> list[tuple[str, Any]]:
-    """All leaves with their paths, holes included."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_hole)
-    return [(path_str(path), leaf) for path, leaf in leaves]
+def copy_arrays(tree: Any) -> Any:
+    """Copy the arrays of a tree; functions and strings among its leaves stay what they are."""
+    return jax.tree.map(lambda x: jnp.copy(x) if is_array(x) else x, tree)
+
+
+def split_static(tree: Any) -> tuple[list[Any], Any]:
+    """Take a tree apart into its arrays and what is not one, to be put together by ``join_static``.
+
+    Modules hold functions and strings among their leaves; what jit does not take travels beside.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    fixed = tuple(_Hole if is_array(leaf) else leaf for leaf in leaves)
+    return arrays, (treedef, fixed, tuple(map(type, fixed)))  # True equals 1, but is not the same
+
+
+def join_static(arrays: Any, static: Any) -> Any:
+    """Put arrays back where ``split_static`` took them from."""
+    treedef, leaves, _ = static
+    left = iter(arrays)
+    return jax.tree.unflatten(treedef, [next(left) if x is _Hole else x for x in leaves])
+
+
+class _Hole:
+    """Where an array was."""
 
 
 def _name(f: Any) -> str:

@@ -9,12 +9,14 @@ import numpy as np
 import optax
 
 from jaxprune import schedules
-from jaxprune._errors import check_sparsity
+from jaxprune._advice import warn
+from jaxprune._errors import check_key, check_parts, check_sparsity, is_bool
 from jaxprune._event import (
     PruneState,
+    check_extra,
     check_grads,
     check_inner,
-    check_params,
+    check_update,
     enforce,
     if_due,
     is_placeholder,
@@ -23,12 +25,15 @@ from jaxprune._event import (
     widen,
 )
 from jaxprune._find import find, living
+from jaxprune._frozen import moving
+from jaxprune._help import readable
 from jaxprune._mesh import in_auto_mode
-from jaxprune._tree import is_hole, is_matrix, map_leaves, narrow
+from jaxprune._tree import is_hole, is_matrix, map_leaves, narrow, prunable
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
 from jaxprune.criteria import magnitude, random
 from jaxprune.masks import check_masks, unpack
 from jaxprune.patterns import Coupled, Weights
+from jaxprune.schedules._schedule import as_step
 from jaxprune.scopes import erk, per_leaf
 from jaxprune.scopes._rank import count_true, keep_largest
 from jaxprune.scopes._spread import is_tree
@@ -36,6 +41,7 @@ from jaxprune.scopes._spread import is_tree
 __all__ = ("rigl", "set")
 
 
+@readable
 def rigl(
     inner: optax.GradientTransformation,
     *,
@@ -121,6 +127,7 @@ def rigl(
     )
 
 
+@readable
 def set(
     inner: optax.GradientTransformation,
     *,
@@ -208,6 +215,8 @@ def _drop_and_grow(
 ) -> optax.GradientTransformationExtraArgs:
     check_inner(inner, user)
     check_sparsity(sparsity, user)
+    check_parts(user, pattern=pattern, where=where)
+    check_key(user, key)
     if isinstance(pattern, Coupled):
         raise ValueError(
             f"`{user}` grows what it drops within a leaf, and `Coupled` groups own parts of many "
@@ -218,37 +227,45 @@ def _drop_and_grow(
             f"`{user}` got a traced sparsity, which `jp.scopes.erk` cannot share out among the "
             "leaves. Pass a tree with one traced number for each leaf, or a plain number."
         )
-    inner = optax.with_extra_args_support(inner)
+    given_inner, inner = inner, optax.with_extra_args_support(inner)
     store = storage(packed)
 
     def first_masks(params: Params) -> Masks:
         if is_placeholder(params):
             return params
         _check_state(inner, params, user)
+        chosen = moving(where, inner, params, user)
+        given = (
+            narrow(sparsity, prunable(params, where=chosen)) if chosen is not where else sparsity
+        )
         return find(
             params,
-            sparsity if is_tree(sparsity) else erk(params, sparsity, where=where),
+            given if is_tree(sparsity) else erk(params, sparsity, where=chosen),
             {"key": key},
             criterion=start,
             pattern=pattern,
             scope=per_leaf,
-            where=where,
+            where=chosen,
             within=None,
         )
 
     def init(params: Params) -> PruneState:
-        return PruneState(
+        state = PruneState(
             count=jnp.zeros([], jnp.int32),
             masks=store(first_masks(params)),
             inner_state=inner.init(params),
             criterion_state=(),
             key=None if key is None else jnp.copy(key),
         )
+        if not is_placeholder(params):
+            warn(user, state, params, by_default=where is is_matrix)
+        return state
 
     def update(
         grads: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, PruneState]:
-        check_params(params)
+        check_update(state, params)
+        check_extra(user, given_inner, extra)
         old = check_masks(unpack(state.masks), params, "masks")
         part = narrow(params, old)
         grads = check_grads(grads, params, part)
@@ -363,7 +380,8 @@ def _reset(
 
 def _decay(user: str, drop_fraction: float, begin: int, end: int, every: int) -> Schedule:
     """From drop_fraction to 0 along a cosine, and when."""
-    if not isinstance(drop_fraction, int | float | jax.Array | np.generic):
+    number = isinstance(drop_fraction, int | float | jax.Array | np.generic)
+    if not number or is_bool(drop_fraction):
         raise TypeError(
             f"`{user}(drop_fraction={drop_fraction!r})` is no number. Pass one in [0, 1], such as "
             "0.3."
@@ -373,6 +391,8 @@ def _decay(user: str, drop_fraction: float, begin: int, end: int, every: int) ->
             f"`{user}(drop_fraction={drop_fraction!r})` is outside [0, 1]. It is the fraction of "
             "the kept weights that moves at the first event; 0.3 is common."
         )
+
+    begin, end, every = as_step("begin", begin), as_step("end", end), as_step("every", every)
 
     def value(step: Any) -> jax.Array:
         time = jnp.clip((jnp.asarray(step) - begin) / max(end - begin, 1), 0.0, 1.0)

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._errors import check_living
-from jaxprune._tree import leaves_with_path, list_paths, map_with_path
+from jaxprune._tree import leaves_by_path, leaves_with_path, list_paths, map_with_path
 from jaxprune._types import Masks, Params
 
 Cut = dict[str, dict[int, list[int]]]  # path: axis: indices that stay
@@ -216,8 +216,8 @@ class Groups(tuple[Group, ...]):
         Returns:
           Masks like ``params``, None for what belongs to no group and has no mask.
         """
-        given = dict(leaves_with_path(masks))
-        paths = {path for path, _ in leaves_with_path(params)}
+        given = leaves_by_path(masks, "groups.spread")
+        paths = set(leaves_by_path(params, "groups.spread"))
         _check_known(given, paths)
         full = expand(self, self.keep(masks), params)
         return map_with_path(lambda path, w, mine: given.get(path, mine), params, full)
@@ -326,7 +326,8 @@ def expand(groups: Sequence[Group], keep: dict[str, Any], like: Params) -> Masks
     Works on traced ``keep``. Leaves without a member are None.
     """
     vectors: dict[tuple[str, int], jax.Array] = {}
-    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves_with_path(like)}
+    leaves = leaves_by_path(like, "Coupled")
+    shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
     for group in groups:
         units = jnp.asarray(keep[group.name])
         for m in group.members:
@@ -383,7 +384,7 @@ def kept_indices(masks: Masks) -> Kept:
     """
     check_living(masks)
     kept: Kept = {}
-    for path, leaf in leaves_with_path(masks):
+    for path, leaf in leaves_by_path(masks, "shrink").items():
         mask = np.asarray(leaf)
         if not mask.any():  # everything goes: a block that is dropped
             kept[path] = [np.arange(0)] * mask.ndim

@@ -1,13 +1,13 @@
 """Masks: applied to params, compared, counted and packed into bits."""
 
-import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._errors import check_living
+from jaxprune._help import readable
 from jaxprune._mesh import is_explicit, lay_out, true_over, whole_parts
 from jaxprune._tree import (
     align,
@@ -77,7 +77,9 @@ def combine_masks(*masks: Masks) -> Masks:
     for other in others:
         mirror = align(other, first)
         if mirror is None:
-            one, two = (list_paths(list(dict(leaves_with_path(m)))) for m in (first, other))
+            one, two = (
+                list_paths([path for path, _ in leaves_with_path(m)]) for m in (first, other)
+            )
             raise ValueError(
                 f"`combine_masks` got masks of {one} and of {two}. Pass masks of one tree; None "
                 "stands for a leaf without a mask."
@@ -92,6 +94,7 @@ def _both(a: Any, b: Any) -> Any:
     return a & b
 
 
+@readable
 def dense_masks(params: Params, *, where: Where = is_matrix) -> Masks:
     """Make masks that remove nothing.
 
@@ -132,33 +135,53 @@ def sparsity(masks: Masks, params: Params) -> float | jax.Array:
       0.6666666666666666
     """
     masks = check_masks(masks, params, "masks")
-    counts = kept_counts(masks, params)
-    total = sum(n for _, n in counts.values())
-    if any(isinstance(kept, jax.core.Tracer) for kept, _ in counts.values()):
-        gone = sum(jnp.asarray(n - kept, float) for kept, n in counts.values())
-        return jnp.asarray(gone / max(total, 1))
-    return (total - sum(kept for kept, _ in counts.values())) / max(total, 1)
+    counts = count_kept(masks, params)
+    total = max(sum(c.size for c in counts), 1)
+    if any(isinstance(c.kept, jax.core.Tracer) for c in counts):
+        # Fractions, since nobody says that an int32 holds the number of weights.
+        gone = [
+            c.size / total * (1 - jnp.asarray(c.kept, float) / max(c.entries, 1)) for c in counts
+        ]
+        return jnp.sum(jnp.stack(gone))
+    return sum(c.size - c.weights for c in counts) / total
 
 
-def kept_counts(masks: Masks, params: Params) -> dict[str, tuple[Any, int]]:
-    """For each prunable path, how many weights stay and how many there are."""
-    counts: dict[str, tuple[Any, int]] = {}
+class Count(NamedTuple):
+    """What a mask keeps of one leaf.
+
+    Attributes:
+      path: path of the leaf.
+      kept: entries of the mask that are True; traced inside of a trace.
+      entries: entries of the mask; an axis of size 1 speaks for the whole axis of the leaf.
+      size: weights of the leaf.
+    """
+
+    path: str
+    kept: Any
+    entries: int
+    size: int
+
+    @property
+    def weights(self) -> int:
+        """Weights that stay."""
+        return self.kept * (self.size // self.entries if self.entries else 0)
+
+
+def count_kept(masks: Masks, params: Params) -> list[Count]:
+    """Count for each prunable leaf what its mask keeps."""
+    counts: list[Count] = []
 
     def visit(path: str, p: jax.Array, m: jax.Array | None) -> None:
         if m is not None:
             kept: Any = jnp.sum(m, dtype=jnp.int32)
-            if not isinstance(kept, jax.core.Tracer):
-                kept = int(kept)
-            # A size-1 axis of the mask speaks for the whole axis of the weights.
-            counts[path] = (kept * (p.size // m.size if m.size else 0), p.size)
+            whole = kept if isinstance(kept, jax.core.Tracer) else int(kept)
+            counts.append(Count(path, whole, m.size, p.size))
 
     map_with_path(visit, params, masks)
     return counts
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Packed:
+class Packed(NamedTuple):
     """A mask in bits: ``bits`` holds the last axis of ``shape`` eight to a byte.
 
     Attributes:
@@ -167,7 +190,16 @@ class Packed:
     """
 
     bits: jax.Array
-    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    shape: tuple[int, ...]
+
+
+# A node of its own, since the shape is no leaf. A named tuple all the same: those are what
+# `flax.serialization` writes and reads without being told, and the core does not import flax.
+jax.tree_util.register_pytree_with_keys(
+    Packed,
+    lambda packed: (((jax.tree_util.GetAttrKey("bits"), packed.bits),), packed.shape),
+    lambda shape, children: Packed(next(iter(children)), shape),
+)
 
 
 def pack(masks: Masks) -> Any:
@@ -264,10 +296,13 @@ def check_masks(masks: Masks, params: Params, name: str) -> Masks:
 
     map_with_path(visit, params, mirror)
     if kinds:
-        raise TypeError(
-            f"`{name}` holds masks that are not bool: {', '.join(kinds)}. Convert with "
-            "`mask.astype(bool)`; True keeps a weight."
+        first = jax.tree.leaves(params)[:1]
+        step = (
+            "The other tree is bool: were the two swapped?"
+            if getattr(first[0], "dtype", None) == jnp.bool_
+            else "Convert with `mask.astype(bool)`; True keeps a weight."
         )
+        raise TypeError(f"`{name}` holds masks that are not bool: {', '.join(kinds)}. {step}")
     if shapes:
         raise ValueError(
             f"`{name}` does not fit: {', '.join(shapes)}. A mask has the rank of its parameter, "

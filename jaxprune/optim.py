@@ -1,5 +1,6 @@
 """Pruning around any optax optimizer: masks live in its state and act through its updates."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -7,28 +8,33 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune._errors import check_living
+from jaxprune._advice import warn
+from jaxprune._errors import check_parts
 from jaxprune._event import (
     PruneState,
     Search,
+    check_extra,
     check_grads,
     check_inner,
-    check_params,
+    check_update,
     enforce,
     if_due,
-    is_packed,
     is_placeholder,
     live,
     storage,
 )
-from jaxprune._tree import align, is_hole, is_matrix, map_leaves, narrow
+from jaxprune._frozen import moving
+from jaxprune._help import readable, scheduled
+from jaxprune._tree import is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
-from jaxprune.masks import check_masks, dense_masks, pack, unpack
+from jaxprune.masks import check_masks, dense_masks, unpack
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
 
 
+@scheduled
+@readable
 def prune(
     inner: optax.GradientTransformation,
     *,
@@ -86,11 +92,15 @@ def prune(
              [ 1.5,  0. ]], dtype=float32)
     """
     check_inner(inner, "prune")
-    parts = Search("prune", schedule, criterion, pattern, scope, where, key)
+    parts = Search("prune", schedule, criterion, pattern, scope, where, key, inner)
     store = storage(packed)
 
+    def start(params: Params) -> tuple[Masks, Any]:
+        search = parts.on(params)
+        return search.first_masks(params), search.first_memory(params)
+
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
-        now, search = state.count, parts.on(params)
+        now, search = state.count, parts.on(params, state.masks)
         memory = search.remember(state.criterion_state, params, grads)
         evidence = search.evidence(state, memory, grads, extra)
         falls = search.falls(now)
@@ -104,14 +114,15 @@ def prune(
 
     return _wrap(
         inner,
-        init_masks=lambda params: parts.on(params).first_masks(params),
-        init_criterion=lambda params: parts.on(params).first_memory(params),
+        start=start,
         refresh=refresh,
+        advise=functools.partial(warn, "prune", schedule=schedule, by_default=parts.by_default),
         key=key,
         packed=packed,
     )
 
 
+@readable
 def hold(
     inner: optax.GradientTransformation, *, where: Where = is_matrix, packed: bool = False
 ) -> optax.GradientTransformationExtraArgs:
@@ -147,16 +158,23 @@ def hold(
              [0.5, 0.5]], dtype=float32)
     """
     check_inner(inner, "hold")
+    check_parts("hold", where=where)
+
+    def start(params: Params) -> tuple[Masks, Any]:
+        if is_placeholder(params):
+            return params, ()
+        return dense_masks(params, where=moving(where, inner, params, "hold")), ()
 
     def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
-        del grads, params, extra
+        del grads, params
+        check_extra("hold", inner, extra)
         return state.masks, state.criterion_state
 
     return _wrap(
         inner,
-        init_masks=lambda p: p if is_placeholder(p) else dense_masks(p, where=where),
-        init_criterion=lambda _: (),
+        start=start,
         refresh=refresh,
+        advise=functools.partial(warn, "hold", by_default=where is is_matrix, dense=True),
         key=None,
         packed=packed,
     )
@@ -165,29 +183,37 @@ def hold(
 def _wrap(
     inner: optax.GradientTransformation,
     *,
-    init_masks: Callable[[Params], Masks],
-    init_criterion: Callable[[Params], Any],
+    start: Callable[[Params], tuple[Masks, Any]],
     refresh: Callable[..., Any],
+    advise: Callable[[PruneState, Params], None],
     key: jax.Array | None,
     packed: bool,
 ) -> optax.GradientTransformationExtraArgs:
-    """Put masks around an optimizer; ``refresh`` says which are in force at an update."""
+    """Put masks around an optimizer.
+
+    ``start`` makes the first masks and what a criterion remembers; ``refresh`` says which masks
+    are in force at an update; ``advise`` warns of a new state.
+    """
     inner = optax.with_extra_args_support(inner)
     store = storage(packed)
 
     def init(params: Params) -> PruneState:
-        return PruneState(
+        masks, memory = start(params)
+        state = PruneState(
             count=jnp.zeros([], jnp.int32),
-            masks=store(init_masks(params)),
+            masks=store(masks),
             inner_state=inner.init(params),
-            criterion_state=init_criterion(params),
+            criterion_state=memory,
             key=None if key is None else jnp.copy(key),
         )
+        if not is_placeholder(params):
+            advise(state, params)
+        return state
 
     def update(
         updates: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any
     ) -> tuple[optax.Updates, PruneState]:
-        check_params(params)
+        check_update(state, params)
         stored, criterion_state = refresh(updates, state, params, extra)
         masks = check_masks(unpack(stored), params, "masks")
         grads = live(check_grads(updates, params, narrow(params, masks)), masks)
@@ -202,109 +228,3 @@ def _wrap(
         return map_leaves(enforce, updates, params, masks), new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def get_masks(opt_state: optax.OptState) -> Masks:
-    """Find the masks in an optimizer state, however deep they are nested.
-
-    Args:
-      opt_state: state of an optimizer that ``prune``, ``hold``, ``straight_through`` or one of
-        ``dynamic`` is part of.
-
-    Returns:
-      The masks, unpacked and without nnx variables around them. They are copies: donating the
-      state does not take them away.
-
-    Raises:
-      ValueError: there is no pruner in the state, or there are several.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import jaxprune as jp
-      >>> tx = optax.chain(optax.clip(1.0), jp.hold(optax.adam(0.1)))
-      >>> jp.get_masks(tx.init({"kernel": jnp.zeros((1, 2))}))
-      {'kernel': Array([[ True,  True]], dtype=bool)}
-    """
-    masks = jax.tree.map(
-        lambda v: v.get_value() if _is_variable(v) else v,
-        _the_pruner(opt_state).masks,
-        is_leaf=_is_variable,
-    )
-    check_living(masks, "opt_state")
-    return jax.tree.map(jnp.copy, unpack(masks))
-
-
-def with_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
-    """Put masks into an optimizer state, however deep it is nested.
-
-    Args:
-      opt_state: state of an optimizer that ``prune``, ``hold``, ``straight_through`` or one of
-        ``dynamic`` is part of.
-      masks: masks like the params; copied, so that donating the state does not take them away.
-
-    Returns:
-      The same state with these masks in force from the next update on.
-
-    Raises:
-      ValueError: the masks do not mirror those of the state, or it has no or several pruners.
-      TypeError: a mask is not bool.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import jaxprune as jp
-      >>> state = jp.hold(optax.sgd(0.1)).init({"kernel": jnp.zeros((1, 2))})
-      >>> jp.get_masks(jp.with_masks(state, {"kernel": jnp.array([[True, False]])}))
-      {'kernel': Array([[ True, False]], dtype=bool)}
-    """
-    old = _the_pruner(opt_state).masks
-    packed = any(map(is_packed, jax.tree.leaves(old, is_leaf=is_packed)))
-    shapes = jax.tree.map(lambda m: jax.ShapeDtypeStruct(m.shape, bool), old, is_leaf=is_packed)
-    mirror = align(masks, shapes)
-    like = shapes if mirror is None else jax.tree.map(_fit, shapes, mirror, is_leaf=is_hole)
-    mirror = check_masks(masks, like, "masks")
-    copies = jax.tree.map(jnp.copy, mirror)
-    new_masks = pack(copies) if packed else copies
-    return jax.tree.map(
-        lambda node: node._replace(masks=new_masks) if _is_pruner(node) else node,
-        opt_state,
-        is_leaf=_is_pruner,
-    )
-
-
-def _fit(old: Any, new: Any) -> Any:
-    """What a new mask has to fit: the old one, widened where either stands for a whole axis."""
-    if is_hole(old) or is_hole(new):
-        return new
-    if len(old.shape) != jnp.ndim(new):
-        return old
-    shape = tuple(b if a == 1 else a for a, b in zip(old.shape, new.shape, strict=True))
-    return jax.ShapeDtypeStruct(shape, bool)
-
-
-def _pruners(opt_state: optax.OptState) -> list[PruneState]:
-    nodes = jax.tree.leaves(opt_state, is_leaf=_is_pruner)
-    outer = [node for node in nodes if _is_pruner(node)]
-    return outer + [inner for node in outer for inner in _pruners(node.inner_state)]
-
-
-def _the_pruner(opt_state: optax.OptState) -> PruneState:
-    found = _pruners(opt_state)
-    if len(found) != 1:
-        raise ValueError(
-            f"The optimizer state holds {len(found)} pruners, want one. "
-            + (
-                "Pass the state of an optimizer wrapped by `jp.prune`, `jp.hold` and the like."
-                if not found
-                else "Pass the part of the state that belongs to one of them."
-            )
-        )
-    return found[0]
-
-
-def _is_pruner(node: Any) -> bool:
-    return isinstance(node, PruneState)
-
-
-def _is_variable(node: Any) -> bool:
-    """True for an nnx variable, known by what it can do: the core does not import flax."""
-    return hasattr(node, "get_value") and hasattr(node, "set_value")

@@ -1,14 +1,17 @@
 """What masks look like: tables for people, and how much two masks share."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree import align, leaves_with_path, map_with_path
+from jaxprune._tree import align, is_array, leaves_with_path, map_with_path
 from jaxprune._types import Masks, Params
-from jaxprune.masks import check_masks, kept_counts
+from jaxprune._values import count_revived, is_concrete
+from jaxprune._where import why_not
+from jaxprune.masks import check_masks, count_kept
 
 
 class Row(NamedTuple):
@@ -36,6 +39,25 @@ class Row(NamedTuple):
         return (self.total - self.kept) / self.total if self.total else 0.0
 
 
+class LeftOut(NamedTuple):
+    """Leaves of one kind that no mask covers.
+
+    Attributes:
+      kind: what they are, such as "biases" or "embeddings"; "matrices" are what the default
+        ``where`` would have taken.
+      size: number of parameters.
+      paths: where they are.
+    """
+
+    kind: str
+    size: int
+    paths: tuple[str, ...]
+
+    def __str__(self) -> str:
+        shown = ", ".join(self.paths[:3]) + (", ..." if len(self.paths) > 3 else "")
+        return f"  {self.kind}: {self.size:,} ({shown or 'root'})"
+
+
 @dataclasses.dataclass(frozen=True)
 class Summary:
     """A per-layer table; print it.
@@ -43,14 +65,21 @@ class Summary:
     Attributes:
       rows: one a prunable leaf.
       total: all of them together.
-      others: number of parameters that are not prunable.
+      left_out: the leaves that no mask covers, by what they are.
       collapsed: paths of the leaves that keep nothing at all.
+      revived: by path, how many weights that the masks remove are not zero in the params.
     """
 
     rows: tuple[Row, ...]
     total: Row
-    others: int
+    left_out: tuple[LeftOut, ...]
     collapsed: tuple[str, ...]
+    revived: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+    @property
+    def others(self) -> int:
+        """Number of parameters that are not prunable."""
+        return sum(kind.size for kind in self.left_out)
 
     def __str__(self) -> str:
         head = ("path", "shape", "kept / total", "sparsity", "dense", "packed")
@@ -76,9 +105,16 @@ class Summary:
         lines = [line(head), rule, *map(line, cells[:-1]), rule, line(cells[-1])]
         if self.others:
             lines.append(f"not prunable: {self.others:,} parameters")
+            lines += map(str, self.left_out)
         lines += [
             f"warning: {path!r} keeps nothing: the layer collapsed" for path in self.collapsed
         ]
+        lines += [
+            f"not zero: {count:,} weights of {path!r} that the masks remove"
+            for path, count in self.revived.items()
+        ]
+        if self.revived:
+            lines.append("(`jp.apply_masks` removes them; after training, `jp.check` says more)")
         return "\n".join(lines)
 
 
@@ -91,8 +127,10 @@ def summary(params: Params, masks: Masks) -> Summary:
 
     Returns:
       A ``Summary``: printed, a table with path, shape, kept and total weights, sparsity and bytes
-      (dense, and packed as kept values plus one bit a weight), totals, and a warning for each
-      layer that keeps nothing.
+      (dense, and packed as kept values plus one bit a weight), totals, what is left out and as
+      what (embeddings and LoRA factors have a line of their own), a warning for each layer that
+      keeps nothing, and where removed weights are not zero: masks that were not applied, or weights
+      that came back.
 
     Raises:
       ValueError: ``masks`` does not mirror ``params``.
@@ -101,21 +139,20 @@ def summary(params: Params, masks: Masks) -> Summary:
     Example:
       >>> import jax.numpy as jnp
       >>> params = {"kernel": jnp.ones((2, 4)), "bias": jnp.zeros(4)}
-      >>> print(summary(params, {"kernel": jnp.array([[True, False, False, False]]), "bias": None}))
+      >>> masks = {"kernel": jnp.array([[True, False, False, False]]), "bias": None}
+      >>> print(summary(params, masks))
       path    shape  kept / total  sparsity  dense  packed
       ----------------------------------------------------
       kernel  2x4           2 / 8    75.00%   32 B     9 B
       ----------------------------------------------------
       total                 2 / 8    75.00%   32 B     9 B
       not prunable: 4 parameters
+        biases: 4 (bias)
+      not zero: 6 weights of 'kernel' that the masks remove
+      (`jp.apply_masks` removes them; after training, `jp.check` says more)
     """
     masks = check_masks(masks, params, "masks")
-    counts = kept_counts(masks, params)
-    leaves = dict(leaves_with_path(params))
-    rows = []
-    for path, (kept, n) in counts.items():
-        size = jnp.dtype(leaves[path].dtype).itemsize
-        rows.append(Row(path, leaves[path].shape, int(kept), n, n * size, kept * size + -(-n // 8)))
+    rows = _rows(params, masks)
     total = Row(
         "total",
         (),
@@ -124,9 +161,47 @@ def summary(params: Params, masks: Masks) -> Summary:
         sum(r.dense_bytes for r in rows),
         sum(r.packed_bytes for r in rows),
     )
-    others = sum(jnp.size(leaf) for path, leaf in leaves.items() if path not in counts)
     collapsed = tuple(r.path for r in rows if r.total and not r.kept)
-    return Summary(tuple(rows), total, others, collapsed)
+    revived = count_revived(params, masks) if is_concrete((params, masks)) else {}
+    return Summary(tuple(rows), total, _left_out(params, masks), collapsed, revived)
+
+
+def _rows(params: Params, masks: Masks) -> list[Row]:
+    dtypes: list[Any] = []
+    shapes: list[tuple[int, ...]] = []
+
+    def visit(_: str, p: jax.Array, m: Any) -> None:
+        if m is not None:
+            dtypes.append(jnp.dtype(p.dtype))
+            shapes.append(p.shape)
+
+    map_with_path(visit, params, masks)
+    return [
+        Row(
+            c.path,
+            shape,
+            int(c.weights),
+            c.size,
+            c.size * dtype.itemsize,
+            c.weights * dtype.itemsize + -(-c.size // 8),
+        )
+        for c, shape, dtype in zip(count_kept(masks, params), shapes, dtypes, strict=True)
+    ]
+
+
+def _left_out(params: Params, masks: Masks) -> tuple[LeftOut, ...]:
+    """The arrays without a mask, by what they are."""
+    kinds: dict[str, list[tuple[str, int]]] = {}
+
+    def visit(path: str, p: Any, m: Any) -> None:
+        if m is None and is_array(p):
+            kinds.setdefault(why_not(path, p) or "matrices", []).append((path, p.size))
+
+    map_with_path(visit, params, masks)
+    return tuple(
+        LeftOut(kind, sum(n for _, n in found), tuple(path for path, _ in found))
+        for kind, found in sorted(kinds.items())
+    )
 
 
 class Overlap(NamedTuple):

@@ -1,23 +1,24 @@
 """Iterative pruning with rewinding: the search for lottery tickets, as a generator."""
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from jaxprune._errors import check_sparsity
-from jaxprune._find import check_evidence, find_masks, fit_parts, rank, required_evidence
+from jaxprune._errors import check_parts, check_sparsity
+from jaxprune._evidence import check_evidence, check_names, required_evidence
+from jaxprune._find import SETTINGS, find_compiled, fit_parts, rank
+from jaxprune._help import readable
 from jaxprune._tree import (
     align,
     check_regexes_match,
-    compile_regex,
+    copy_arrays,
     is_matrix,
     map_with_path,
     prunable,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Scope, Where
+from jaxprune._where import compile_regex, matches
 from jaxprune.criteria import magnitude
 from jaxprune.masks import apply_masks, check_masks
 from jaxprune.patterns import Weights
@@ -46,6 +47,7 @@ def rewind_to_init(init: Params, trained: Params) -> Params:
     return init
 
 
+@readable
 def imp(
     params_init: Params,
     fit: Callable[[Params, Masks], Params],
@@ -108,6 +110,7 @@ def imp(
       2019. Renda et al., `Comparing Rewinding and Fine-tuning
       <https://arxiv.org/abs/2003.02389>`_, 2020.
     """
+    check_parts("imp", criterion=criterion, pattern=pattern, scope=scope, where=where)
     check_sparsity(rate, "imp(rate)")
     check_sparsity(dict(rates or {}), "imp(rates)")
     if not isinstance(rounds, int) or rounds < 0:
@@ -117,14 +120,16 @@ def imp(
         check_evidence(criterion, {"params_init": params_init} if asks_for_start else {})
     pattern, where = fit_parts(pattern, where, params_init)
     part = prunable(params_init, where=where)
-    rules = [(compile_regex(regex, "imp(rates)"), r) for regex, r in (rates or {}).items()]
-    check_regexes_match(tuple(rates or {}), part, "imp(rates)")
+    rules = dict(rates or {})
+    for regex in rules:
+        compile_regex(regex, "imp(rates)")
+    check_regexes_match(tuple(rules), part, "imp(rates)")
 
     def sparsity(index: int) -> Any:
         """The ladder: what is gone after ``index`` rounds, as a number or one a leaf."""
 
         def of_leaf(path: str, _: Any) -> float:
-            chosen = next((r for regex, r in rules if re.fullmatch(regex, path)), rate)
+            chosen = next((r for regex, r in rules.items() if matches(regex, path)), rate)
             return 1.0 - (1.0 - chosen) ** index
 
         return map_with_path(of_leaf, part) if rules else 1.0 - (1.0 - rate) ** index
@@ -135,7 +140,7 @@ def imp(
     jax.eval_shape(first_masks, part)  # what does not fit is told before anything trains
     if start is not None:
         _check_start(start, params_init)
-    init = jax.tree.map(jnp.copy, params_init)
+    init = copy_arrays(params_init)
     own = {"params_init": init} if asks_for_start else {}
 
     def levels() -> Iterator[Level]:
@@ -146,31 +151,59 @@ def imp(
             index, masks, trained = start
             level = Level(index, masks, trained, trained)
         while level.index < rounds:
-            found = own | (evidence(level) if evidence else {})
+            found = own | (_read_evidence(evidence(level), criterion) if evidence else {})
             masks = find(level.trained, level.index + 1, level.masks, found)
-            begin = restart(jax.tree.map(jnp.copy, init), level.trained)
+            begin = restart(copy_arrays(init), level.trained)
             level = train(level.index + 1, masks, begin)
             yield level
 
     def find(params: Params, index: int, within: Masks | None, found: dict[str, Any]) -> Masks:
-        return find_masks(
+        return find_compiled(
             params,
             sparsity(index),
+            found,
             # Nothing is removed at level 0, whatever the scores: no evidence needed.
             criterion=criterion if index else magnitude,
             pattern=pattern,
             scope=scope,
             where=where,
             within=within,
-            **found,
         )
 
     def train(index: int, masks: Masks, begin: Params) -> Level:
         ticket = apply_masks(begin, masks)
         # `fit` gets a copy of its own: it may donate it.
-        return Level(index, masks, ticket, fit(jax.tree.map(jnp.copy, ticket), masks))
+        trained = fit(copy_arrays(ticket), masks)
+        _check_trained(trained, ticket)
+        return Level(index, masks, ticket, trained)
 
     return levels()
+
+
+def _read_evidence(found: Any, criterion: Criterion) -> dict[str, Any]:
+    """What the user's function found for the criterion, by name."""
+    if not isinstance(found, Mapping):
+        raise TypeError(
+            f"`imp(evidence=...)` returned {type(found).__name__}. Return a dict of what the "
+            "criterion asks for, such as `{'grads': grads}`."
+        )
+    check_names("imp(evidence=...)", criterion, found, SETTINGS[-1:])
+    return dict(found)
+
+
+def _check_trained(trained: Any, ticket: Params) -> None:
+    """Refuse what ``fit`` returned if it is not the params, as soon as it has."""
+    if align(trained, ticket) is None:
+        what = "None" if trained is None else f"{type(trained).__name__} {_shape_of(trained)}"
+        raise TypeError(
+            f"`imp` got {what} from `fit`, wanted trained params like the ticket. Let "
+            "`fit(ticket, masks)` return the params alone; keep metrics outside, by a closure."
+        )
+
+
+def _shape_of(tree: Any) -> str:
+    shown = str(jax.tree.structure(tree))
+    return shown if len(shown) <= 120 else f"of {len(jax.tree.leaves(tree))} leaves"
 
 
 def _check_start(start: tuple[int, Masks, Params], params: Params) -> None:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._errors import check_living
-from jaxprune._tree import leaves_with_path, list_paths, path_str
+from jaxprune._tree import is_array, leaves_by_path, leaves_with_path, list_paths, map_with_path
 from jaxprune._types import Masks, Params
 from jaxprune.graph import Rule
 from jaxprune.graph._carry import Carry
-from jaxprune.graph._network import check_call, is_array, spec_of
+from jaxprune.graph._network import check_call, spec_of
 from jaxprune.graph._shrunk import Surgery, small_function
 from jaxprune.graph._take import take
 from jaxprune.groups import Cut, Groups, is_dropped, kept_indices
@@ -127,15 +127,16 @@ def cut_list(params: Params, masks: Masks) -> Cut:
     """
     check_living(masks)
     check_living(params, "params")
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_with_path(params)}
-    given = leaves_with_path(masks)
-    unknown = [path for path, _ in given if path not in shapes]
+    leaves = leaves_by_path(params, "cut_list")
+    shapes = {path: leaf.shape for path, leaf in leaves.items() if is_array(leaf)}
+    given = leaves_by_path(masks, "cut_list")
+    unknown = [path for path in given if path not in shapes]
     if unknown:
         raise ValueError(
             f"The masks name {list_paths(unknown)}, which the params lack; their paths are "
             f"{list_paths(list(shapes))}. Nest the masks as the params are."
         )
-    for path, mask in given:
+    for path, mask in given.items():
         fits = jnp.ndim(mask) == len(shapes[path]) and all(
             m in (1, n) for m, n in zip(jnp.shape(mask), shapes[path], strict=True)
         )
@@ -156,7 +157,8 @@ def cut_list(params: Params, masks: Masks) -> Cut:
 
 def read_cut(cut: Mapping[str, Any], params: Params) -> dict[str, dict[int, np.ndarray]]:
     """Check a cut list; JSON has turned the axes into strings."""
-    shapes = {path: jnp.shape(leaf) for path, leaf in leaves_with_path(params)}
+    leaves = leaves_by_path(params, "shrink")
+    shapes = {path: leaf.shape for path, leaf in leaves.items() if is_array(leaf)}
     kept: dict[str, dict[int, np.ndarray]] = {}
     for path, axes in cut.items():
         for axis, indices in axes.items():
@@ -174,9 +176,7 @@ def read_cut(cut: Mapping[str, Any], params: Params) -> dict[str, dict[int, np.n
 
 def cut_tree(tree: Any, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:
     """Take the kept indices out of all leaves of a tree."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: cut_leaf(leaf, kept.get(path_str(path), {})), tree
-    )
+    return map_with_path(lambda path, leaf: cut_leaf(leaf, kept.get(path, {})), tree)
 
 
 def cut_leaf(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
@@ -271,8 +271,8 @@ def _numbers(x: jax.Array) -> jax.Array:
 
 def _over(masks: Masks, params: Params) -> Masks:
     """Masks for all of the params, None where subtrees were left out."""
-    given = dict(leaves_with_path(masks))
-    return jax.tree_util.tree_map_with_path(lambda path, _: given.get(path_str(path)), params)
+    given = leaves_by_path(masks, "verify_shrink")
+    return map_with_path(lambda path, _: given.get(path), params)
 
 
 def masks_within_budget(

@@ -6,22 +6,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune._advice import warn
 from jaxprune._event import (
     PruneState,
     Search,
     check_grads,
     check_inner,
-    check_params,
+    check_update,
     if_due,
+    is_placeholder,
     storage,
 )
+from jaxprune._help import readable, scheduled
 from jaxprune._tree import is_matrix, map_leaves, prunable
 from jaxprune._types import Criterion, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
 from jaxprune.masks import check_masks, unpack
-from jaxprune.optim import get_masks
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
+from jaxprune.states import get_masks
 
 
 class StraightThroughState(NamedTuple):
@@ -34,6 +37,8 @@ class StraightThroughState(NamedTuple):
     masked: PruneState
 
 
+@scheduled
+@readable
 def straight_through(
     inner: optax.GradientTransformation,
     *,
@@ -95,21 +100,22 @@ def straight_through(
       <https://arxiv.org/abs/2006.07253>`_, 2020.
     """
     check_inner(inner, "straight_through")
+    parts = Search("straight_through", schedule, criterion, pattern, scope, where, key, inner)
     inner = optax.with_extra_args_support(inner)
-    parts = Search("straight_through", schedule, criterion, pattern, scope, where, key)
     store = storage(packed)
 
     def init(params: Params) -> StraightThroughState:
         search = parts.on(params)
-        return StraightThroughState(
-            PruneState(
-                count=jnp.zeros([], jnp.int32),
-                masks=store(search.first_masks(params)),
-                inner_state=inner.init(params),
-                criterion_state=search.first_memory(params),
-                key=None if key is None else jnp.copy(key),
-            )
+        masked = PruneState(
+            count=jnp.zeros([], jnp.int32),
+            masks=store(search.first_masks(params)),
+            inner_state=inner.init(params),
+            criterion_state=search.first_memory(params),
+            key=None if key is None else jnp.copy(key),
         )
+        if not is_placeholder(params):
+            warn(search.user, masked, params, schedule=schedule, by_default=parts.by_default)
+        return StraightThroughState(masked)
 
     def update(
         grads: optax.Updates,
@@ -117,8 +123,9 @@ def straight_through(
         params: Params | None = None,
         **extra: Any,
     ) -> tuple[optax.Updates, StraightThroughState]:
-        check_params(params)
-        before, search = state.masked, parts.on(params)
+        check_update(state, params, StraightThroughState)
+        before = state.masked
+        search = parts.on(params, before.masks)
         stored = store(search.fit(before.masks, params))
         grads = check_grads(grads, params, prunable(params, where=search.where))
         memory = search.remember(before.criterion_state, params, grads)

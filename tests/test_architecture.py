@@ -19,10 +19,22 @@ EXTRAS = {"checkpoint": {"orbax"}}
 FILES_ARE_ITS_BUSINESS = {"checkpoint", "export"}
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
-    ("_types", "_tree", "_mesh", "_errors"),
+    ("_types", "_where", "_tree", "_mesh", "_errors", "_help", "_values"),
     ("groups", *PARTS),
-    ("masks", "_find", "report", "graph"),
-    ("_event", "optim", "dynamic", "straight_through", "shrink", "_shrink_state", "distill"),
+    ("masks", "_evidence", "_find", "report", "graph"),
+    (
+        "_frozen",
+        "_event",
+        "states",
+        "_advice",
+        "optim",
+        "dynamic",
+        "straight_through",
+        "check",
+        "shrink",
+        "_shrink_state",
+        "distill",
+    ),
     ("rewind", "search", "checkpoint", "export"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
@@ -94,7 +106,8 @@ def public():
 
 # Made by functions that show one.
 RESULTS = (
-    *("Group", "Level", "Overlap", "Packed", "PruneState", "StraightThroughState", "Summary"),
+    *("Check", "Group", "Level", "Overlap", "Packed", "PruneState", "PruneWarning"),
+    *("StraightThroughState", "Summary"),
     *("export.Report", "graph.Axis", "graph.Site"),
 )
 

@@ -342,20 +342,55 @@ def test_what_the_masks_remove_comes_back_as_apply_masks_leaves_it(path):
 
 def test_what_is_no_array_is_refused_with_its_path(path):
     params = {
-        "a": 1.0,
+        "a": object(),
         "b": {"c": "relu", "d": np.array(["x"])},
         "e": np.longdouble(1),
         "w": np.ones(2),
     }
     message = (
-        r"save\(params\)` got leaves that are no arrays of numbers: 'a' is of type float, 'b/c' is "
-        "of type str, 'b/d' is <U1, 'e' is float128.*jnp.asarray"
+        r"save\(params\)` got leaves that are no arrays of numbers: 'a' is of type object, 'b/d' "
+        "is <U1, 'e' is float128.*jnp.asarray"
     )
     with pytest.raises(TypeError, match=message):
         save(path, params, jax.tree.map(lambda _: None, params))
     save(path, {"a": np.ones(2)}, {"a": None})
-    with pytest.raises(TypeError, match=r"load\(like\)` got .*'a' is of type float"):
+    with pytest.raises(TypeError, match=r"load\(like\)` got .*'a' is of type object"):
+        load(path, {"a": object()})
+    with pytest.raises(ValueError, match=r"'a' is float64\[2\] there and float\[\] in `like`"):
         load(path, {"a": 1.0})
+
+
+def test_functions_and_strings_stay_in_the_code_and_numbers_are_stored(path):
+    model = {"f": jax.nn.relu, "name": "lenet", "rate": 0.5, "n": 3, "w": jnp.ones((2, 2))}
+    masks = {"f": None, "name": None, "rate": None, "n": None, "w": jnp.eye(2) > 0}
+    save(path, model, masks)
+    params, got = load(path)
+    assert params["f"] is None and params["name"] is None
+    assert (params["rate"], params["n"]) == (0.5, 3)
+    other = {**model, "name": "another", "rate": 0.25}
+    params, got = load(path, like=other)
+    assert params["f"] is jax.nn.relu and params["name"] == "another" and params["rate"] == 0.5
+    assert got["name"] is None and got["f"] is None
+    assert params["w"].tolist() == [[1.0, 0.0], [0.0, 1.0]]
+
+
+def test_params_without_masks_are_stored_as_they_are(path):
+    params = {"w": jnp.arange(4.0), "b": jnp.ones(2, jnp.bfloat16)}
+    save(path, params)
+    got, masks = load(path, like=params)
+    assert_same_bits(got, params)
+    assert masks == {"w": None, "b": None}
+
+
+def test_fields_called_key_and_value_come_back_as_two(path):
+    class Attention(NamedTuple):
+        key: jax.Array
+        value: jax.Array
+
+    params = {"a": Attention(jnp.ones((2, 2)), jnp.zeros((2, 3)))}
+    save(path, params)
+    assert load(path)[0]["a"].keys() == {"key", "value"}
+    assert_same_bits(load(path, like=params)[0], params)
 
 
 def test_leaves_that_share_a_path_are_refused(path):

@@ -311,13 +311,25 @@ def test_a_mesh_that_does_not_divide_a_leaf_is_refused_with_its_path(tmp_path):
 
 
 def test_what_cannot_be_saved_is_refused_with_its_path(tmp_path):
-    with pytest.raises(TypeError, match=r"save_run\(state\)` got .*'name' is of type str"):
-        save_run(tmp_path, 1, {"name": "lenet", "w": jnp.ones(2)})
+    with pytest.raises(TypeError, match=r"save_run\(state\)` got .*'name' is of type object"):
+        save_run(tmp_path, 1, {"name": object(), "w": jnp.ones(2)})
     with pytest.raises(ValueError, match="several leaves at 'a/b'"):
         save_run(tmp_path, 1, {"a/b": jnp.ones(2), "a": {"b": jnp.ones(2)}})
     with pytest.raises(ValueError, match="a state without arrays"):
         save_run(tmp_path, 1, {"a": None, "b": jnp.ones(0)})
     assert latest_step(tmp_path) is None
+
+
+def test_steps_are_integers_of_any_make_and_functions_stay_in_the_code(tmp_path):
+    state = {"f": jax.nn.relu, "name": "lenet", "w": jnp.ones(2)}
+    for step in (jnp.int32(3), np.int64(4), np.array(5)):
+        save_run(tmp_path, step, state)
+    assert latest_step(tmp_path) == 5
+    got = restore_run(tmp_path, {**state, "name": "another"}, step=jnp.int32(4))
+    assert got["f"] is jax.nn.relu and got["name"] == "another"
+    for step in (1.0, True, jnp.float32(1), jnp.ones(1, jnp.int32)):
+        with pytest.raises(ValueError, match="Steps are integers from 0 on"):
+            save_run(tmp_path, step, state)
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path):

@@ -490,8 +490,6 @@ NEEDS = [
     (criteria.synflow, "apply_fn", {"batch": 0.0}),
     (criteria.synflow, "batch", {"apply_fn": scale}),
     (criteria.magnitude_increase, "params_init", {}),
-    (criteria.movement, "state", {}),
-    (FISHER_EMA, "state", {}),
 ]
 
 
@@ -501,6 +499,13 @@ def test_missing_evidence_is_named(criterion, missing, others):
     words = rf"criterion `{name}` needs `{missing}`.*not given.*`{missing}=...`"
     with pytest.raises(TypeError, match=words):
         jp.find_masks({"kernel": jnp.ones((2, 2))}, 0.5, criterion=criterion, **others)
+
+
+@pytest.mark.parametrize("criterion", [criteria.movement, FISHER_EMA])
+def test_a_criterion_with_memory_says_who_fills_it(criterion):
+    words = "ranks by what it remembers of training.*`jp.prune`.*`criterion.init"
+    with pytest.raises(TypeError, match=words):
+        jp.find_masks({"kernel": jnp.ones((2, 2))}, 0.5, criterion=criterion)
 
 
 def test_all_evidence_that_is_missing_is_named_at_once():

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 
 import jaxprune as jp
 from experiments import edge_deployment as edge
@@ -122,6 +123,18 @@ def test_a_run_leaves_its_files(toy):
     }
     config = runs.read_config(toy)
     assert config["steps"] == 20 and config["data_path"] is None and "out" not in config
+
+
+def test_tables_lose_nothing_in_80_columns(toy, capsys):
+    rows = runs.read_summary(toy)["rows"]
+    large = {"parameters": 696_042.0, "flops": 44_123_456.0, "bytes": 2_784_200.0}
+    console = rich.console.Console(width=80)
+    for table in edge.tables([{**row, **large} for row in rows], title="digits"):
+        console.print(table)
+    shown = capsys.readouterr().out
+    for cell in ("pruned_distilled_quantized", "696,042", "44.12", "2,784.2", "batch 64"):
+        assert cell in shown
+    assert "…" not in shown
 
 
 def test_the_summary_has_a_row_for_each_stage(toy):

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 
 import jaxprune as jp
 from experiments import structured
@@ -128,6 +129,19 @@ def test_the_summary_has_a_row_for_each_network_and_cut(toy):
 
 
 @pytest.mark.slow
+def test_tables_lose_nothing_in_80_columns(toy, capsys):
+    rows = runs.read_summary(toy)["rows"]
+    large = {"parameters": 10_696_042.0, "flops": 44_123_456.0, "latency_ms": 140.25}
+    rows = [{**row, **large} for row in rows]
+    console = rich.console.Console(width=80)
+    console.print(structured.accuracy_table(rows, title="digits"))
+    console.print(structured.cost_table(rows))
+    shown = capsys.readouterr().out
+    for cell in ("iterative", "10,696,042", "44.12", "140.25", tradeoff.percent(rows[0])):
+        assert shown.count(cell) >= 1, cell
+    assert "…" not in shown
+
+
 def test_methods_end_at_the_same_size_and_layers_compete(whole):
     rows = runs.read_summary(whole)["rows"]
     cuts = (0.5, 0.0), (0.0, 0.5)

@@ -1,10 +1,12 @@
-"""Tests of find_masks in rounds, and of SynFlow, which is what rounds are for."""
+"""Tests of find_masks: keywords, parts and rounds, and SynFlow, which is what rounds are for."""
 
 import itertools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxprune as jp
@@ -27,6 +29,8 @@ def loop(params, sparsity, rounds, *, within=None, **parts):
         now = jax.tree.map(
             lambda s, i=i: s if i == rounds else 1 - (1 - s) ** (i / rounds), sparsity
         )
+        if isinstance(parts.get("scope"), type(scopes.windows(4))):
+            now = round(now * 4) / 4  # on the way each window rounds
         left = params if masks is None else jp.apply_masks(params, masks)
         masks = jp.find_masks(left, now, within=masks, **parts)
     return masks
@@ -191,3 +195,106 @@ def test_snip_grasp_and_one_round_of_synflow_empty_layers_too(key, seed):
     for fold, parts in [(10, FLOW), (1000, snip), (1000, grasp)]:
         masks = jp.find_masks(params, 1 - 1 / fold, scope=scopes.across, **parts)
         assert min(kept(masks)) == 0 and not connected(masks)
+
+
+# Keywords, roles and parts.
+
+W = {"w": jnp.arange(1.0, 9.0).reshape(2, 4)}
+
+
+@pytest.mark.parametrize(
+    "given, want",
+    [
+        ({"scopes": jp.scopes.across}, "scope"),
+        ({"criteria": jp.criteria.taylor}, "criterion"),
+        ({"wher": jp.is_matrix}, "where"),
+        ({"round": 3}, "rounds"),
+        ({"mask": W}, "within"),
+        ({"seed": 0}, "key"),
+        ({"grad": W}, "grads"),
+        ({"patern": jp.patterns.Weights()}, "pattern"),
+    ],
+)
+def test_a_misspelled_keyword_is_told_the_nearest_setting(given, want):
+    (name,) = given
+    with pytest.raises(TypeError, match=f"`{name}=`.*no setting.*Did you mean `{want}=`"):
+        jp.find_masks(W, 0.5, **given)
+
+
+def test_a_keyword_like_no_other_is_told_what_there_is():
+    with pytest.raises(TypeError, match=r"`banana=`.*There are `criterion`.*`grads`"):
+        jp.find_masks(W, 0.5, banana=1)
+    with pytest.raises(TypeError, match="`oops=`"):
+        evidence = lambda level: {"oops": 1}
+        list(jp.imp(W, lambda t, m: t, rounds=1, evidence=evidence))
+    with pytest.raises(TypeError, match=r"returned list. Return a dict"):
+        list(jp.imp(W, lambda t, m: t, rounds=1, evidence=lambda level: []))
+
+
+def test_one_set_of_evidence_may_be_handed_to_every_criterion():
+    masks = jp.find_masks(W, 0.5, grads=W, key=jax.random.key(0), params_init=W, batch=W)
+    assert_trees_equal(masks, jp.find_masks(W, 0.5))
+
+
+def test_a_criterion_may_name_evidence_of_its_own_or_take_all():
+    mine = lambda params, *, flavour, **_: jax.tree.map(lambda w: w * flavour, params)
+    assert jp.find_masks(W, 0.5, criterion=mine, flavour=-1.0)["w"].tolist()[0] == [True] * 4
+    with pytest.raises(TypeError, match=r"`flavor=`.*Did you mean `flavour=`"):
+        jp.find_masks(W, 0.5, criterion=mine, flavor=-1.0)
+    everything = lambda params, **more: jax.tree.map(lambda w: w * more["flavor"], params)
+    assert jp.find_masks(W, 0.5, criterion=everything, flavor=-1.0)["w"].tolist()[0] == [True] * 4
+
+
+def test_functions_of_the_params_go_by_their_name():
+    mine = lambda params, *, norm, **_: jax.tree.map(jnp.abs, params)
+    with pytest.raises(TypeError, match=r"got the function `norm`.*let the criterion ask for"):
+        jp.find_masks(W, 0.5, criterion=mine, norm=lambda p: p)
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"criterion": "magnitude"}, "criterion='magnitude', a string"),
+        ({"scope": "global"}, "scope='global', a string"),
+        ({"where": ".*"}, r"where=.*a string.*jp.by_path\('\.\*'\)"),
+        ({"pattern": jp.patterns.Channels}, r"a class. Pass what it makes: `Channels\(...\)`"),
+    ],
+)
+def test_what_is_no_part_is_refused_by_find_masks_and_imp(given, words):
+    with pytest.raises(TypeError, match=f"`find_masks` got .*{words}"):
+        jp.find_masks(W, 0.5, **given)
+    with pytest.raises(TypeError, match=f"`imp` got .*{words}"):
+        jp.imp(W, lambda t, m: t, **given)
+
+
+def test_a_module_in_the_place_of_its_params_is_told_so():
+    with pytest.raises(ValueError, match="no arrays but objects, such as Dense"):
+        jp.find_masks(nn.Dense(3), 0.5)
+
+
+# Windows and sparsities that none of them has.
+
+
+@pytest.mark.parametrize("m, sparsity, near", [(4, 0.6, "0.5 and 0.75"), (8, 0.9, "0.875 and 1")])
+def test_one_shot_windows_refuse_what_no_window_has(m, sparsity, near):
+    params = {"w": jnp.ones((8, 2))}
+    scope = jp.scopes.windows(m)
+    with pytest.raises(ValueError, match=rf"{sparsity} \(there are {near}\)"):
+        jp.find_masks(params, sparsity, scope=scope)
+    with pytest.raises(ValueError, match=rf"{sparsity} at 'w' \(there are {near}\)"):
+        jp.make_masks(params, {"w": sparsity}, scope=scope)
+
+
+def test_windows_that_exist_pass_and_schedules_round():
+    params = {"w": jnp.arange(16.0).reshape(8, 2)}
+    for sparsity in (0.0, 0.25, 0.5, 0.75, 1.0, np.float32(0.5)):
+        masks = jp.find_masks(params, sparsity, scope=jp.scopes.windows(4))
+        assert jp.sparsity(masks, params) == sparsity
+    thirds = jp.find_masks({"w": jnp.ones((9, 1))}, 2 / 3, scope=jp.scopes.windows(3))
+    assert int(thirds["w"].sum()) == 3
+    schedule = jp.schedules.constant(0.6)
+    tx = jp.prune(optax.sgd(0.1), schedule=schedule, scope=jp.scopes.windows(4))
+    _, state = tx.update(params, tx.init(params), params)
+    assert jp.summary(params, jp.get_masks(state)).total.sparsity == 0.5
+    levels = jp.imp(params, lambda t, m: t, rounds=1, rate=0.2, scope=jp.scopes.windows(4))
+    assert [jp.sparsity(level.masks, params) for level in levels] == [0.0, 0.25]

@@ -106,8 +106,8 @@ def test_numpy_arrays_are_params_too(key):
 
 
 def test_a_bare_array_is_a_tree():
-    masks = jp.find_masks(jnp.array([[1.0, 2.0]]), 0.5)
-    assert masks.tolist() == [[False, True]]
+    masks = jp.find_masks(jnp.array([[1.0, 2.0], [4.0, 3.0]]), 0.5)
+    assert masks.tolist() == [[False, False], [True, True]]
 
 
 def test_no_gradient_flows_through_masks():
@@ -341,3 +341,25 @@ def test_a_mask_where_within_is_prunable_and_the_scores_are_not_is_refused():
 def test_a_hole_in_within_means_that_nothing_was_removed_there():
     masks = jp.find_masks(KERNEL, 0.5, within={"kernel": None, "bias": None})
     assert_trees_equal(masks, jp.find_masks(KERNEL, 0.5))
+
+
+def test_sparsity_inside_a_trace_is_that_outside_to_a_float32(key):
+    params = {**tree_of_weights(key), "fp8": {"kernel": jnp.ones((4, 4), jnp.float8_e4m3fn)}}
+    masks = jp.find_masks(params, 0.7, scope=scopes.across)
+    inside = jax.jit(jp.sparsity)(masks, params)
+    assert inside.dtype == jnp.float32
+    assert float(inside) == pytest.approx(jp.sparsity(masks, params), rel=1e-6)
+
+
+def test_sparsity_counts_more_weights_than_an_int32_holds():
+    shapes = {"kernel": jax.ShapeDtypeStruct((2**20, 2**14), jnp.float32)}
+    masks = {"kernel": jnp.arange(2**14)[None] % 4 == 0}  # channels
+    traced = jax.jit(lambda masks: jp.sparsity(masks, shapes))(masks)
+    assert jp.sparsity(masks, shapes) == 0.75 == float(traced)
+
+
+def test_swapped_params_and_masks_are_told_so():
+    with pytest.raises(
+        TypeError, match=r"'w' is float32. The other tree is bool: were the two swap"
+    ):
+        jp.apply_masks({"w": jnp.ones((2, 2), bool)}, {"w": jnp.ones((2, 2))})

@@ -1,6 +1,7 @@
 """Tests of prune, hold, with_masks and get_masks; the optimizers themselves are in contract/."""
 
 import dataclasses
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from flax.core import FrozenDict
 
 import jaxprune as jp
 from jaxprune import criteria, patterns, schedules, scopes
+from tests.contract.trainings import wrappers
 from tests.helpers import (
     assert_trees_equal,
     assert_zero_where_removed,
@@ -291,7 +293,7 @@ def test_a_state_with_several_pruners_is_refused():
 
 
 def test_a_pruner_around_a_pruner_is_refused():
-    state = jp.hold(jp.hold(optax.sgd(0.1))).init(KERNEL)
+    state = jax.jit(jp.hold(jp.hold(optax.sgd(0.1))).init)(KERNEL)
     with pytest.raises(ValueError, match=r"holds 2 pruners, want one"):
         jp.get_masks(state)
 
@@ -397,6 +399,69 @@ def test_what_is_no_schedule_is_refused(bad):
         jp.prune(optax.sgd(0.1), schedule=bad)
 
 
+@pytest.mark.parametrize("wrap", [jp.prune, jp.straight_through])
+def test_a_sparsity_in_the_place_of_a_schedule_is_told_which_schedule_takes_it(wrap):
+    words = (
+        rf"`{wrap.__name__}` got .*0.8.*constant\(0.8\)` prunes at the first.*one_shot\(0.8, at="
+    )
+    for call in (
+        lambda: wrap(optax.sgd(0.1), 0.8),
+        lambda: wrap(optax.sgd(0.1), sparsity=0.8),
+        lambda: wrap(optax.sgd(0.1), schedule=0.8),
+    ):
+        with pytest.raises(TypeError, match=words):
+            call()
+    with pytest.raises(TypeError, match=r"got constant\(0.5\). Pass the schedule by its name"):
+        wrap(optax.sgd(0.1), ONCE)
+
+
+WRONG_PARTS = {
+    "criterion": ("taylor", "criterion='taylor', a string"),
+    "pattern": (patterns.Channels, r"pattern=<class.*`Channels\(...\)`"),
+    "scope": ("across", "scope='across', a string"),
+    "where": (".*kernel", r"where='.\*kernel', a string.*jp.by_path"),
+    "key": (0, r"key=0, which is no random key. Pass `key=jax.random.key\(0\)`"),
+}
+
+
+@pytest.mark.parametrize("setting", WRONG_PARTS)
+@pytest.mark.parametrize("name", wrappers())
+def test_every_wrapper_refuses_what_is_no_part(name, setting):
+    wrap = jp.dynamic.rigl if name == "rigl" else jp.dynamic.set if name == "set" else None
+    wrap = wrap or getattr(jp, name)
+    taken = inspect.signature(wrap).parameters
+    settings = {"schedule": ONCE, "sparsity": 0.5, "begin": 0, "end": 1, "every": 1}
+    settings |= {"key": jax.random.key(0)}
+    bad, words = WRONG_PARTS[setting]
+    if setting in taken:
+        given = {name: value for name, value in settings.items() if name in taken}
+        with pytest.raises(TypeError, match=rf"`{name}` got {words}"):
+            wrap(optax.sgd(0.1), **{**given, setting: bad})
+
+
+@pytest.mark.parametrize("name", wrappers())
+def test_arguments_of_update_in_another_order_are_refused(name):
+    tx = wrappers()[name](optax.sgd(0.1))
+    state = tx.init(KERNEL)
+    with pytest.raises(
+        TypeError, match=r"got a dict in the place of.*`tx.update\(grads, state, params"
+    ):
+        tx.update(KERNEL, KERNEL, state)
+
+
+@pytest.mark.parametrize("wrap", [jp.prune, jp.straight_through, jp.hold, jp.dynamic.rigl])
+def test_signatures_show_parts_as_one_writes_them(wrap):
+    shown = str(inspect.signature(wrap))
+    assert "= jp.is_matrix" in shown and " at 0x" not in shown
+    if wrap is jp.prune:
+        assert "= jp.criteria.magnitude" in shown and "= jp.patterns.Weights()" in shown
+
+
+def test_a_criterion_with_memory_says_where_its_memory_is_kept():
+    with pytest.raises(TypeError, match=r"`Movement` scores from what it remembers.*`jp.prune`"):
+        jp.find_masks(KERNEL, 0.5, criterion=criteria.movement)
+
+
 def test_a_criterion_that_needs_a_key_is_refused_without_one():
     with pytest.raises(TypeError, match=r"criterion `random` needs a random key.*`key=jax.random"):
         jp.prune(optax.sgd(0.1), schedule=ONCE, criterion=criteria.random)
@@ -475,7 +540,7 @@ def test_a_schedule_may_say_everything_as_an_integer():
     "wrap", [jp.hold, lambda tx: jp.prune(tx, schedule=jp.schedules.constant(0.5))]
 )
 def test_gradients_of_another_structure_or_shape_are_named_by_path(wrap):
-    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
+    params = {"a": KERNEL["kernel"], "b": 2 * KERNEL["kernel"]}
     tx = wrap(optax.sgd(0.1))
     state = tx.init(params)
     with pytest.raises(ValueError, match="`grads` is not a tree like the params: nothing at 'b'"):

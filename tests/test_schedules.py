@@ -254,3 +254,66 @@ def test_constant_may_look_again_until_an_end():
     schedule = schedules.constant(0.5, begin=2, end=7, every=3)
     assert [step for step in range(10) if schedule.due(step)] == [2, 5, 7]
     assert [float(schedule(step)) for step in (0, 1, 2, 9)] == [0.0, 0.0, 0.5, 0.5]
+
+
+INTEGERS = (np.int64, np.int8, np.uint16, jnp.int32, np.array)
+
+
+@pytest.mark.parametrize("name", sorted(set(EXAMPLES) - {"one_shot", "cyclic"}))
+def test_steps_may_be_integers_of_any_make(name):
+    first = (lambda step: 0.5) if name == "custom" else 0.5
+    want = getattr(schedules, name)(first, begin=2, end=9, every=3)
+    for make in INTEGERS:
+        steps = {"begin": make(2), "end": make(9), "every": make(3)}
+        got = getattr(schedules, name)(first, **steps)
+        assert events(got, 12) == events(want, 12)
+        assert all(float(got(step)) == float(want(step)) for step in (1, 2, 5, 9))
+        assert repr(got) == repr(want) and all(type(s) is int for s in (got.begin, got.end))
+
+
+@pytest.mark.parametrize("make", INTEGERS)
+def test_phases_and_the_one_event_may_be_integers_of_any_make(make):
+    got = schedules.cyclic(0.5, *map(make, (2, 3, 2, 9)))
+    assert got == schedules.cyclic(0.5, 2, 3, 2, 9)
+    assert events(schedules.one_shot(0.5, at=make(3)), 9) == [3]
+
+
+@pytest.mark.parametrize("bad", [True, np.True_, jnp.array(True), np.float64(3), "3", None])
+def test_a_bool_or_a_float_counts_no_steps(bad):
+    with pytest.raises(ValueError, match=r"at=.*integers from 0 on"):
+        schedules.one_shot(0.5, at=bad)
+    with pytest.raises(ValueError, match=r"every=.*integers from 0 on"):
+        schedules.cubic(0.5, begin=0, end=9, every=bad)
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("bad", [True, np.False_, jnp.array(True)])
+def test_a_bool_is_no_sparsity(name, bad):
+    settings_of = {"constant": (), "one_shot": (5,), "cyclic": (2, 3, 2, 9)}.get(name, (2, 9, 3))
+    for value in (bad, {"layer": bad}):
+        first = (lambda step, value=value: value) if name == "custom" else value
+        with pytest.raises(TypeError, match=r"got .*Pass the fraction to remove"):
+            getattr(schedules, name)(first, *settings_of)
+
+
+SHOWN = {
+    "constant": "constant(0.8)",
+    "one_shot": "one_shot(0.8, at=5)",
+    "linear": "linear(0.8, begin=2, end=9, every=3)",
+    "cubic": "cubic(0.8, begin=2, end=9, every=3)",
+    "cosine": "cosine(0.8, begin=2, end=9, every=3)",
+    "geometric": "geometric(0.2, begin=2, end=9, every=3)",
+    "custom": "custom(schedule, begin=2, end=9, every=3)",
+    "cyclic": "cyclic(0.8, dense=2, sparse=3, begin=2, end=9)",
+}
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_schedule_is_shown_as_the_call_that_makes_it(name):
+    assert repr(EXAMPLES[name]) == SHOWN[name]
+
+
+def test_settings_beside_the_defaults_and_long_trees_are_shown_in_short():
+    schedule = schedules.linear({str(i): 0.5 for i in range(40)}, 0, 9, 1, initial=0.1)
+    assert repr(schedule) == "linear(<dict>, begin=0, end=9, every=1, initial=0.1)"
+    assert repr(schedules.constant(0.5, end=4)) == "constant(0.5, begin=0, end=4, every=1)"

@@ -166,8 +166,8 @@ def test_a_step_of_training_gives_small_params_from_small_params(masks):
         return {"params": jax.tree.map(lambda p, g: p - 0.01 * g, variables["params"], grads)}
 
     variables = {"params": PARAMS}
-    (group,) = jp.find_groups(step, variables, X)
-    assert group.size == 6 and len(group.members) == 3
+    (group,) = (g for g in jp.find_groups(step, variables, X) if g.size == 6)
+    assert len(group.members) == 3
     small_fn, small = jp.shrink(step, variables, {"params": masks})
     assert jax.tree.map(jnp.shape, small_fn(small, X)) == jax.tree.map(jnp.shape, small)
 

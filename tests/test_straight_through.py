@@ -170,7 +170,7 @@ def test_a_criterion_with_memory_goes_on_remembering_removed_weights():
         moved = {path: moved[path] - w[path] * grads[path] for path in w}
         w = {path: w[path] - 0.25 * grads[path] for path in w}
         memory = leaves(state.masked.criterion_state)
-        assert set(memory) == {"a/kernel", "b/kernel"}
+        assert set(memory) == {("a", "kernel"), ("b", "kernel")}
         for path, m in leaves(jp.get_masks(state)).items():
             np.testing.assert_array_equal(memory[path], moved[path])
             if step in EVENTS:

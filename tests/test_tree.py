@@ -1,5 +1,6 @@
 """Tests of paths, holes and the question which leaves are prunable."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -8,9 +9,18 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.core import FrozenDict
 
 import jaxprune as jp
-from jaxprune._tree import is_hole, leaves_with_path, map_leaves, narrow
+from jaxprune._tree import (
+    align,
+    is_hole,
+    leaves_by_keys,
+    leaves_by_path,
+    leaves_with_path,
+    map_leaves,
+    narrow,
+)
 from tests.helpers import assert_trees_equal
 
 
@@ -132,3 +142,95 @@ def test_narrow_leaves_alone_what_does_not_mirror_the_params():
     assert narrow(mirror, part)["step"] is None
     other = {"loss": jnp.ones(3)}
     assert_trees_equal(narrow(other, part), other)
+
+
+class Attention(NamedTuple):
+    key: jax.Array
+    value: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Box:
+    value: jax.Array
+
+
+@pytest.mark.parametrize(
+    "tree, want",
+    [
+        ({"a": Attention(1.0, 2.0)}, ["a/key", "a/value"]),
+        ({"a": Attention(None, 2.0)}, ["a/value"]),  # the hole is a neighbour
+        ({"a": Box(1.0), "b": Box(2.0)}, ["a", "b"]),  # what a container adds
+        ({"a": {"value": 1.0}}, ["a/value"]),  # what somebody called it
+        (Box(1.0), ["value"]),
+        ({"a": Box(Attention(1.0, 2.0))}, ["a/value/key", "a/value/value"]),
+        ({"a": [Box(1.0)], "b": (Box(2.0), Box(3.0))}, ["a/0", "b/0", "b/1"]),
+    ],
+)
+def test_a_trailing_value_goes_only_where_it_is_alone(tree, want):
+    assert paths(tree) == want
+
+
+def test_leaves_are_told_apart_by_their_key_paths_not_by_their_strings():
+    tree = {"a/b": 1.0, "a": {"b": 2.0}}
+    assert paths(tree) == ["a/b", "a/b"]
+    assert leaves_by_keys(tree) == {("a/b",): 1.0, ("a", "b"): 2.0}
+    with pytest.raises(ValueError, match=r"`f` got several leaves at 'a/b'.*Rename a key"):
+        leaves_by_path(tree, "f")
+
+
+@pytest.mark.parametrize(
+    "tree, like",
+    [
+        ({"key": 1, "value": 2}, Attention(0, 0)),
+        (Attention(1, 2), {"key": 0, "value": 0}),
+        ({"a": {"value": 1}}, {"a": Box(0)}),
+        ({"a": 1}, {"a": Box(0)}),
+        ([1, 2], {0: 0, 1: 0}),
+        (FrozenDict({"a": {"b": 1}}), {"a": {"b": 0}}),
+    ],
+)
+def test_containers_of_the_same_names_mirror_one_another(tree, like):
+    aligned = align(tree, like)
+    assert jax.tree.structure(aligned) == jax.tree.structure(like)
+    assert jax.tree.leaves(aligned) == jax.tree.leaves(tree)
+
+
+HOLE = optax.MaskedNode()
+
+
+@pytest.mark.parametrize(
+    "tree, like, want",
+    [
+        (
+            {"a": HOLE, "b": 1},
+            {"a": {"x": 2, "y": 3}, "b": 4},
+            {"a": {"x": None, "y": None}, "b": 1},
+        ),
+        ({"a": None, "b": 1}, {"a": [2, {"y": 3}], "b": 4}, {"a": [None, {"y": None}], "b": 1}),
+        ({"a": {"x": 2, "y": 3}, "b": 4}, {"a": HOLE, "b": 1}, {"a": None, "b": 4}),
+        (
+            {"a": {"x": HOLE, "y": 3}},
+            {"a": {"x": {"z": 1}, "y": 2}},
+            {"a": {"x": {"z": None}, "y": 3}},
+        ),
+        ({"a": HOLE, "b": {}}, {"a": {}, "b": {}}, {"a": {}, "b": {}}),
+    ],
+)
+def test_a_hole_may_stand_for_a_subtree(tree, like, want):
+    assert align(tree, like) == want
+
+
+@pytest.mark.parametrize(
+    "tree, like",
+    [
+        ({"a": 1}, {"b": 1}),
+        ({"a": 1}, {"a": 1, "b": 1}),
+        ({"a": 1, "c": 2}, {"a": {"x": 1}, "c": 2}),  # a leaf is no hole
+        (None, {"a": 1}),  # nor does one stand for everything
+        ({"a": {"x": 1}}, {"a": 1}),
+        ({"a": 1}, {"a": 1, "b": None}),
+    ],
+)
+def test_other_trees_do_not_mirror_one_another(tree, like):
+    assert align(tree, like) is None

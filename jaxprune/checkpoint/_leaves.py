@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxprune._tree import is_hole, list_paths, path_str
+from jaxprune._tree import Slot, check_paths, is_hole, slots
 from jaxprune.masks import Packed
 
 NUMBERS = (bool, int, float, complex)
@@ -38,21 +38,23 @@ def is_leaf(node: Any) -> bool:
     return is_hole(node) or isinstance(node, Packed)
 
 
-def named(tree: Any, user: str, *, numbers: bool = False) -> dict[str, Any]:
-    """List the leaves by path, holes as None; refuse what has no name of its own or no array."""
-    pairs = [(path_str(path), leaf) for path, leaf in paths_and_leaves(tree)]
-    leaves = {path: None if is_hole(leaf) else leaf for path, leaf in pairs}
-    if len(leaves) < len(pairs):
-        paths = [path for path, _ in pairs]
-        twice = [path for path in leaves if paths.count(path) > 1]
-        raise ValueError(
-            f"`{user}` got several leaves at {list_paths(twice)}: paths are joined with '/', and "
-            "leaves are told apart by them. Rename a key that holds a '/'."
-        )
+def is_static(leaf: Any) -> bool:
+    """True for functions and strings, which modules hold among their arrays."""
+    return callable(leaf) or isinstance(leaf, str)
+
+
+def named(tree: Any, user: str) -> dict[str, Any]:
+    """List the leaves by path; refuse what has no name of its own or cannot be stored.
+
+    Holes are None, and so are functions and strings: the code has them, not the disk.
+    """
+    found = every_slot(tree)
+    check_paths([slot.path for slot in found], user)
+    leaves = {s.path: None if is_hole(s.leaf) or is_static(s.leaf) else s.leaf for s in found}
     bad = [
         f"{path!r} is {_what(leaf)}"
         for path, leaf in leaves.items()
-        if leaf is not None and (kind_of(leaf) is None or (type(leaf) in NUMBERS and not numbers))
+        if leaf is not None and kind_of(leaf) is None
     ]
     if bad:
         raise TypeError(
@@ -82,17 +84,20 @@ def _refuse_uneven_parts(leaves: dict[str, Any], user: str) -> None:
         )
 
 
-def paths_and_leaves(tree: Any) -> list[tuple[tuple[Any, ...], Any]]:
-    """The leaves, holes and packed masks among them, each with its key path."""
-    return jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_leaf)
+def every_slot(tree: Any) -> list[Slot]:
+    """The leaves, holes and packed masks among them, each with its names."""
+    return slots(tree, is_leaf)
 
 
 def fill_in(like: Any, leaves: Mapping[str, Any]) -> Any:
-    """Give a tree like ``like`` with these leaves, by path; its holes stay what they are."""
+    """Give a tree like ``like`` with these leaves, by path; holes and functions stay."""
     structure = jax.tree.structure(like, is_leaf=is_leaf)
-    old = [(path_str(path), leaf) for path, leaf in paths_and_leaves(like)]
     return jax.tree.unflatten(
-        structure, [leaf if is_hole(leaf) else leaves[path] for path, leaf in old]
+        structure,
+        [
+            s.leaf if is_hole(s.leaf) or is_static(s.leaf) else leaves[s.path]
+            for s in every_slot(like)
+        ],
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import numpy as np
 
-from jaxprune._tree import is_hole, list_paths, own_path, path_str
+from jaxprune._tree import is_hole, list_paths, map_leaves
 from jaxprune._types import Masks, Params
 from jaxprune.checkpoint._frame import (
     Tensor,
@@ -23,15 +23,16 @@ from jaxprune.checkpoint._leaves import (
     Kind,
     differences,
     digest,
+    every_slot,
     fill_in,
     from_bits,
     is_key,
     is_number,
+    is_static,
     kind_of,
     list_lines,
     named,
     on_host,
-    paths_and_leaves,
     place,
     sharding_of_mask,
     to_bits,
@@ -85,7 +86,7 @@ class Entry(NamedTuple):
         return {"path": self.keys, **what, **key, **mask, "sha256": self.sha256}
 
 
-def save(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
+def save(path: str | os.PathLike[str], params: Params, masks: Masks | None = None) -> None:
     """Save a finished sparse model as one small file.
 
     It holds the values that the masks keep and one bit a weight that says where they are: close to
@@ -96,8 +97,10 @@ def save(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
 
     Args:
       path: file to write, by custom ``*.safetensors``; its folder is made.
-      params: arrays in any tree, typed random keys too.
-      masks: masks like ``params``, packed or not; None for leaves to store as they are.
+      params: arrays and numbers in any tree, typed random keys too. Functions and strings among
+        the leaves, which modules have, stay in the code: ``load(path, like=module)``.
+      masks: masks like ``params``, packed or not; None for leaves to store as they are, or for all
+        of them, such as a small network that ``jp.shrink`` made.
 
     Raises:
       ValueError: the masks do not mirror the params, or two leaves have one path.
@@ -120,12 +123,13 @@ def save(path: str | os.PathLike[str], params: Params, masks: Masks) -> None:
       (dtype(bfloat16), None, 0.9)
     """
     leaves = named(params, "save(params)")
-    aligned = check_masks(unpack(masks), params, "masks")
-    mask_at = {path_str(path): _mask(mask) for path, mask in paths_and_leaves(aligned)}
+    none = map_leaves(lambda _: None, params)
+    aligned = none if masks is None else check_masks(unpack(masks), params, "masks")
+    mask_at = {slot.path: _mask(slot.leaf) for slot in every_slot(aligned)}
     random = [path for path, leaf in leaves.items() if is_key(leaf) and mask_at[path] is not None]
     if random:
         raise TypeError(f"`save` got masks for random keys: {list_paths(random)}. Put None there.")
-    keys = [_keys(path) for path, _ in paths_and_leaves(params)]
+    keys = [_keys(slot.key_path) for slot in every_slot(params)]
     stored = [
         _encode(key, leaf, mask_at[name])
         for key, (name, leaf) in zip(keys, leaves.items(), strict=True)
@@ -194,7 +198,7 @@ def load(path: str | os.PathLike[str], like: Params | None = None) -> tuple[Para
     params, masks = ({name: pair[i] for name, pair in leaves.items()} for i in (0, 1))
     if like is None:
         return _nest(entries, params), _nest(entries, masks)
-    return fill_in(like, params), fill_in(like, masks)
+    return fill_in(like, params), fill_in(map_leaves(_unless_static, like), masks)
 
 
 def _encode(keys: Keys, leaf: Any, mask: np.ndarray | None) -> tuple[Entry, dict[str, np.ndarray]]:
@@ -217,7 +221,9 @@ def _decode(entry: Entry, parts: list[np.ndarray], like: Any) -> tuple[Any, Any]
         return None, None
     dtype, shape = np.dtype(entry.kind.dtype), entry.kind.shape
     if entry.mask is None:
-        return place(parts[0].view(dtype).reshape(shape), like, entry.kind.key), None
+        value = place(parts[0].view(dtype).reshape(shape), like, entry.kind.key)
+        of_python = like is None and entry.kind.dtype in ("int", "float", "complex")
+        return value.item() if of_python else value, None
     array, mask = np.zeros(shape, dtype), from_bits(parts[1], entry.mask)
     words(array)[_flat(mask, shape)] = words(parts[0].view(dtype))  # through a view, into the array
     return place(array, like), place(mask, _like_mask(like, mask))
@@ -226,6 +232,11 @@ def _decode(entry: Entry, parts: list[np.ndarray], like: Any) -> tuple[Any, Any]
 def _flat(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     """The mask over all elements, in C order."""
     return np.broadcast_to(mask, shape).reshape(-1)
+
+
+def _unless_static(leaf: Any) -> Any:
+    """A leaf that may have a mask."""
+    return None if is_static(leaf) else leaf
 
 
 def _like_mask(like: Any, mask: np.ndarray) -> Any:
@@ -241,8 +252,8 @@ def _mask(mask: Any) -> np.ndarray | None:
 
 def _keys(path: tuple[Any, ...]) -> Keys:
     """A key path as plain strings and integers."""
-    parts = [jax.tree_util.keystr((key,), simple=True) for key in own_path(path)]
-    plain = [getattr(key, "key", getattr(key, "idx", None)) for key in own_path(path)]
+    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
+    plain = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
     return tuple(key if type(key) is int else part for key, part in zip(plain, parts, strict=True))
 
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 import jaxprune
-from jaxprune._tree import list_paths
+from jaxprune._tree import is_array, list_paths
 from jaxprune.checkpoint._frame import FORMAT, check_format
 from jaxprune.checkpoint._leaves import (
     Kind,
@@ -76,12 +76,13 @@ def save_run(
       >>> jp.checkpoint.latest_step(folder)
       100
     """
+    step = _whole(step)
     if type(step) is not int or step < 0 or type(keep) is not int or keep < 1:
         raise ValueError(
             f"`save_run` got step={step!r} and keep={keep!r}. Steps are integers from 0 on, and at "
             "least one is kept."
         )
-    leaves = named(state, "save_run(state)", numbers=True)
+    leaves = named(state, "save_run(state)")
     manifest = {"jaxprune": jaxprune.__version__, "config": _checked(config, "save_run")}
     kinds = {path: kind_of(leaf) for path, leaf in leaves.items()}
     stored = {path: _store(leaves[path], kind) for path, kind in kinds.items() if kind}
@@ -102,6 +103,12 @@ def save_run(
             f"`save_run` cannot write step {step} to {str(folder)!r}: {error.strerror}. The steps "
             "that were there are as they were; choose a folder that can be written",
         ) from error
+
+
+def _whole(step: Any) -> Any:
+    """An integer array of one element, such as a ``TrainState`` counts in, as a number."""
+    one = is_array(step) and not step.shape and np.issubdtype(step.dtype, np.integer)
+    return int(step) if one else step
 
 
 def restore_run(
@@ -145,7 +152,7 @@ def restore_run(
       >>> jp.checkpoint.restore_run(folder, state)["level"]
       1
     """
-    leaves = named(like, "restore_run(like)", numbers=True)
+    leaves = named(like, "restore_run(like)")
     config = None if config is None else _checked(config, "restore_run")
     _orbax("restore_run")
     if latest_step(folder) is None:
@@ -314,6 +321,7 @@ def _kinds(records: dict[str, Any]) -> dict[str, Kind | None]:
 
 def _existing(manager: Any, step: int | None) -> int:
     """The step that was asked for, or the latest."""
+    step = _whole(step)
     if step is None:
         return manager.latest_step()
     steps = sorted(manager.all_steps())

@@ -1,6 +1,6 @@
 """Masks made part of the parameters."""
 
-from jaxprune._tree import leaves_with_path, list_paths, map_with_path
+from jaxprune._tree import leaves_by_path, list_paths, map_with_path
 from jaxprune._types import Masks, Params
 from jaxprune.masks import apply_masks, unpack
 
@@ -28,8 +28,8 @@ def bake(params: Params, masks: Masks) -> Params:
       >>> bake(variables, {"params": {"w": jnp.array([True, False])}})
       {'params': {'w': Array([2., 0.], dtype=float32)}, 'steps': Array(7, dtype=int32...)}
     """
-    given = dict(leaves_with_path(unpack(masks)))
-    paths = [path for path, _ in leaves_with_path(params)]
+    given = leaves_by_path(unpack(masks), "bake(masks)")
+    paths = list(leaves_by_path(params, "bake(params)"))
     unknown = [path for path in given if path not in paths]
     if unknown:
         raise ValueError(

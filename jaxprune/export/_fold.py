@@ -9,8 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.extend import core
 
+from jaxprune.export._operations import rewrite
+from jaxprune.export._products import cast, common_type, convolve, dot, is_narrow
 from jaxprune.graph._analysis import source_line
 
 # Calls of one jaxpr, and the parameter that holds it. Derivatives have no use in a file.
@@ -76,20 +79,105 @@ def _evaluate(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     if not eqn.effects and all(map(is_known, values)) and _is_small(eqn):
         with jax.ensure_compile_time_eval():
             return bind(eqn, values)
+    if name in LOOPS:
+        return LOOPS[name](eqn.params, values)
+    if any(is_narrow(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)):
+        return _widened(eqn, values)
+    return _apply(eqn, values)
+
+
+def _apply(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Evaluate an operation by the one that does best in a file."""
+    wanted = common_type(eqn) if eqn.primitive.name in PRODUCTS else None
+    if wanted is None:
+        other = _simpler(eqn, values)
+        return bind(eqn, values) if other is None else [other]
+    values = [cast(x, wanted) for x in values]
+    eqn = eqn.replace(params={**eqn.params, "preferred_element_type": wanted})
     other = _simpler(eqn, values)
-    return bind(eqn, values) if other is None else [other]
+    (out,) = bind(eqn, values) if other is None else [_value(other)]
+    return [cast(out, eqn.outvars[0].aval.dtype)]
+
+
+def _widened(eqn: Any, values: Sequence[Any]) -> list[Any]:
+    """Compute in float32 what onnxruntime cannot compute, and round where JAX does."""
+    wide = np.dtype("float32")
+    values = [cast(x, wide) if is_narrow(x.dtype) else x for x in values]
+    params = {k: wide if _is_narrow_type(v) else v for k, v in eqn.params.items()}
+    outs = [_value(x) for x in _apply(eqn.replace(params=params), values)]
+    return [cast(x, v.aval.dtype) for x, v in zip(outs, eqn.outvars, strict=True)]
+
+
+def _is_narrow_type(value: Any) -> bool:
+    return isinstance(value, np.dtype) and is_narrow(value)
+
+
+def _scan(params: Any, values: Sequence[Any]) -> list[Any]:
+    body, split = (
+        params["jaxpr"],
+        (params["num_consts"], params["num_consts"] + params["num_carry"]),
+    )
+    fixed, start, rows = values[: split[0]], values[split[0] : split[1]], values[split[1] :]
+
+    def step(carry: Any, row: Any) -> Any:
+        outs = _run(body.jaxpr, body.consts, [*fixed, *carry, *row])
+        return outs[: params["num_carry"]], outs[params["num_carry"] :]
+
+    turn = (lambda x: jnp.flip(x, 0)) if params["reverse"] else (lambda x: x)
+    carry, stacked = lax.scan(
+        step, list(map(jnp.asarray, start)), list(map(turn, rows)), length=params["length"]
+    )
+    return [*carry, *map(turn, stacked)]
+
+
+def _while(params: Any, values: Sequence[Any]) -> list[Any]:
+    test, body = params["cond_jaxpr"], params["body_jaxpr"]
+    first = params["cond_nconsts"]
+    second = first + params["body_nconsts"]
+    return list(
+        lax.while_loop(
+            lambda carry: _run(test.jaxpr, test.consts, [*values[:first], *carry])[0],
+            lambda carry: _run(body.jaxpr, body.consts, [*values[first:second], *carry]),
+            list(map(jnp.asarray, values[second:])),
+        )
+    )
+
+
+def _cond(params: Any, values: Sequence[Any]) -> list[Any]:
+    """Compute all branches and choose: jax2onnx loses the constants of branches."""
+    index, *operands = values
+    results = [_run(b.jaxpr, b.consts, operands) for b in params["branches"]]
+    return [functools.reduce(
+        lambda chosen, other: jnp.where(index == other[0], other[1], chosen),
+        list(enumerate(outs))[1:], outs[0]) for outs in zip(*results, strict=True)]  # fmt: skip
+
+
+# What runs a jaxpr more than once, or not at all.
+LOOPS: dict[str, Callable[[Any, Sequence[Any]], list[Any]]] = {
+    "scan": _scan,
+    "while": _while,
+    "cond": _cond,
+}
 
 
 def _simpler(eqn: Any, values: Sequence[Any]) -> Any | None:
-    """What onnxruntime computes faster than the operation as it is."""
-    name, x = eqn.primitive.name, values[0]
+    """What goes into a file where the operation as it is does not, or is slower."""
+    name = eqn.primitive.name
     if name == "max" and is_known(values[1]) and np.ndim(values[1]) == 0 and not values[1]:
-        return jax.nn.relu(x)
+        return jax.nn.relu(values[0])
     if name == "integer_pow" and eqn.params["y"] in (2, 3):
+        x = values[0]
         return x * x if eqn.params["y"] == 2 else x * x * x
-    if name == "dot_general" and _is_batched(eqn, values):
-        return _batched(eqn, *values)
-    return _product(eqn, values)
+    product = _product(eqn, values) if name in PRODUCTS else None
+    if product is not None:
+        return product
+    if name in PRODUCTS:
+        return PRODUCTS[name](eqn, *values)
+    return rewrite(eqn, values)
+
+
+# How products are computed whose own form jax2onnx does not write, or as a slower operation.
+PRODUCTS = {"dot_general": dot, "conv_general_dilated": convolve}
 
 
 def equations(jaxpr: Any, caller: str | None = None) -> Iterator[tuple[Any, str | None]]:
@@ -117,6 +205,8 @@ def is_known(value: Any) -> bool:
 def _is_small(eqn: Any) -> bool:
     """Tell whether results are small enough to be kept in place of what computes them."""
     shapes = [getattr(v.aval, "shape", ()) for v in (*eqn.invars, *eqn.outvars)]
+    if eqn.primitive.name == "dim_as_value":  # an axis of any size, as a number
+        return False
     if not all(isinstance(n, int) for shape in shapes for n in shape):
         return False
     sizes = [math.prod(shape) for shape in shapes]
@@ -127,9 +217,9 @@ def _is_small(eqn: Any) -> bool:
 def _product(eqn: Any, values: Sequence[Any]) -> Product | None:
     """Hold a product with constant weights back, to see what follows it."""
     out = eqn.outvars[0].aval
-    if len(values) != 2 or is_known(values[0]) or not is_known(values[1]):
+    if is_known(values[0]) or not is_known(values[1]):
         return None
-    if out.dtype not in (np.float32, np.float64) or out.dtype != values[1].dtype:
+    if any(x.dtype != values[1].dtype or x.dtype not in (np.float32, np.float64) for x in values):
         return None
     make = functools.partial(_product_of, eqn, values[0])
     place: list[int | None] = [None] * out.ndim
@@ -148,7 +238,8 @@ def _product(eqn: Any, values: Sequence[Any]) -> Product | None:
 
 
 def _product_of(eqn: Any, x: Any, weights: Any, shift: Any) -> Any:
-    (out,) = bind(eqn, [x, weights])
+    out = PRODUCTS[eqn.primitive.name](eqn, x, weights)
+    out = bind(eqn, [x, weights])[0] if out is None else out
     return out if shift is None else out + shift
 
 
@@ -174,21 +265,6 @@ def _matrix_product(eqn: Any, x: Any, weights: Any, shift: Any) -> Any:
         whole = np.broadcast_to(shift, (*np.shape(shift)[: out.ndim - 1], *features))
         out = out + whole.reshape((1,) * (out.ndim - 1) + (-1,))
     return jnp.reshape(out, eqn.outvars[0].aval.shape)
-
-
-def _is_batched(eqn: Any, values: Sequence[Any]) -> bool:
-    """Tell a batch of plain matrix products: attention, for one."""
-    (left, _), (batch, _) = eqn.params["dimension_numbers"]
-    return len(left) == 1 and len(batch) > 0 and {np.ndim(x) for x in values} == {len(batch) + 2}
-
-
-def _batched(eqn: Any, a: Any, b: Any) -> Any:
-    """Bring the axes into the order of ``MatMul``: ``Einsum`` is slower."""
-    ((i,), (j,)), (left, right) = eqn.params["dimension_numbers"]
-    (rows,) = set(range(np.ndim(a))) - {i, *left}
-    (columns,) = set(range(np.ndim(b))) - {j, *right}
-    a, b = jnp.transpose(a, (*left, rows, i)), jnp.transpose(b, (*right, j, columns))
-    return jnp.matmul(a, b, precision=eqn.params["precision"])
 
 
 def _merge(name: str, operands: Sequence[Any]) -> Product | None:

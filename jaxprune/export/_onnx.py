@@ -17,6 +17,7 @@ from jaxprune.export._compare import compare
 from jaxprune.export._culprits import culprits
 from jaxprune.export._extras import need
 from jaxprune.export._fold import fold, is_known
+from jaxprune.export._pools import free_pools
 from jaxprune.export._program import Program, cpu, draw, make_program, names, trials
 from jaxprune.export._report import Report, describe, in_place
 from jaxprune.export._session import Session, measure
@@ -31,6 +32,7 @@ def onnx(
     *inputs: Any,
     masks: Masks | None = None,
     batch: str | None = "batch",
+    shapes: Any = None,
     opset: int = 20,
     latency: Sequence[int] = (1, 64),
     tolerance: float = 1e-4,
@@ -56,6 +58,10 @@ def onnx(
       masks: baked in first, see ``bake``.
       batch: name of a first axis of any size, that of all inputs whose first axis is as long as
         the first input's; None for the shapes as given.
+      shapes: names for axes of any size in place of ``batch``, in the words of
+        ``jax.export.symbolic_args_specs``: ``"batch, time, ..."`` for all inputs, or a tuple with
+        one for each; or what that returns, where sizes obey constraints. An input may also be a
+        ``jax.ShapeDtypeStruct`` that has such names already.
       opset: version of the ONNX operators; from 21 on onnxruntime 1.32 quantizes some networks to
         files that it cannot load.
       latency: batch sizes to time; only the one of the examples where ``batch`` is None, and none
@@ -63,8 +69,8 @@ def onnx(
       tolerance: the largest difference from ``fn`` to allow, as a fraction of the largest value of
         an output.
       seed: of NumPy's generator for the inputs to compare on: normal floats, and integers within
-        the range of the examples (zeros where they have no values). Two batch sizes are tried, and
-        the examples too.
+        the range of the examples (zeros where they have no values). Two sizes of each axis of
+        any size are tried, and the examples too.
 
     Returns:
       A ``Report``.
@@ -93,11 +99,13 @@ def onnx(
             f"`export.onnx` got {size / 2**30:.3g} GiB of weights, but one ONNX file holds less "
             "than 2 GiB. Shrink more, or use `jp.export.stablehlo`."
         )
-    program = make_program("onnx", fn, params, inputs, masks=masks, batch=batch)
+    program = make_program("onnx", fn, params, inputs, masks=masks, batch=batch, shapes=shapes)
     labels = names(program.spec_tree, "input"), names(program.outputs, "output")
     with in_place(path) as written:
-        session = _write(written, program, opset, labels)
-        pairs = ((session(values), program.reference(*values)) for values in trials(program, seed))
+        with _named(program, opset):
+            session = _write(written, program, opset, labels)
+            got = [(session(values), values) for values in trials(program, seed)]
+        pairs = ((outs, program.reference(*values)) for outs, values in got)
         with jax.default_device(cpu()):
             compared = compare("onnx", labels[1], pairs, tolerance)
         timed = measure(session, _batches(program, latency, seed)) if latency else None
@@ -107,18 +115,32 @@ def onnx(
 def _write(
     written: Path, program: Program, opset: int, labels: tuple[list[str], list[str]]
 ) -> Session:
-    """Write the file and load it, or name the operations that stand in the way."""
+    """Write the file and load it."""
+    convert = lambda *xs: _apart(fold(program.closed, *xs), xs)  # noqa: E731
+    written.write_bytes(_to_onnx(convert, program.specs, opset, *labels))
+    return Session(written, "onnx")
+
+
+@contextlib.contextmanager
+def _named(program: Program, opset: int) -> Iterator[None]:
+    """Name the operations that stand in the way of a file, or of running it."""
     try:
-        convert = lambda *xs: _apart(fold(program.closed, *xs), xs)  # noqa: E731
-        written.write_bytes(_to_onnx(convert, program.specs, opset, *labels))
-        return Session(written, "onnx")
+        yield
     except Exception as error:
-        attempt = lambda fn, specs: Session(_to_onnx(fn, specs, opset), "onnx")  # noqa: E731
+        attempt = lambda fn, specs: _alone(fn, specs, opset)  # noqa: E731
         raise ValueError(
             f"`export.onnx` cannot convert {culprits(program.closed.jaxpr, attempt, error)}: "
             f"{type(error).__name__}: {error}. Write it with operations that ONNX has, keep that "
             "part out of `fn`, or use `jp.export.stablehlo`, which knows all of JAX."
         ) from error
+
+
+def _alone(fn: Callable[..., Any], specs: Sequence[Any], opset: int) -> None:
+    """Convert one operation, and run it where its shapes are known."""
+    closed = jax.make_jaxpr(fn)(*specs)
+    session = Session(_to_onnx(lambda *xs: fold(closed, *xs), specs, opset), "onnx")
+    if all(isinstance(n, int) for x in specs for n in x.shape):
+        session([np.ones(x.shape, x.dtype) for x in specs])
 
 
 def _to_onnx(
@@ -139,6 +161,7 @@ def _to_onnx(
             input_names=inputs,
             output_names=outputs,
         )
+    free_pools(model)
     merge_biases(model)
     del model.graph.value_info[:]  # shapes in between: runtimes infer them, and some are wrong
     need("onnx.checker", "onnx").check_model(model)
@@ -180,6 +203,6 @@ def _batches(
 ) -> dict[int, Sequence[np.ndarray]]:
     rng = np.random.default_rng(seed)
     if program.batch is None:
-        shape = program.specs[0].shape
-        return {shape[0] if shape else 1: draw(program, rng, None)}
-    return {n: draw(program, rng, n) for n in latency}
+        values = draw(program, rng, program.sizes)
+        return {values[0].shape[0] if values[0].shape else 1: values}
+    return {n: draw(program, rng, {**program.sizes, program.batch: n}) for n in latency}

@@ -1,16 +1,23 @@
 """A function with its parameters inside, the shapes of its inputs, and values to try it on."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree import leaves_with_path, list_paths, path_str
+from jaxprune._tree import is_array, join_static, leaves_with_path, list_paths, split_static
 from jaxprune._types import Masks, Params
 from jaxprune.export._bake import bake
-from jaxprune.graph._network import is_array, join_static, split_static
+from jaxprune.export._sizes import (
+    first_sizes,
+    named_specs,
+    other_sizes,
+    sized,
+    solve,
+    symbols,
+)
 
 
 class Program(NamedTuple):
@@ -19,11 +26,12 @@ class Program(NamedTuple):
     Attributes:
       reference: the function, compiled, from the input arrays to the list of results.
       closed: its jaxpr at the specs, parameters inside.
-      specs: shapes and types of the input arrays, the batch symbolic.
+      specs: shapes and types of the input arrays, some axes of any size.
       given: the input arrays as they were given.
       spec_tree: the specs nested as the inputs are, without inputs that hold no array.
       outputs: shapes and types of the results.
-      batch: size of the batch that was given; None where it is not symbolic.
+      sizes: how large the axes of any size are in the examples, by their names.
+      batch: name of the first axis of the first input; None where its size is fixed.
     """
 
     reference: Callable[..., list[Any]]
@@ -32,7 +40,8 @@ class Program(NamedTuple):
     given: list[Any]
     spec_tree: tuple[Any, ...]
     outputs: Any
-    batch: int | None
+    sizes: dict[str, int]
+    batch: str | None
 
 
 def make_program(
@@ -43,6 +52,7 @@ def make_program(
     *,
     masks: Masks | None,
     batch: str | None,
+    shapes: Any,
 ) -> Program:
     """Take the parameters in and find out that the function can be traced at these shapes."""
     arrays, static = split_static(inputs)
@@ -57,16 +67,38 @@ def make_program(
         return fn(join_static(weights, others), *join_static(arrays, static))
 
     fixed = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-    size = next((x.shape[0] for x in fixed if x.shape), None) if batch else None
-    specs = fixed if batch is None or size is None else _symbolic(fixed, size, batch)
+    specs = _specs(user, fixed, _nest(fixed, inputs), batch, shapes)
     closed, outputs = _trace(user, lambda *arrays: run(weights, arrays), specs, fixed)
     if not jax.tree.leaves(outputs):
         raise ValueError(f"`export.{user}` got a function that returns no array. Return one.")
-    left = iter(specs)
-    nested = (jax.tree.map(lambda x: next(left) if is_array(x) else None, x) for x in inputs)
-    trees = tuple(tree for tree in nested if jax.tree.leaves(tree))
+    trees = tuple(tree for tree in _nest(specs, inputs) if jax.tree.leaves(tree))
     reference = lambda *arrays: jax.tree.leaves(run(weights, arrays))  # noqa: E731
-    return Program(reference, closed, specs, arrays, trees, outputs, size)
+    sizes = solve(specs, [x.shape for x in fixed]) if _is_fixed(fixed) else first_sizes(user, specs)
+    first = next((str(x.shape[0]) for x in specs if x.shape), None)
+    named = first if first in sizes else None
+    return Program(reference, closed, specs, arrays, trees, outputs, sizes, named)
+
+
+def _nest(specs: Sequence[Any], inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Put specs in the places of the arrays; None for what is no array."""
+    left = iter(specs)
+    return tuple(jax.tree.map(lambda x: next(left) if is_array(x) else None, x) for x in inputs)
+
+
+def _is_fixed(specs: Sequence[Any]) -> bool:
+    return all(isinstance(n, int) for x in specs for n in x.shape)
+
+
+def _specs(
+    user: str, fixed: Sequence[Any], trees: Any, batch: str | None, shapes: Any
+) -> list[jax.ShapeDtypeStruct]:
+    """Shapes with names for the axes of any size."""
+    if shapes is not None:
+        return named_specs(user, fixed, trees, shapes)
+    size = next((x.shape[0] for x in fixed if x.shape), None) if batch else None
+    if batch is None or size is None or not _is_fixed(fixed):
+        return list(fixed)
+    return _symbolic(fixed, size, batch)
 
 
 def cpu() -> jax.Device:
@@ -107,40 +139,57 @@ def _trace(user: str, flat: Any, specs: Sequence[Any], fixed: Sequence[Any]) -> 
     try:
         return jax.make_jaxpr(flat, return_shape=True)(*specs)
     except Exception as error:
-        if list(specs) != list(fixed):
-            jax.eval_shape(flat, *fixed)  # what fails here as well is the function's own error
+        if not _is_fixed(specs):
+            if _is_fixed(fixed):
+                jax.eval_shape(flat, *fixed)  # what fails here too is the function's own error
             raise ValueError(
-                f"`export.{user}` cannot trace `fn` for a batch of any size: "
-                f"{type(error).__name__}: {str(error).splitlines()[0]} Write shapes as "
-                "`x.shape[0]` instead of `len(x)` or a number, or pass `batch=None` for the shapes "
-                "as given."
+                f"`export.{user}` cannot trace `fn` for {_any_size(specs)}: "
+                f"{type(error).__name__}: {str(error).splitlines()[0]} {_hint(specs)}"
             ) from error
         raise
 
 
+def _any_size(specs: Sequence[Any]) -> str:
+    named = list(symbols(specs))
+    return "a batch of any size" if len(named) == 1 else f"{', '.join(named)} of any size"
+
+
+def _hint(specs: Sequence[Any]) -> str:
+    if len(symbols(specs)) == 1:
+        return (
+            "Write shapes as `x.shape[0]` instead of `len(x)` or a number, or pass `batch=None` "
+            "for the shapes as given."
+        )
+    return (
+        "Write shapes as `x.shape[1]` instead of a number, say what the sizes obey with "
+        "`shapes=jax.export.symbolic_args_specs(inputs, words, constraints=('time <= 512',))`, or "
+        "leave an axis as it is with `_` for its name."
+    )
+
+
 def names(tree: Any, prefix: str) -> list[str]:
     """Name the leaves of a tree by their paths: ``output``, ``input_0``, ``output_logits``."""
-    paths = [path_str(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    paths = [path for path, _ in leaves_with_path(tree)]
     found = ["_".join([prefix, *path.split("/")]) if path else prefix for path in paths]
     twice = len(set(found)) < len(found)  # such as `a_b` beside `a/b`
     return [f"{prefix}_{i}" for i in range(len(found))] if twice else found
 
 
 def trials(program: Program, seed: int) -> Iterator[list[np.ndarray]]:
-    """Inputs to compare on: those given, random ones, and random ones for another batch size."""
+    """Inputs to compare on: those given, random ones, and random ones of other sizes."""
     rng = np.random.default_rng(seed)
     if not any(isinstance(x, jax.ShapeDtypeStruct) for x in program.given):
         yield [np.asarray(x) for x in program.given]
-    yield draw(program, rng, program.batch)
-    if program.batch is not None:
-        yield draw(program, rng, 3 if program.batch == 1 else 1)
+    yield draw(program, rng, program.sizes)
+    if program.sizes:
+        yield draw(program, rng, other_sizes(program.specs, program.sizes, program.batch))
 
 
-def draw(program: Program, rng: np.random.Generator, batch: int | None) -> list[np.ndarray]:
+def draw(program: Program, rng: np.random.Generator, sizes: Mapping[str, int]) -> list[np.ndarray]:
     """Random inputs: normal floats, integers between the smallest and the largest given."""
     drawn = []
-    for given, spec in zip(program.given, program.specs, strict=True):
-        shape: Any = tuple(n if isinstance(n, int) else batch for n in spec.shape)
+    shapes = sized(program.specs, sizes)
+    for given, spec, shape in zip(program.given, program.specs, shapes, strict=True):
         if jnp.issubdtype(spec.dtype, jnp.inexact):
             values: Any = rng.standard_normal(shape)
         else:

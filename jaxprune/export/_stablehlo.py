@@ -22,6 +22,7 @@ def stablehlo(
     *inputs: Any,
     masks: Masks | None = None,
     batch: str | None = "batch",
+    shapes: Any = None,
     platforms: Sequence[str] = ("cpu", "cuda", "tpu"),
     tolerance: float = 1e-4,
     seed: int = 0,
@@ -41,12 +42,16 @@ def stablehlo(
       masks: baked in first, see ``bake``.
       batch: name of a first axis of any size, that of all inputs whose first axis is as long as
         the first input's; None for the shapes as given.
+      shapes: names for axes of any size in place of ``batch``, in the words of
+        ``jax.export.symbolic_args_specs``: ``"batch, time, ..."`` for all inputs, or a tuple with
+        one for each; or what that returns, where sizes obey constraints. An input may also be a
+        ``jax.ShapeDtypeStruct`` that has such names already.
       platforms: what it is compiled for; ``"cpu"`` has to be among them.
       tolerance: the largest difference from ``fn`` to allow, as a fraction of the largest value of
         an output.
       seed: of NumPy's generator for the inputs to compare on: normal floats, and integers within
-        the range of the examples (zeros where they have no values). Two batch sizes are tried, and
-        the examples too.
+        the range of the examples (zeros where they have no values). Two sizes of each axis of
+        any size are tried, and the examples too.
 
     Returns:
       A ``Report`` without latency.
@@ -74,7 +79,7 @@ def stablehlo(
             f"`export.stablehlo(platforms={tuple(platforms)})` could not be compared with `fn` "
             "here. Add 'cpu'; the file runs on all of the platforms."
         )
-    program = make_program("stablehlo", fn, params, inputs, masks=masks, batch=batch)
+    program = make_program("stablehlo", fn, params, inputs, masks=masks, batch=batch, shapes=shapes)
     data = _serialize(program, tuple(platforms))
     with in_place(path) as written:
         written.write_bytes(data)

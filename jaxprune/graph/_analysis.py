@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -10,12 +11,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import jaxlib
 import numpy as np
 from jax.extend import core
 
 from jaxprune._mesh import fitting
 from jaxprune.graph._coupling import Coupling, Ids, Why
 from jaxprune.graph._take import take
+
+Values = frozenset[Any]  # numbers that may lie somewhere; None stands for any number
+ANYTHING: Values = frozenset((None,))
+ZERO: Values = frozenset((0.0,))
 
 
 class Axis(NamedTuple):
@@ -24,10 +30,33 @@ class Axis(NamedTuple):
     Attributes:
       ids: one id for each index along the axis.
       zero: whether what lies at a removed index is zero in the masked network.
+      other: if not, what may lie there: ``{1.0}`` once zeros went through ``exp``, ``{0.0, None}``
+        where it may be zero or anything.
     """
 
     ids: Ids
     zero: bool
+    other: Values = ANYTHING
+
+    @property
+    def values(self) -> Values:
+        """What may lie at a removed index."""
+        return ZERO if self.zero else self.other
+
+    def mixed(self) -> "Axis":
+        """The same axis after a sum or product with what is not known: zeros alone stay zeros."""
+        return self if self.zero else axis_of(self.ids, (self.values & ZERO) | ANYTHING)
+
+
+def axis_of(ids: Ids, *values: Values) -> Axis:
+    """An axis at whose removed indices one of the given values lies.
+
+    To know one number is enough, or that it may be zero; sets of numbers would never be stable.
+    """
+    found = frozenset.union(*values)
+    if len(found) > 1:
+        found = (found & ZERO) | ANYTHING
+    return Axis(ids, found == ZERO, found)
 
 
 Axes = tuple[Axis | None, ...]  # one for each axis of a value; None where it cannot be cut
@@ -73,6 +102,7 @@ class Frame:
     caller: "Site | None" = None  # the equation that calls it
     skip: dict[int, int] = dataclasses.field(default_factory=dict)  # equation: operand to pass on
     drop: set[int] = dataclasses.field(default_factory=set)  # results that nobody wants
+    weights: set[core.Var] = dataclasses.field(default_factory=set)  # made of parameters alone
     scale: dict[int, float] = dataclasses.field(default_factory=dict)  # equation: factor
 
     def of(self, atom: Any) -> Axes:
@@ -82,6 +112,14 @@ class Frame:
     @property
     def outs(self) -> list[Axes]:
         return [self.of(v) for v in self.jaxpr.outvars]
+
+
+class Constant(NamedTuple):
+    """An array that is part of a program."""
+
+    value: Any
+    axes: Axes
+    program: core.ClosedJaxpr
 
 
 @dataclasses.dataclass
@@ -95,11 +133,15 @@ class Analysis:
     exact: bool = True  # whether to note where cutting differs from masking
     deriving: int = 0  # how many derivatives of custom functions it is inside of
     warned: set[str] = dataclasses.field(default_factory=set)
+    own: int = 0  # ids below are those of parameters
+    taught: frozenset[str] = frozenset()  # primitives with a rule of the user's
+    constants: list["Constant"] = dataclasses.field(default_factory=list)
 
-    def fresh(self, shape: Sequence[Any], zero: bool = False) -> Axes:
+    def fresh(self, shape: Sequence[Any], zero: bool = False, values: Values = ANYTHING) -> Axes:
         """Axes of a value that nothing is known of. An axis of one index is never cut."""
+        values = ZERO if zero else values
         return tuple(
-            Axis(self.coupling.fresh(n), zero) if isinstance(n, int) and n > 1 else None
+            axis_of(self.coupling.fresh(n), values) if isinstance(n, int) and n > 1 else None
             for n in shape
         )
 
@@ -109,18 +151,32 @@ class Analysis:
         ins: Sequence[Axes],
         known: Sequence[Known | None] | None = None,
         caller: "Site | None" = None,
+        weights: Sequence[bool] = (),
     ) -> Frame:
-        """Give axes to every value of a jaxpr, from those of its inputs."""
+        """Give axes to every value of a jaxpr, from those of its inputs.
+
+        ``known`` are what computes inputs that are constant, ``weights`` says which of them are
+        made of parameters alone.
+        """
         consts = list(jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else []
+        fixed_axes = [self.fresh(np.shape(c)) for c in consts]
+        self.constants += [Constant(*c, jaxpr) for c in zip(consts, fixed_axes, strict=True)]
         jaxpr = hoist(jaxpr) if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
-        ins = [*(self.fresh(np.shape(c)) for c in consts), *ins]
+        ins = [*fixed_axes, *ins]
         frame = Frame(jaxpr, dict(zip(jaxpr.invars, ins, strict=True)), {}, {}, consts, caller)
         fixed = [functools.partial(np.asarray, c) if is_known(c) else None for c in consts]
         for var, value in zip(jaxpr.invars, [*fixed, *(known or ())], strict=False):
             if value is not None:
                 frame.known[var] = value
+        given = zip(jaxpr.invars[len(consts) :], weights, strict=False)
+        frame.weights.update(v for v, own in given if own)
         for number, eqn in enumerate(jaxpr.eqns):
             site = Site(self, frame, number, eqn)
+            if all(site.weights()):
+                frame.weights.update(eqn.outvars)
+            if eqn.primitive.name in self.taught:
+                for axis in (axis for axes in site.ins for axis in axes if axis is not None):
+                    self.coupling.read(axis.ids)
             rule = self.rules.get(eqn.primitive.name, Rule(_unknown))
             for var, axes in zip(eqn.outvars, rule.couple(site), strict=True):
                 frame.axes[var] = axes
@@ -203,12 +259,14 @@ class Site:
         return list(out) if self.eqn.primitive.multiple_results else [out]
 
     def name(self) -> str:
-        """The primitive and the line that called it."""
-        site: Site | None = self
-        line = None
-        while site is not None and line is None:  # what jax caches has lost who called it
-            line, site = source_line(site.eqn), site.frame.caller
-        return f"`{self.eqn.primitive.name}` at {line or 'an unknown line'}"
+        """The primitive and the line that called it, the user's own if there is one."""
+        chain: list[Any] = [self.eqn]  # what jax caches has lost who called it
+        site = self.frame.caller
+        while site is not None:
+            chain, site = [*chain, site.eqn], site.frame.caller
+        own = (line for eqn in chain if (line := source_line(eqn, packages=False)))
+        line = next(own, None) or next(filter(None, map(source_line, chain)), "an unknown line")
+        return f"`{self.eqn.primitive.name}` at {line}"
 
     def join(self, *axes: Axis | None) -> Ids | None:
         """Couple axes of the same size index by index; one that cannot be cut holds all."""
@@ -224,9 +282,25 @@ class Site:
 
     def contract(self, *axes: Axis | None) -> None:
         """Couple axes that are summed over, and note if what is removed was not zero."""
+        met = self._met(*axes)
         ids = self.join(*axes)
-        if ids is not None and not any(axis.zero for axis in axes if axis is not None):
+        if ids is None:
+            return
+        self.analysis.coupling.read(ids[met])
+        if not any(axis.zero for axis in axes if axis is not None):
             self.blur(ids, lambda: f"{self.name()} sums what is not zero where a unit is removed")
+
+    def _met(self, *axes: Axis | None) -> np.ndarray:
+        """Tell at which indices what is summed was made along an axis of a parameter.
+
+        What a program makes (padding, one-hot vectors) meets a parameter without being its product,
+        and a sum of weights alone meets no data.
+        """
+        coupling, n = self.analysis.coupling, self.analysis.own
+        made = [coupling.find(axis.ids) < n for axis in axes if axis is not None]
+        if not made or (len(axes) == 1 and all(self.weights())):
+            return np.zeros(0 if not made else len(made[0]), bool)
+        return np.logical_and.reduce(made)
 
     def freeze(self, axis: Axis | None, why: Why | None = None) -> None:
         """Forbid to cut an axis."""
@@ -239,15 +313,15 @@ class Site:
         if self.analysis.exact:
             self.analysis.coupling.blur(ids, why)
 
-    def fresh(self, shape: Sequence[Any], zero: bool = False) -> Axes:
+    def fresh(self, shape: Sequence[Any], zero: bool = False, values: Values = ANYTHING) -> Axes:
         """Axes of a value that nothing is known of."""
-        return self.analysis.fresh(shape, zero)
+        return self.analysis.fresh(shape, zero, values)
 
     def product(self, rows: Axis, columns: Axis) -> Axis:
         """Lay two axes out along one, the first of them outermost."""
         cells = self.analysis.coupling.fresh(len(rows.ids) * len(columns.ids))
         self.analysis.coupling.product(cells, rows.ids, columns.ids)
-        return Axis(cells, rows.zero and columns.zero)
+        return axis_of(cells, rows.values, columns.values)
 
     def inner(self, i: int = 0) -> Callable[..., list[Any]]:
         """The function of a jaxpr inside of the equation, on cut operands."""
@@ -255,10 +329,14 @@ class Site:
         return lambda *values: evaluate(self.analysis, frame, alive, values)
 
     def walk(
-        self, jaxpr: Any, ins: Sequence[Axes], known: Sequence[Known | None] | None = None
+        self,
+        jaxpr: Any,
+        ins: Sequence[Axes],
+        known: Sequence[Known | None] | None = None,
+        weights: Sequence[bool] = (),
     ) -> Frame:
         """Walk a jaxpr inside of the equation; its frame is kept, in the order of the calls."""
-        frame = self.analysis.walk(jaxpr, ins, known, self)
+        frame = self.analysis.walk(jaxpr, ins, known, self, weights)
         self.frame.inner.setdefault(self.number, []).append(frame)
         return frame
 
@@ -277,10 +355,21 @@ class Site:
             for v in self.eqn.invars
         ]
 
+    def weights(self) -> list[bool]:
+        """For each operand whether it is made of parameters and numbers alone."""
+        own = self.frame.weights
+        return [not isinstance(v, core.Var) or v in own for v in self.eqn.invars]
+
     def value(self, i: int) -> np.ndarray | None:
         """The value of an operand, if it depends on no input."""
         value = self.known()[i]
         return None if value is None else value()
+
+    def scalar(self, i: int) -> Any:
+        """The operand's value if it is one known number, else None."""
+        one = math.prod(self.eqn.invars[i].aval.shape) == 1
+        value = self.value(i) if one else None
+        return None if value is None else value.item()
 
     def is_zero(self, i: int) -> bool:
         """Tell whether an operand is a zero that is written in the program."""
@@ -397,19 +486,21 @@ def _unknown(at: Site) -> list[Axes]:
     return [(None,) * len(getattr(v.aval, "shape", ())) for v in at.eqn.outvars]
 
 
-# Where frames of a traceback lie that are not the user's: jax, the standard library, this one.
-_LIBRARIES = (
-    *(str(Path(m.__file__ or "").parent) for m in (jax, functools)),
-    str(Path(__file__).parents[1]),
-    "<frozen",
-)
+# Where frames of a traceback lie that are nobody's who uses jax: its own, ours.
+_INSIDE = (*(str(Path(m.__file__ or "").parent) + os.sep for m in (jax, jaxlib)), "<frozen")
+_OURS = str(Path(__file__).parents[1]) + os.sep
+_STANDARD = str(Path(functools.__file__).parent) + os.sep
 
 
-def source_line(eqn: Any) -> str | None:
-    """Name the file and line of whoever called a primitive, libraries left out."""
+def source_line(eqn: Any, *, packages: bool = True) -> str | None:
+    """Name the file and line of whoever called a primitive: the user's, or else a package's."""
     traceback = eqn.source_info.traceback
-    for frame in [] if traceback is None else traceback.frames:
-        name = frame.file_name
-        if not name.startswith(_LIBRARIES) and "site-packages" not in name:
-            return f"{Path(name).name}:{frame.line_num}"
-    return None
+    frames = [] if traceback is None else traceback.frames
+    frames = [f for f in frames if not f.file_name.startswith((*_INSIDE, _OURS))]
+    own = [f for f in frames if not _packaged(f) and not f.file_name.startswith(_STANDARD)]
+    found = own or ([f for f in frames if _packaged(f)] if packages else [])
+    return f"{Path(found[0].file_name).name}:{found[0].line_num}" if found else None
+
+
+def _packaged(frame: Any) -> bool:
+    return "site-packages" in frame.file_name or "dist-packages" in frame.file_name

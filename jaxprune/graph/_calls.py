@@ -11,14 +11,16 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxprune.graph._analysis import Axes, Axis, Frame, Rule, Site, evaluate
+from jaxprune.graph._analysis import Axes, Axis, Frame, Rule, Site, Values, axis_of, evaluate
+from jaxprune.graph._lean import lean
 from jaxprune.graph._take import take
 
 
 def call(at: Site) -> list[Axes]:
     """A plain call of the jaxpr in a parameter."""
-    jaxpr = at.params["jaxpr"] if "jaxpr" in at.params else at.params["call_jaxpr"]
-    frame = at.walk(jaxpr, at.ins, at.known())
+    names = ("jaxpr", "call_jaxpr", "call")
+    jaxpr = next(at.params[name] for name in names if name in at.params)
+    frame = at.walk(jaxpr, at.ins, at.known(), at.weights())
     for var, inside in zip(at.eqn.outvars, frame.jaxpr.outvars, strict=True):
         if isinstance(inside, core.Var) and inside in frame.known:
             at.frame.known[var] = frame.known[inside]
@@ -42,8 +44,7 @@ def _both(at: Site, a: Axes, b: Axes) -> Axes:
     joined = []
     for i, j in zip(a, b, strict=True):
         ids = at.join(i, j)
-        zero = all(axis is not None and axis.zero for axis in (i, j))
-        joined.append(None if ids is None else Axis(ids, zero))
+        joined.append(None if i is None or j is None else axis_of(ids, i.values, j.values))
     return tuple(joined)
 
 
@@ -58,8 +59,14 @@ def _until_stable(at: Site, jaxpr: Any, consts: Any, carry: list[Axes], xs: Any)
         carry[:] = after
 
 
-def _pattern(axes: Axes) -> list[bool | None]:
-    return [None if axis is None else axis.zero for axis in axes]
+def _pattern(axes: Axes) -> list[Values | None]:
+    return [None if axis is None else axis.values for axis in axes]
+
+
+def _valued(axes: Axes, by: Axes) -> Axes:
+    """The first axes, with what lies at removed indices of the others."""
+    pairs = zip(axes, by, strict=True)
+    return tuple(a if a is None or b is None else axis_of(a.ids, b.values) for a, b in pairs)
 
 
 def scan_sizes(params: Mapping[str, Any]) -> tuple[int, int]:
@@ -76,6 +83,8 @@ def scan(at: Site) -> list[Axes]:
     consts, carry, xs = at.ins[:n], list(at.ins[n : n + k]), at.ins[n + k :]
     frame = _until_stable(at, at.params["jaxpr"], consts, carry, [x[1:] for x in xs])
     ys = frame.outs[k:]
+    if at.params["length"]:  # what is carried out is what the last step made, not the start
+        carry = [_valued(a, b) for a, b in zip(carry, frame.outs[:k], strict=True)]
     lead = [x[0] for x in xs]
     if xs and at.params["length"] > 1:
         lead += [axes[0] for _ in ys for axes in [at.fresh((at.params["length"],))]]
@@ -283,7 +292,7 @@ def _walk_derivative(
     forward = at.eqn.primitive.name.startswith("custom_jvp")
     given = at.eqn.invars if forward else at.eqn.outvars
     tangents = _only(_inexact(given), [v.aval for v in given])
-    traced = _trace_in_place(at, derivative, primals, tangents)
+    traced = lean(_trace_in_place(at, derivative, primals, tangents))
     exact, at.analysis.exact = at.analysis.exact, False
     at.analysis.deriving += 1
     frame = at.walk(traced, [*at.ins, *seeds])
@@ -343,7 +352,10 @@ def _where(which: Sequence[bool], new: Sequence[Any], old: Sequence[Any]) -> lis
 
 
 RULES = {
-    **{name: Rule(call, cut_call) for name in ("jit", "closed_call", "composite")},
+    **{
+        name: Rule(call, cut_call)
+        for name in ("jit", "closed_call", "composite", "custom_vmap_call")
+    },
     **{name: Rule(call, cut_remat) for name in ("remat", "remat2", "checkpoint")},
     "scan": Rule(scan, cut_scan),
     "while": Rule(while_, cut_while),

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
-import jax
 import jax.numpy as jnp
 
-from jaxprune._tree import list_paths, path_str
+from jaxprune._tree import is_array, leaves_with_path, list_paths
 
 Place: TypeAlias = int | str
 # Where it goes in among the arguments, and where it comes out among the results, or None.
@@ -20,7 +19,7 @@ def carry_pairs(carry: Carry | None, arguments: Any, results: Any) -> dict[int, 
     ``arguments`` are positional ones, the params first, and a dict of keywords.
     """
     given = _arrays(arguments)
-    made = [(path_str(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(results)]
+    made = leaves_with_path(results)
     pairs: dict[int, int | None] = {}
     for place, old in _inputs(carry, given):
         back = _as_mapping(carry)[place]
@@ -45,11 +44,8 @@ def carry_inputs(carry: Carry | None, arguments: Any) -> list[int]:
 
 
 def _arrays(arguments: Any) -> Leaves:
-    return [
-        (path_str(path[1:]), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(arguments)
-        if hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-    ]
+    found = [(path, leaf) for path, leaf in leaves_with_path(arguments) if is_array(leaf)]
+    return [(path.partition("/")[2], leaf) for path, leaf in found]
 
 
 def _inputs(carry: Carry | None, given: Leaves) -> Iterator[tuple[Place, list[int]]]:

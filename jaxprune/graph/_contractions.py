@@ -1,8 +1,11 @@
 """Rules for sums and products of axes: dots, convolutions, reductions."""
 
+from collections.abc import Iterable
 from typing import Any
 
-from jaxprune.graph._analysis import Axes, Axis, Rule, Site
+import numpy as np
+
+from jaxprune.graph._analysis import ANYTHING, Axes, Axis, Rule, Site, axis_of
 
 
 def dot_general(at: Site) -> list[Axes]:
@@ -13,12 +16,56 @@ def dot_general(at: Site) -> list[Axes]:
         at.contract(a[i], b[j])
     out: list[Axis | None] = []
     for i, j in zip(left_batch, right_batch, strict=True):
-        ids = at.join(a[i], b[j])
-        zero = any(axis is not None and axis.zero for axis in (a[i], b[j]))
-        out.append(None if ids is None else Axis(ids, zero))
+        out.append(_multiplied(at, a[i], b[j]))
     out += [axis for i, axis in enumerate(a) if i not in (*left, *left_batch)]
     out += [axis for j, axis in enumerate(b) if j not in (*right, *right_batch)]
-    return [tuple(out)]
+    return [mixed(out)]
+
+
+def ragged_dot(at: Site) -> list[Axes]:
+    """A product for each group of rows: what is grouped stays whole, all else as in a product."""
+    numbers = at.params["ragged_dot_dimension_numbers"]
+    (left, right), (left_batch, right_batch) = numbers.dot_dimension_numbers
+    a, b, *others = at.ins
+    ragged, groups = numbers.lhs_ragged_dimensions, numbers.rhs_group_dimensions
+    held = [a[i] for i in ragged] + [b[i] for i in groups]
+    for axis in [*held, *(axis for axes in others for axis in axes)]:
+        at.freeze(axis)
+    for i, j in zip(left, right, strict=True):
+        at.contract(a[i], b[j])
+    out = [_multiplied(at, a[i], b[j]) for i, j in zip(left_batch, right_batch, strict=True)]
+    gone = (*left, *left_batch)
+    out += [None if i in ragged else axis for i, axis in enumerate(a) if i not in gone]
+    gone = (*right, *right_batch, *groups)
+    out += [axis for j, axis in enumerate(b) if j not in gone]
+    lead = len(at.out_shape()) - len(out)  # one of the groups, where rows were summed over
+    return [(*[None] * lead, *mixed(out))]
+
+
+def reduce_any(at: Site) -> list[Axes]:
+    """Reduce by a function of the user's, of one array or of several side by side."""
+    arrays = at.ins[: len(at.ins) // 2]
+    gone = at.params["dimensions"]
+    out: list[Axis | None] = []
+    for i in range(len(arrays[0])):
+        ids = at.join(*(axes[i] for axes in arrays))
+        if i in gone:
+            at.freeze(None if ids is None else Axis(ids, False))
+        else:
+            out.append(None if ids is None else Axis(ids, False))
+    return [tuple(out)] * len(at.eqn.outvars)
+
+
+def mixed(axes: Iterable[Axis | None]) -> Axes:
+    """Axes that are left of a sum of products: of what lies there only zeros stay known."""
+    return tuple(None if axis is None else axis.mixed() for axis in axes)
+
+
+def _multiplied(at: Site, a: Axis | None, b: Axis | None) -> Axis | None:
+    ids = at.join(a, b)
+    if a is None or b is None or ids is None:
+        return None
+    return Axis(ids, True) if a.zero or b.zero else axis_of(ids, a.values, b.values)
 
 
 def conv(at: Site) -> list[Axes]:
@@ -39,7 +86,7 @@ def conv(at: Site) -> list[Axes]:
     out: list[Axis | None] = [None] * len(x)
     out[numbers.out_spec[0]] = x[batch] if at.params["batch_group_count"] == 1 else None
     out[numbers.out_spec[1]] = kernel[outputs]
-    return [tuple(out)]
+    return [mixed(out)]
 
 
 def _grouped(
@@ -51,6 +98,7 @@ def _grouped(
             at.freeze(axis)
         return
     coupling = at.analysis.coupling
+    coupling.read(x.ids)
     group = coupling.fresh(groups)
     sides: tuple[tuple[Axis, Axis | None], ...] = ((x, inputs), (outputs, None))
     for axis, inside in sides:
@@ -79,15 +127,34 @@ def reduce_sum(at: Site) -> list[Axes]:
     """Sum over axes: exact if what is removed was zero."""
     for i in at.params["axes"]:
         at.contract(at.ins[0][i])
-    return [tuple(axis for i, axis in enumerate(at.ins[0]) if i not in at.params["axes"])]
+    return [mixed(axis for i, axis in enumerate(at.ins[0]) if i not in at.params["axes"])]
+
+
+# What changes nothing: a unit that leaves it behind may go.
+_NEUTRAL = {
+    "reduce_or": 0,
+    "reduce_xor": 0,
+    "reduce_and": -1,
+    "reduce_prod": 1,
+    "reduce_max": -np.inf,
+    "reduce_min": np.inf,
+}
 
 
 def reduce_whole(at: Site) -> list[Axes]:
-    """Reduce axes to which every index matters, removed or not."""
+    """Reduce axes to which every index matters, but for those where removed ones are neutral."""
+    neutral = _NEUTRAL.get(at.eqn.primitive.name)
+    if neutral == -1 and at.eqn.invars[0].aval.dtype == bool:
+        neutral = 1
     for i in at.params["axes"]:
-        at.freeze(at.ins[0][i])
-    kept = [axis for i, axis in enumerate(at.ins[0]) if i not in at.params["axes"]]
-    return [tuple(kept)] * len(at.eqn.outvars)
+        axis = at.ins[0][i]
+        if axis is not None and neutral is not None and axis.values == {neutral}:
+            at.contract(Axis(axis.ids, True))
+        else:
+            at.freeze(axis)
+    return [mixed(a for i, a in enumerate(at.ins[0]) if i not in at.params["axes"])] * len(
+        at.eqn.outvars
+    )
 
 
 def reduce_max(at: Site) -> list[Axes]:
@@ -109,21 +176,25 @@ def along(param: str) -> Rule:
             ids = at.join(*(axes[i] for axes in at.ins))
             if i == place and ids is not None:
                 at.freeze(Axis(ids, False))
-            zero = name != "cumlogsumexp" and all(
-                axis is not None and axis.zero for axis in (axes[i] for axes in at.ins)
-            )
-            out.append(None if i == place or ids is None else Axis(ids, zero))
+            values = [axis.values for axes in at.ins if (axis := axes[i]) is not None]
+            values = [ANYTHING] if name == "cumlogsumexp" else values
+            out.append(None if i == place or ids is None else axis_of(ids, *values).mixed())
         return [tuple(out)] * len(at.eqn.outvars)
 
     return Rule(couple)
 
 
 def top_k(at: Site) -> list[Axes]:
-    """Hold the last axis."""
-    at.freeze(at.ins[0][-1])
-    others = at.ins[0][:-1]
-    places = tuple(None if axis is None else Axis(axis.ids, False) for axis in others)
-    return [(*others, None), (*places, None)]
+    """Hold the axis along which the largest are looked for."""
+    along = at.params.get("axis", at.params.get("reduction_dimension", -1)) % len(at.ins[0])
+    at.freeze(at.ins[0][along])
+    best = tuple(None if i == along else axis for i, axis in enumerate(at.ins[0]))
+    return [best, unknown(best)]
+
+
+def unknown(axes: Iterable[Axis | None]) -> Axes:
+    """The same axes, with anything at removed indices."""
+    return tuple(None if axis is None else Axis(axis.ids, False) for axis in axes)
 
 
 def windows(at: Site) -> list[Axes]:
@@ -147,14 +218,16 @@ def windows(at: Site) -> list[Axes]:
             else:
                 at.join(out[i], axis)
     if at.eqn.primitive.name == "reduce_window":  # any function, from any start
-        out = [None if axis is None else Axis(axis.ids, False) for axis in out]
-    return [tuple(out)] * len(at.eqn.outvars)
+        return [unknown(out)] * len(at.eqn.outvars)
+    return [mixed(out)] * len(at.eqn.outvars)
 
 
-RULES = {
+RULES: dict[str, Rule] = {
     "dot_general": Rule(dot_general),
     "conv_general_dilated": Rule(conv, cut_conv),
+    "ragged_dot_general": Rule(ragged_dot),
     "reduce_sum": Rule(reduce_sum),
+    "reduce": Rule(reduce_any),
     "reduce_max": Rule(reduce_max),
     **{f"reduce_{name}": Rule(reduce_whole) for name in ("min", "prod", "and", "or", "xor")},
     "argmax": Rule(reduce_whole),
@@ -162,7 +235,9 @@ RULES = {
     **{f"cum{name}": along("axis") for name in ("sum", "prod", "max", "min", "logsumexp")},
     "sort": along("dimension"),
     "top_k": Rule(top_k),
+    "approx_top_k": Rule(top_k),
     **{f"reduce_window_{name}": Rule(windows) for name in ("max", "min", "sum")},
     "reduce_window": Rule(windows),
     "select_and_scatter_add": Rule(windows),
+    "select_and_gather_add": Rule(windows),
 }

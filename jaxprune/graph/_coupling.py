@@ -33,6 +33,7 @@ class Coupling:
         self._parent = np.zeros(1024, np.int64)  # a forest; the root of a class is its lowest id
         self._frozen = np.zeros(1024, np.int32)  # of a root: number of the reason, 0 for none
         self._inexact = np.zeros(1024, np.int32)
+        self._read = np.zeros(1024, np.int32)
         self._axis = np.zeros(1024, np.int32)  # which ids were made together
         self._size = self._axes = 0
         self._reasons: dict[str, int] = {"": 0}
@@ -45,7 +46,7 @@ class Coupling:
         start, self._size = self._size, self._size + n
         if self._size > len(self._parent):
             room = max(self._size, 2 * len(self._parent)) - len(self._parent)
-            for name in ("_parent", "_frozen", "_inexact", "_axis"):
+            for name in ("_parent", "_frozen", "_inexact", "_read", "_axis"):
                 old = getattr(self, name)
                 setattr(self, name, np.concatenate([old, np.zeros(room, old.dtype)]))
         ids = np.arange(start, self._size)
@@ -53,6 +54,11 @@ class Coupling:
         self._axis[ids] = self._axes
         self._axes += 1
         return ids
+
+    @property
+    def size(self) -> int:
+        """How many ids there are."""
+        return self._size
 
     def find(self, ids: Ids) -> Ids:
         """Give the root of each id."""
@@ -76,7 +82,7 @@ class Coupling:
             self._changes += 1
             low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
             self._parent[high] = low
-            for reason in (self._frozen, self._inexact):
+            for reason in (self._frozen, self._inexact, self._read):
                 told = high[reason[high] > 0]
                 reason[self.find(told)] = reason[told]  # where several meet, one of them is kept
             a, b = a[differ], b[differ]
@@ -89,6 +95,10 @@ class Coupling:
         """Say that removing an id does not equal setting its parameters to zero."""
         self._mark(self._inexact, ids, why)
 
+    def read(self, ids: Ids) -> None:
+        """Say that data is summed over the ids."""
+        self._mark(self._read, ids, "read")
+
     def product(self, cells: Ids, rows: Ids, columns: Ids) -> None:
         """Let ``cells`` `[rows * columns]` be alive where their row and their column are."""
         self._grids.append(Grid(cells.reshape(len(rows), len(columns)), rows, columns))
@@ -96,6 +106,10 @@ class Coupling:
     def frozen(self, ids: Ids) -> np.ndarray:
         """Tell which of the ids cannot die."""
         return self._frozen[self.find(ids)] > 0
+
+    def is_read(self, ids: Ids) -> np.ndarray:
+        """Tell over which of the ids data is summed."""
+        return self._read[self.find(ids)] > 0
 
     def why_frozen(self, ids: Ids) -> str:
         """Give the first reason why some of the ids cannot die."""
@@ -181,6 +195,10 @@ class Coupling:
             why = self.why_inexact(cells[vague])
             self.blur(rows[vague.any(1)], why)
             self.blur(columns[vague.any(0)], why)
+        needed = self._read[cells] > 0
+        if needed.any():
+            self.read(rows[needed.any(1)])
+            self.read(columns[needed.any(0)])
         for ids in (rows, columns):
             if len(ids) and (ids == ids[0]).all():  # or removing it would leave nothing
                 self.freeze(ids[:1], "every index of an axis would go with it")

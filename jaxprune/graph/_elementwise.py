@@ -1,16 +1,23 @@
 """Rules for primitives that work element by element."""
 
 import functools
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from jaxprune.graph._analysis import Axes, Axis, Rule, Site
+from jaxprune.graph._analysis import ANYTHING, ZERO, Axes, Axis, Rule, Site, Values, axis_of
 
 # The result is zero where any one (or one at this place) of the operands is, whatever the others.
 _ANNIHILATES = {"mul": (0, 1), "and": (0, 1), "div": (0,), "rem": (0,)}
+
+# Finite for all finite operands, so that nothing has to be tried.
+_FINITE = frozenset(
+    ("add", "add_any", "sub", "mul", "max", "min", "and", "or", "xor", "clamp", "complex")
+    + ("eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to", "atan2", "nextafter")
+)
 
 
 def couple(at: Site) -> list[Axes]:
@@ -28,58 +35,98 @@ def couple(at: Site) -> list[Axes]:
             if len(v.aval.shape) and (v.aval.shape[place] == size or v.aval.shape[place] != 1)
         ]
         ids = at.join(*(at.ins[i][place] for i in here)) if size != 1 else None
-        zero = ids is not None and _is_zero(at, here, place)
-        if ids is not None and zero is None:
+        if ids is None:
+            axes.append(None)
+            continue
+        values, finite = _results(at, {i: axis.values for i in here if (axis := at.ins[i][place])})
+        if not finite:
             at.blur(ids, lambda: f"{at.name()} is not finite where a unit is removed")
-        axes.append(None if ids is None else Axis(ids, bool(zero)))
+        axes.append(axis_of(ids, values))
     return [tuple(axes)] * len(at.eqn.outvars)
 
 
-def _is_zero(at: Site, here: Sequence[int], place: int) -> bool | None:
-    """Tell whether the result is zero at removed indices of an axis."""
-    if not at.analysis.exact:
-        return False
-    axes = [at.ins[i][place] if i in here else None for i in range(len(at.eqn.invars))]
-    return stays_zero(at, [axis is not None and axis.zero for axis in axes])
+def _results(at: Site, removed: Mapping[int, Values]) -> tuple[Values, bool]:
+    """What may lie at removed indices of an axis, and whether that is finite for sure.
+
+    ``removed`` says what the operands that have the axis hold there; others are the same all over.
+    """
+    if all(values == ANYTHING for values in removed.values()):
+        return ANYTHING, True
+    numbers = range(len(at.eqn.invars))
+    held = [removed[i] if i in removed else frozenset((at.scalar(i),)) for i in numbers]
+    found, finite = [], True
+    for values in itertools.product(*held):
+        if at.eqn.primitive.name == "select_n":
+            found += _selected(values, removed)
+            continue
+        value, fine = _result(at, values, removed)
+        found.append(value)
+        finite = finite and fine
+    return frozenset(found), finite
+
+
+def _selected(values: Sequence[Any], removed: Mapping[int, Values]) -> list[Any]:
+    """Cases that may be selected. A zero that kept units have as well says nothing of removed."""
+    which, *cases = values
+    if which is not None:
+        return [cases[int(which)]]
+    told = [v for i, v in enumerate(cases) if v != 0 or i + 1 in removed]
+    return cases if not any(cases) and None not in cases else told
+
+
+def _result(at: Site, values: Sequence[Any], removed: Mapping[int, Values]) -> tuple[Any, bool]:
+    """The result for some values of the operands, None for any number; and whether it is finite."""
+    name = at.eqn.primitive.name
+    known = [i for i in removed if values[i] is not None]
+    if not known:
+        return None, True
+    if None not in values:
+        value = _evaluate_at(at, values)
+        finite = value is None or bool(np.isfinite(value)) or not np.isfinite(values).all()
+        return (None if value is None or np.isnan(value) else value), finite
+    finite = name in _FINITE or not any(_explodes(at, values, i) for i in known)
+    zero = any(values[i] == 0 for i in _ANNIHILATES.get(name, ()))
+    return (0.0 if zero and finite else None), finite
+
+
+def _explodes(at: Site, values: Sequence[Any], i: int) -> bool:
+    """Tell whether an operand's value makes a result infinite that another value would not.
+
+    Tried with numbers of both signs for the operands that may be anything.
+    """
+    for number in (0.7, -1.3):
+        tried = [number if v is None else v for v in values]
+        here = _evaluate_at(at, tried)
+        there = _evaluate_at(at, [*tried[:i], 0.6, *tried[i + 1 :]])
+        if None not in (here, there) and np.isfinite(there) and not np.isfinite(here):
+            return True
+    return False
 
 
 def stays_zero(at: Site, zero: Sequence[bool]) -> bool | None:
     """Tell whether the result is zero if some of the operands are; None if it is not finite."""
-    name = at.eqn.primitive.name
-    known = [z or at.is_zero(i) for i, z in enumerate(zero)]
-    if any(zero):  # such as `tanh(0)`, `max(0, 0.0)`, `min(0, 6.0)` or `0 / 0`
-        values = [0.0 if k else _scalar(at, i) for i, k in enumerate(known)]
-        if None not in values:
-            return _maps_to_zero(at, values)
-    if name == "select_n":
-        return all(known[1:])
-    return any(zero[i] for i in _ANNIHILATES.get(name, ()))
+    values, finite = _results(at, {i: ZERO for i, z in enumerate(zero) if z})
+    return values == ZERO if finite else None
 
 
-def _scalar(at: Site, i: int) -> float | None:
-    """The operand's value if it is one known number."""
-    value = at.value(i) if at.eqn.invars[i].aval.size == 1 else None
-    return None if value is None or np.iscomplexobj(value) else float(value.reshape(()))
-
-
-def _maps_to_zero(at: Site, values: Sequence[Any]) -> bool | None:
+def _evaluate_at(at: Site, values: Sequence[Any]) -> Any:
+    """Compute one number from numbers; None where the primitive takes more than numbers."""
     dtypes = tuple(np.dtype(v.aval.dtype).name for v in at.eqn.invars)
-    params = at.params
+    params = tuple(sorted(at.params.items()))
     try:
-        return _evaluate(at.eqn.primitive, tuple(values), dtypes, tuple(sorted(params.items())))
-    except TypeError:  # a param that cannot be hashed, or is made for arrays
-        return False
+        return _evaluate(at.eqn.primitive, tuple(values), dtypes, params)
+    except (TypeError, ValueError, NameError):  # a param that cannot be hashed, a mesh axis
+        return None
 
 
 @functools.cache
 def _evaluate(
-    primitive: Any, values: tuple[float, ...], dtypes: tuple[str, ...], params: tuple[Any, ...]
-) -> bool | None:
+    primitive: Any, values: tuple[Any, ...], dtypes: tuple[str, ...], params: tuple[Any, ...]
+) -> Any:
     with jax.ensure_compile_time_eval():
         scalars = [np.asarray(v, d) for v, d in zip(values, dtypes, strict=True)]
         out = primitive.bind(*scalars, **dict(params))
-    out = np.asarray(out)
-    return not np.any(out) if np.all(np.isfinite(out)) else None
+    return np.asarray(out).item()
 
 
 def same(at: Site) -> list[Axes]:
@@ -96,7 +143,17 @@ ELEMENTWISE = (
     *("integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "log2"),
     *("logistic", "lt", "lt_to", "max", "min", "mul", "name", "ne", "neg", "nextafter"),
     *("not", "one_minus_square", "or", "polygamma", "population_count", "pow"),
-    *("real", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left"),
+    *(
+        "mulhi",
+        "real",
+        "reduce_precision",
+        "regularized_incomplete_beta",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "shift_left",
+    ),
     *("shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt"),
     *("square", "stop_gradient", "sub", "tan", "tanh", "xor", "zeros_like", "zeta"),
 )

@@ -6,7 +6,9 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxprune.graph._network import check_call, join_static, spec_of, split_static
+from jaxprune._tree import join_static, split_static
+from jaxprune.graph._lean import lean
+from jaxprune.graph._network import check_call, spec_of
 
 
 def count_flops(fn: Any, params: Any, *inputs: Any, **keywords: Any) -> int:
@@ -14,8 +16,8 @@ def count_flops(fn: Any, params: Any, *inputs: Any, **keywords: Any) -> int:
 
     Two for each multiply-add. Whatever else a network does (activations, norms, softmax) is left
     out, as papers do. The body of a scan counts once for every step, that of a branch as its most
-    expensive case, that of a while loop once, since nobody knows how often it runs. Nothing is
-    computed.
+    expensive case, that of a while loop once, since nobody knows how often it runs. What no
+    result depends on does not count. Nothing is computed.
 
     Args:
       fn: function of params and inputs; the ``small_fn`` of ``shrink`` is one.
@@ -39,7 +41,7 @@ def count_flops(fn: Any, params: Any, *inputs: Any, **keywords: Any) -> int:
         return fn(*positional, **named)
 
     specs = [spec_of(x) for x in arrays]
-    return _count(jax.make_jaxpr(flat)(*specs).jaxpr)
+    return _count(lean(jax.make_jaxpr(flat)(*specs)).jaxpr)
 
 
 def _count(jaxpr: core.Jaxpr) -> int:

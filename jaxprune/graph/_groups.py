@@ -1,7 +1,7 @@
 """Groups of coupled channels, read from the analysis of a network."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -77,17 +77,33 @@ def groups_of(net: Network) -> Groups:
     triples = owned(net)
     coupling = net.analysis.coupling
     layers = layer_roots(net)
-    found = []
+    found, unread = [], []
     for slots, roots, parts in _by_signature(triples, coupling.kinds()):
+        if np.isin(roots, layers).any():
+            continue
         single = len(slots) == 1 and parts[0].shape[1] == 1
-        if len(roots) < 2 or single or np.isin(roots, layers).any():
+        if single and not coupling.is_read(roots).any():
+            unread.append((*triples.places[slots[0]], parts[0].size, _UNREAD))
+            continue
+        if len(roots) < 2:
             continue
         members = tuple(
             Member(*triples.places[slot], part) for slot, part in zip(slots, parts, strict=True)
         )
         reason = coupling.why_inexact(roots)
         found.append(Group("", members, len(roots), not reason, reason))
-    return Groups(named(found, net), _frozen(net, layers))
+    sizes = dict(zip(net.paths, net.shapes, strict=True))
+    unread = [(p, i, 0 if n == sizes[p][i] else n, why) for p, i, n, why in unread]
+    return Groups(named(found, net), sorted([*_frozen(net, layers), *unread], key=_order(net)))
+
+
+_UNREAD = "no data meets it in what `fn` returns for inputs of these shapes"
+
+
+def _order(net: Network) -> Callable[[tuple[str, int, int, str]], tuple[int, int]]:
+    """Sort by parameter, in the order of the tree, and by axis."""
+    place = {path: i for i, path in enumerate(net.paths)}
+    return lambda entry: (place[entry[0]], entry[1])
 
 
 def layer_roots(net: Network) -> np.ndarray:

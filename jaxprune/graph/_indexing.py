@@ -5,8 +5,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph._analysis import Axes, Axis, Rule, Site
-from jaxprune.graph._shapes import part
+from jaxprune.graph._analysis import ANYTHING, Axes, Axis, Rule, Site, axis_of
+from jaxprune.graph._shapes import beside, part
 from jaxprune.graph._take import pick
 
 
@@ -30,10 +30,10 @@ def gather(at: Site) -> list[Axes]:
             k = numbers.operand_batching_dims.index(i)
             place = batch[numbers.start_indices_batching_dims[k]]
             ids = at.join(axis, out[place])
-            out[place] = None if ids is None else Axis(ids, axis is not None and axis.zero)
+            out[place] = axis if ids is None or axis is None else axis._replace(ids=ids)
         elif i in gone:
             if moved is not None and axis is not None:
-                out[batch[0]] = Axis(axis.ids[moved], axis.zero)
+                out[batch[0]] = axis._replace(ids=axis.ids[moved])
             else:
                 at.freeze(axis)
         else:
@@ -118,19 +118,42 @@ def cut_dynamic_slice(at: Any, x: Any, *starts: Any) -> list[Any]:
 
 
 def dynamic_update_slice(at: Site) -> list[Axes]:
-    """Axes that are written whole are joined; one that is written in part stays whole."""
-    x, update = at.ins[:2]
-    out: list[Axis | None] = []
-    for i, (a, b) in enumerate(zip(x, update, strict=True)):
-        if at.shape(0)[i] == at.shape(1)[i]:
-            ids = at.join(a, b)
-            zero = all(axis is not None and axis.zero for axis in (a, b))
-            out.append(None if ids is None else Axis(ids, zero))
-        else:
-            at.freeze(a)
-            at.freeze(b)
-            out.append(None)
-    return [tuple(out)]
+    """Axes that are written whole are joined, and what is written of one at a known place."""
+    starts = [_start(at, i) for i in range(len(at.ins[0]))]
+    pairs = zip(at.ins[0], at.ins[1], at.shape(0), at.shape(1), starts, strict=True)
+    return [tuple(_written(at, *pair) for pair in pairs)]
+
+
+def _start(at: Site, i: int) -> int | None:
+    """Where an axis is written from on, if that is known."""
+    n, size = at.shape(0)[i], at.shape(1)[i]
+    value = at.value(2 + i) if n != size else None
+    return None if value is None else int(np.clip(value, 0, n - size))
+
+
+def _written(
+    at: Site, axis: Axis | None, update: Axis | None, n: int, size: int, start: int | None
+) -> Axis | None:
+    """The axis of an array after some of it, from a known index on, or all of it, was written."""
+    if n == size:
+        return beside(at, axis, update)
+    if axis is None or start is None:
+        at.freeze(axis)
+        at.freeze(update)
+        return None
+    piece = axis._replace(ids=axis.ids[start : start + size])
+    at.join(piece, update)
+    return axis_of(axis.ids, axis.values, ANYTHING if update is None else update.values)
+
+
+def cut_update(at: Any, x: Any, update: Any, *starts: Any) -> list[Any]:
+    """Count what is left in front of the place."""
+    kept = at.kept_ins()[0]
+    moved = []
+    for i, (have, start) in enumerate(zip(kept, starts, strict=True)):
+        known = None if have is None else _start(at, i)
+        moved.append(start if known is None else np.asarray(np.sum(have < known), start.dtype))
+    return at.bind(x, update, *moved)
 
 
 def scatter(at: Site) -> list[Axes]:
@@ -141,30 +164,77 @@ def scatter(at: Site) -> list[Axes]:
         at.freeze(axis)
     inserted = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
     windows = iter(numbers.update_window_dims)
+    rows = _known_places(at)
     out: list[Axis | None] = []
     for i, axis in enumerate(x):
         place = None if i in inserted else next(windows)
-        if place is not None and at.shape(0)[i] == at.shape(2)[place]:
-            ids = at.join(axis, updates[place])
-            zero = all(a is not None and a.zero for a in (axis, updates[place]))
-            out.append(None if ids is None else Axis(ids, zero))
-            continue
-        at.freeze(axis)
         if place is not None:
-            at.freeze(updates[place])
-        out.append(None)
+            n, size = at.shape(0)[i], at.shape(2)[place]
+            start = None if rows is None or len(rows) > 1 else int(rows[0].get(i, 0))
+            start = start if start is not None and 0 <= start <= n - size else None
+            written = _written(at, axis, updates[place], n, size, start)
+            out.append(None if written is None else written.mixed())
+        elif axis is not None and (places := _places(at, rows, i)) is not None:
+            update = updates[_free_dim(at)]
+            at.join(axis._replace(ids=axis.ids[places]), update)
+            values = ANYTHING if update is None else update.values
+            out.append(axis_of(axis.ids, axis.values, values).mixed())
+        else:
+            at.freeze(axis)
+            out.append(None)
     for place, axis in enumerate(updates):
-        if place not in numbers.update_window_dims:
+        moved = rows is not None and len(rows) > 1 and place == _free_dim(at)
+        if place not in numbers.update_window_dims and not moved:
             at.freeze(axis)
     return [tuple(out)]
+
+
+def _known_places(at: Site) -> list[dict[int, int]] | None:
+    """For each place that is written to its index along the axes of the array, if it is known."""
+    numbers = at.params["dimension_numbers"]
+    value = None if numbers.operand_batching_dims else at.value(1)
+    if value is None or value.ndim > 2:
+        return None
+    rows = value.reshape(-1, value.shape[-1]).tolist()
+    return [dict(zip(numbers.scatter_dims_to_operand_dims, row, strict=True)) for row in rows]
+
+
+def _places(at: Site, rows: list[dict[int, int]] | None, i: int) -> np.ndarray | None:
+    """The indices of one axis that several updates go to, if that axis alone is indexed."""
+    if rows is None or len(rows) < 2 or list(rows[0]) != [i]:
+        return None
+    places = np.array([row[i] for row in rows])
+    return places if (places >= 0).all() and (places < at.shape(0)[i]).all() else None
+
+
+def _free_dim(at: Site) -> int:
+    """The axis of the updates that runs over the places."""
+    windows = at.params["dimension_numbers"].update_window_dims
+    return next(i for i in range(len(at.shape(2))) if i not in windows)
+
+
+def cut_scatter(at: Any, x: Any, indices: Any, updates: Any) -> list[Any]:
+    """Count what is left in front of each place."""
+    rows, kept = _known_places(at), at.kept_ins()[0]
+    axes = at.params["dimension_numbers"].scatter_dims_to_operand_dims
+    moved = [j for j, i in enumerate(axes) if kept[i] is not None]
+    if rows is None or not moved:
+        return at.bind(x, indices, updates)
+    left = at.kept_ins()[2][_free_dim(at)] if len(rows) > 1 else None
+    rows = rows if left is None else [rows[k] for k in left]
+    table = np.array([[row[i] for i in axes] for row in rows], np.int64).reshape(-1, len(axes))
+    for j in moved:
+        table[:, j] = np.searchsorted(kept[axes[j]], table[:, j])
+    shape = (len(rows), len(axes)) if len(at.shape(1)) > 1 else (len(axes),)
+    return at.bind(x, table.reshape(shape).astype(indices.dtype), updates)
 
 
 RULES = {
     "gather": Rule(gather, cut_gather),
     "dynamic_slice": Rule(dynamic_slice, cut_dynamic_slice),
-    "dynamic_update_slice": Rule(dynamic_update_slice),
+    "dynamic_update_slice": Rule(dynamic_update_slice, cut_update),
     **{
-        name: Rule(scatter)
+        name: Rule(scatter, cut_scatter)
         for name in ("scatter", *(f"scatter-{how}" for how in ("add", "sub", "mul", "min", "max")))
     },
 }

@@ -2,6 +2,7 @@
 
 import collections
 import difflib
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -12,10 +13,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._mesh import is_explicit
-from jaxprune._tree import is_floating, list_paths, path_str
+from jaxprune._tree import (
+    is_array,
+    is_floating,
+    join_static,
+    leaves_with_path,
+    list_paths,
+    split_static,
+)
 from jaxprune._types import Where
 from jaxprune.graph._analysis import Analysis, Axes, Frame, Rule
+from jaxprune.graph._captured import hold_captured
 from jaxprune.graph._carry import Carry, carry_pairs
+from jaxprune.graph._lean import lean
 from jaxprune.graph._rules import RULES
 
 
@@ -43,30 +53,6 @@ class Network(NamedTuple):
     carried: dict[int, Axes]
 
 
-def is_array(leaf: Any) -> bool:
-    """True for what is traced; all else, such as a flag or a function, is held fixed."""
-    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
-
-
-def split_static(tree: Any) -> tuple[list[Any], Any]:
-    """Take the arrays out of a tree; what is left puts them back in with ``join_static``."""
-    leaves, treedef = jax.tree.flatten(tree)
-    arrays = [leaf for leaf in leaves if is_array(leaf)]
-    fixed = tuple(_Hole if is_array(leaf) else leaf for leaf in leaves)
-    return arrays, (treedef, fixed, tuple(map(type, fixed)))  # True equals 1, but is not the same
-
-
-def join_static(arrays: Sequence[Any], static: Any) -> Any:
-    """Put arrays back where ``split_static`` took them from."""
-    treedef, leaves, _ = static
-    left = iter(arrays)
-    return jax.tree.unflatten(treedef, [next(left) if x is _Hole else x for x in leaves])
-
-
-class _Hole:
-    """Where an array was."""
-
-
 def network(
     fn: Any,
     params: Any,
@@ -85,11 +71,7 @@ def network(
     ``exact`` asks for the places where cutting differs from masking, ``complain`` for warnings of
     what is strange about the params, ``whole_outputs`` for results that are never cut.
     """
-    with_paths = [
-        (path_str(path), leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-        if is_array(leaf)
-    ]
+    with_paths = [(path, leaf) for path, leaf in leaves_with_path(params) if is_array(leaf)]
     twice = [path for path, n in collections.Counter(p for p, _ in with_paths).items() if n > 1]
     if twice:
         raise ValueError(
@@ -101,24 +83,26 @@ def network(
     specs = [spec_of(x) for x in arrays]
     paths, first = [path for path, _ in with_paths], specs[: len(with_paths)]
 
-    def flat(*arrays: Any) -> Any:
+    def flat(*arrays: Any, bare: bool = False) -> Any:
         positional, named = join_static(arrays, static)
-        return fn(*positional, **named)
+        jitted = bare and hasattr(fn, "lower")  # of which jax remembers the program
+        return (fn.__wrapped__ if jitted else fn)(*positional, **named)
 
     closed, outputs = _traced(flat, specs, len(paths))
     pairs = carry_pairs(carry, arguments, outputs)
     zero = {i for i, back in pairs.items() if back is not None}  # a carry starts from zeros
     silent = not complain
     while True:
-        analysis = Analysis({**RULES, **(rules or {})}, exact=exact)
+        analysis = Analysis({**RULES, **(rules or {})}, exact=exact, taught=frozenset(rules or ()))
         axes = [_param_axes(analysis, path, leaf, frozen) for path, leaf in with_paths]
+        analysis.own = analysis.coupling.size
         carried = {i: analysis.fresh(specs[i].shape, zero=i in zero) for i in pairs}
         plain = [(None,) * len(spec.shape) for spec in specs]
         inside = [*axes, *(carried.get(i, plain[i]) for i in range(len(axes), len(specs)))]
         with warnings.catch_warnings():
             if silent:
                 warnings.simplefilter("ignore")
-            frame = analysis.walk(closed, inside)
+            frame = analysis.walk(closed, inside, weights=[True] * len(axes))
         silent = True
         filled = {i for i in zero if _fills(carried[i], frame.outs[pairs[i] or 0])}
         if not exact or not filled:
@@ -127,6 +111,7 @@ def network(
     if complain:
         _warn_of_types(with_paths)
         _warn_of_unread(frame, with_paths)
+        hold_captured(analysis, lambda: _traced(functools.partial(flat, bare=True), specs, 0)[0])
     states: list[Axes | None] = [
         None if m is None else axes[m] for m in mirrored_outputs(outputs, paths, first)
     ]
@@ -186,7 +171,7 @@ def _parameters(fn: Any) -> Sequence[str]:
 
 def _traced(flat: Any, specs: Sequence[Any], n: int) -> tuple[Any, Any]:
     try:
-        return jax.make_jaxpr(flat, return_shape=True)(*specs)
+        closed, outputs = jax.make_jaxpr(flat, return_shape=True)(*specs)
     except Exception as error:
         given = ", ".join(f"{s.dtype}{list(s.shape)}" for s in specs[n:]) or "no inputs"
         error.add_note(
@@ -194,6 +179,7 @@ def _traced(flat: Any, specs: Sequence[Any], n: int) -> tuple[Any, Any]:
             "inputs of the shapes that `fn` takes, arrays or jax.ShapeDtypeStruct."
         )
         raise
+    return lean(closed), outputs
 
 
 def _param_axes(analysis: Analysis, path: str, leaf: Any, frozen: Where | None) -> Axes:
@@ -233,8 +219,9 @@ def _warn_of_unread(frame: Frame, params: Sequence[tuple[str, Any]]) -> None:
     ]
     if unread:
         warnings.warn(
-            f"`fn` never reads {list_paths(unread)}: nothing couples them, so that they are in no "
-            "group. Leave them out of `params`, or pass the function that uses them.",
+            f"`fn` never reads {list_paths(unread)}, or for nothing that it returns: nothing couples "
+            "them, so that they are in no group. Leave them out of `params`, or pass the function "
+            "that uses them.",
             stacklevel=4,
         )
 
@@ -263,8 +250,8 @@ def mirrored_outputs(outputs: Any, paths: Sequence[str], specs: Sequence[Any]) -
     ``pmap`` it may return one for each of several, along leading axes.
     """
     found: list[int | None] = []
-    for path, out in jax.tree_util.tree_leaves_with_path(outputs):
-        words = path_str(path).split("/")
+    for path, out in leaves_with_path(outputs):
+        words = path.split("/")
         best = None
         for number, (other, spec) in enumerate(zip(paths, specs, strict=True)):
             theirs = other.split("/")

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax import lax
 
-from jaxprune.graph._analysis import Axes, Axis, Rule, Site
+from jaxprune.graph._analysis import Axes, Axis, Rule, Site, axis_of
 from jaxprune.graph._take import pick, take
 
 
@@ -52,9 +52,9 @@ def _merge(at: Site, axes: Sequence[Axis | None], sizes: Sequence[int]) -> Axis:
     axis, size = parts[-1]
     for outer, n in reversed(parts[:-1]):
         if axis is None and outer is not None:
-            axis = Axis(np.repeat(outer.ids, size), outer.zero)
+            axis = outer._replace(ids=np.repeat(outer.ids, size))
         elif axis is not None and outer is None:
-            axis = Axis(np.tile(axis.ids, n), axis.zero)
+            axis = axis._replace(ids=np.tile(axis.ids, n))
         elif axis is not None and outer is not None:
             axis = at.product(outer, axis)
         size *= n
@@ -71,10 +71,10 @@ def _split(at: Site, axis: Axis, sizes: Sequence[int]) -> list[Axis | None]:
     rest = len(axis.ids) // sizes[0]
     table = axis.ids.reshape(sizes[0], rest)
     if (table == table[0]).all():  # it had been repeated
-        return [None, *_split(at, Axis(table[0], axis.zero), sizes[1:])]
+        return [None, *_split(at, axis._replace(ids=table[0]), sizes[1:])]
     if (table == table[:, :1]).all():
-        return [Axis(table[:, 0], axis.zero), *([None] * (len(sizes) - 1))]
-    rows, columns = at.fresh((sizes[0], rest), axis.zero)
+        return [axis._replace(ids=table[:, 0]), *([None] * (len(sizes) - 1))]
+    rows, columns = at.fresh((sizes[0], rest), values=axis.values)
     at.analysis.coupling.product(axis.ids, rows.ids, columns.ids)  # type: ignore[union-attr]
     return [rows, *_split(at, columns, sizes[1:])]  # type: ignore[arg-type]
 
@@ -95,7 +95,7 @@ def squeeze(at: Site) -> list[Axes]:
 def broadcast_in_dim(at: Site) -> list[Axes]:
     """Pass axes on; those that appear get ids of their own, so that they can be made smaller."""
     shape = at.out_shape()
-    out = list(at.fresh(shape, zero=at.is_zero(0)))
+    out = list(at.fresh(shape, values=frozenset((at.scalar(0),))))
     for i, place in enumerate(at.params["broadcast_dimensions"]):
         if at.shape()[i] == shape[place]:
             out[place] = at.ins[0][i]
@@ -110,9 +110,9 @@ def cut_broadcast(at: Any, x: Any, *_: Any) -> list[Any]:
 def tile(at: Site) -> list[Axes]:
     """Repeat ids with what they stand for; a size of 1 is broadcast."""
     out: list[Axis | None] = []
-    fresh = at.fresh(at.out_shape(), zero=at.is_zero(0))
+    fresh = at.fresh(at.out_shape(), values=frozenset((at.scalar(0),)))
     for i, (axis, n) in enumerate(zip(at.ins[0], at.params["reps"], strict=True)):
-        repeated = None if axis is None else Axis(np.tile(axis.ids, n), axis.zero)
+        repeated = None if axis is None else axis._replace(ids=np.tile(axis.ids, n))
         out.append(fresh[i] if at.shape()[i] == 1 else repeated)
     return [tuple(out)]
 
@@ -148,18 +148,23 @@ def concatenate(at: Site) -> list[Axes]:
     out: list[Axis | None] = []
     for i in range(len(at.out_shape())):
         axes = [operand[i] for operand in at.ins]
-        zero = all(axis.zero for axis in axes if axis is not None)
         if i != place:
-            ids = at.join(*axes)
-            out.append(None if ids is None else Axis(ids, zero))
+            out.append(beside(at, *axes))
         elif all(axis is None for axis in axes):
             out.append(None)
         else:
-            out.append(_side_by_side(at, axes, [at.shape(k)[i] for k in range(len(axes))], zero))
+            out.append(_in_a_row(at, axes, [at.shape(k)[i] for k in range(len(axes))]))
     return [tuple(out)]
 
 
-def _side_by_side(at: Site, axes: Sequence[Axis | None], sizes: Sequence[int], zero: bool) -> Axis:
+def beside(at: Site, *axes: Axis | None) -> Axis | None:
+    """The axis of arrays that lie beside one another."""
+    ids = at.join(*axes)
+    values = [axis.values for axis in axes if axis is not None]
+    return None if ids is None else axis_of(ids, *values)
+
+
+def _in_a_row(at: Site, axes: Sequence[Axis | None], sizes: Sequence[int]) -> Axis:
     """One axis after another; where one cannot be cut its indices stay."""
     parts = []
     for axis, size in zip(axes, sizes, strict=True):
@@ -167,17 +172,13 @@ def _side_by_side(at: Site, axes: Sequence[Axis | None], sizes: Sequence[int], z
         if axis is None:
             at.freeze(Axis(ids, False), lambda: f"{at.name()} lays it beside what stays whole")
         parts.append(ids)
-    return Axis(np.concatenate(parts), zero)
+    return axis_of(np.concatenate(parts), *(axis.values for axis in axes if axis is not None))
 
 
 def stack(at: Site) -> list[Axes]:
     """Join the operands; the axis along which they lie stays whole."""
     place = at.params["axis"]
-    joined: list[Axis | None] = []
-    for axes in zip(*at.ins, strict=True):
-        ids = at.join(*axes)
-        zero = all(axis is not None and axis.zero for axis in axes)
-        joined.append(None if ids is None else Axis(ids, zero))
+    joined = [beside(at, *axes) for axes in zip(*at.ins, strict=True)]
     return [(*joined[:place], None, *joined[place:])]
 
 
@@ -211,7 +212,7 @@ def part(at: Site, axis: Axis | None, piece: slice) -> Axis | None:
     if len(ids) == 1 and len(axis.ids) > 1:
         at.freeze(Axis(ids, False), lambda: f"{at.name()} picks this index alone")
         return None
-    return Axis(ids, axis.zero) if len(ids) > 1 else None
+    return axis._replace(ids=ids) if len(ids) > 1 else None
 
 
 def slice_(at: Site) -> list[Axes]:
@@ -241,7 +242,7 @@ def cut_slice(at: Any, x: Any) -> list[Any]:
 def rev(at: Site) -> list[Axes]:
     return [
         tuple(
-            Axis(axis.ids[::-1], axis.zero) if i in at.params["dimensions"] and axis else axis
+            axis._replace(ids=axis.ids[::-1]) if i in at.params["dimensions"] and axis else axis
             for i, axis in enumerate(at.ins[0])
         )
     ]
@@ -259,7 +260,7 @@ def pad(at: Site) -> list[Axes]:
         else:
             fresh = at.analysis.coupling.fresh
             ids = np.concatenate([fresh(low), axis.ids, fresh(high)])
-            out.append(Axis(ids, axis.zero and at.is_zero(1)))
+            out.append(axis_of(ids, axis.values, frozenset((at.scalar(1),))))
     return [tuple(out)]
 
 
@@ -283,12 +284,21 @@ RULES = {
     "random_bits": Rule(make, cut_made),
     "rng_bit_generator": Rule(opaque),
     "rng_uniform": Rule(make, cut_made),
+    "empty": Rule(make, cut_made),
     "empty2": Rule(make, cut_made),
+    "iota_2x32_shape": Rule(make, cut_made),
     **{
         name: Rule(opaque)
         for name in (
             *("random_wrap", "random_unwrap", "random_seed", "random_fold_in", "random_split"),
-            *("random_clone", "random_gamma", "threefry2x32", "axis_index", "platform_index"),
+            *(
+                "random_clone",
+                "random_gamma",
+                "threefry2x32",
+                "threefry4x32",
+                "axis_index",
+                "platform_index",
+            ),
         )
     },
     "concatenate": Rule(concatenate),

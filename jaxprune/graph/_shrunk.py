@@ -9,18 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree import path_str
+from jaxprune._tree import is_array, join_static, leaves_with_path, split_static
 from jaxprune.graph._analysis import Axes, Rule, evaluate, kept_indices
 from jaxprune.graph._blocks import drop_blocks
 from jaxprune.graph._carry import Carry, carry_inputs
 from jaxprune.graph._counts import rescale
 from jaxprune.graph._network import (
     Network,
-    is_array,
-    join_static,
     mirrored_outputs,
     network,
-    split_static,
 )
 from jaxprune.graph._take import take
 
@@ -249,10 +246,10 @@ def _check_small(params: Any, whole: Any, kept: Kept) -> None:
             "those that `jp.shrink` gave, or that were trained from them."
         )
     wrong = []
-    leaves = jax.tree_util.tree_leaves_with_path(params)
-    for (path, leaf), full in zip(leaves, jax.tree.leaves(whole), strict=True):
+    leaves = leaves_with_path(params)
+    for (name, leaf), full in zip(leaves, jax.tree.leaves(whole), strict=True):
         if is_array(full):
-            name, want = path_str(path), list(full.shape)
+            want = list(full.shape)
             for axis, indices in kept.get(name, {}).items():
                 want[axis] = len(indices)
             if tuple(want) != jnp.shape(leaf):

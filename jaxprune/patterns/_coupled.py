@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree import leaves_with_path
+from jaxprune._tree import leaves_by_path
 from jaxprune._types import Masks, Params, Scores, Units
 from jaxprune.groups import Group, Groups, expand
 from jaxprune.patterns._reduce import check_reduce
@@ -79,7 +79,7 @@ class Coupled:
 
     def pool(self, scores: Scores) -> Units:
         """Score each unit over all its members: for each group a vector of its size, by name."""
-        leaves = dict(leaves_with_path(scores))
+        leaves = leaves_by_path(scores, "Coupled")
         return {group.name: self._pool(group, leaves) for group in self.groups}
 
     def expand(self, keep: Units, *, like: Params) -> Masks:

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._types import Sparsity
-from jaxprune.schedules._schedule import Schedule
+from jaxprune.schedules._schedule import Schedule, as_step
 
 
 def constant(final: Sparsity, begin: int = 0, end: int | None = None, every: int = 1) -> Schedule:
@@ -34,10 +34,16 @@ def constant(final: Sparsity, begin: int = 0, end: int | None = None, every: int
       >>> [step for step in range(6) if schedule.due(step)]
       [0, 2, 4]
     """
+    begin = as_step("begin", begin)
+    last = begin if end is None else as_step("end", end)
+    settings = {"final": final, "begin": begin} if begin or last > begin else {"final": final}
+    if last > begin:
+        settings |= {"end": last, "every": as_step("every", every)}
     return Schedule(
         lambda step: jax.tree.map(lambda s: jnp.where(jnp.asarray(step) >= begin, s, 0.0), final),
         begin=begin,
-        end=begin if end is None else end,
+        end=last,
         every=every,
         final=final,
+        call=("constant", settings),
     )

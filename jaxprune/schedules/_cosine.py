@@ -32,6 +32,7 @@ def cosine(final: Sparsity, begin: int, end: int, every: int, initial: float = 0
       [0.0, 0.117, 0.4, 0.683, 0.8]
     """
     return ramp(
+        "cosine",
         lambda t: 0.5 * (1.0 + jnp.cos(jnp.pi * t)),
         final=final,
         initial=initial,

@@ -35,5 +35,11 @@ def cubic(final: Sparsity, begin: int, end: int, every: int, initial: float = 0.
       Zhu and Gupta, `To prune, or not to prune <https://arxiv.org/abs/1710.01878>`_, 2017.
     """
     return ramp(
-        lambda t: (1.0 - t) ** 3, final=final, initial=initial, begin=begin, end=end, every=every
+        "cubic",
+        lambda t: (1.0 - t) ** 3,
+        final=final,
+        initial=initial,
+        begin=begin,
+        end=end,
+        every=every,
     )

@@ -6,7 +6,7 @@ from jax.typing import ArrayLike
 
 from jaxprune._errors import check_sparsity
 from jaxprune._types import Sparsity
-from jaxprune.schedules._schedule import Schedule
+from jaxprune.schedules._schedule import Schedule, as_step
 
 
 def custom(fn: Callable[[ArrayLike], Sparsity], begin: int, end: int, every: int) -> Schedule:
@@ -40,7 +40,9 @@ def custom(fn: Callable[[ArrayLike], Sparsity], begin: int, end: int, every: int
             f"`custom(fn={fn!r})` needs a function from step to sparsity, such as "
             "`optax.linear_schedule(0.0, 0.9, 1000)`."
         )
-    schedule = Schedule(fn, begin, end, every)
+    begin, end, every = as_step("begin", begin), as_step("end", end), as_step("every", every)
+    settings = {"fn": fn, "begin": begin, "end": end, "every": every}
+    schedule = Schedule(fn, begin, end, every, call=("custom", settings))
     for step in (begin, end):  # a look at both ends: percents are caught here
         check_sparsity(schedule(step), "custom")
     return schedule

@@ -8,7 +8,7 @@ from jax.typing import ArrayLike
 
 from jaxprune._errors import check_sparsity
 from jaxprune._types import Sparsity
-from jaxprune.schedules._schedule import check_range, check_step
+from jaxprune.schedules._schedule import as_step, check_range, spell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,9 @@ class Cyclic:
     sparse: int
     begin: int
     end: int
+
+    def __repr__(self) -> str:
+        return spell("cyclic", dataclasses.asdict(self))
 
     def __call__(self, step: ArrayLike) -> Sparsity:
         """Give the sparsity at ``step``: ``final`` in sparse phases, else 0."""
@@ -71,8 +74,8 @@ def cyclic(final: Sparsity, dense: int, sparse: int, begin: int, end: int) -> Cy
       starts.
     """
     check_sparsity(final, "cyclic")
-    for name, steps in (("dense", dense), ("sparse", sparse), ("begin", begin), ("end", end)):
-        check_step(name, steps)
+    dense, sparse = as_step("dense", dense), as_step("sparse", sparse)
+    begin, end = as_step("begin", begin), as_step("end", end)
     for name, steps in (("dense", dense), ("sparse", sparse)):
         if steps < 1:
             raise ValueError(f"`cyclic({name}={steps})` has an empty phase. Use 1 step or more.")

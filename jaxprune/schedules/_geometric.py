@@ -6,7 +6,7 @@ from jax.typing import ArrayLike
 
 from jaxprune._errors import check_sparsity
 from jaxprune._types import Sparsity
-from jaxprune.schedules._schedule import Schedule
+from jaxprune.schedules._schedule import Schedule, as_step
 
 
 def geometric(rate: Sparsity, begin: int, end: int, every: int) -> Schedule:
@@ -34,6 +34,8 @@ def geometric(rate: Sparsity, begin: int, end: int, every: int) -> Schedule:
       [0.0, 0.2, 0.36, 0.488, 0.488]
     """
     check_sparsity(rate, "geometric")
+    begin, end, every = as_step("begin", begin), as_step("end", end), as_step("every", every)
+    settings = {"rate": rate, "begin": begin, "end": end, "every": every}
 
     def value(step: ArrayLike) -> Sparsity:
         inside = jnp.clip(jnp.asarray(step), begin, end) - begin
@@ -44,4 +46,4 @@ def geometric(rate: Sparsity, begin: int, end: int, every: int) -> Schedule:
 
     events = -(-(end - begin) // max(every, 1)) + 1 if end >= begin else 0
     final = jax.tree.map(lambda r: 1.0 - (1.0 - r) ** events, rate)
-    return Schedule(value, begin, end, every, final)
+    return Schedule(value, begin, end, every, final, ("geometric", settings))

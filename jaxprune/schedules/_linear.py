@@ -29,4 +29,6 @@ def linear(final: Sparsity, begin: int, end: int, every: int, initial: float = 0
       >>> [round(float(schedule(step)), 2) for step in range(6)]
       [0.0, 0.2, 0.4, 0.6, 0.8, 0.8]
     """
-    return ramp(lambda t: 1.0 - t, final=final, initial=initial, begin=begin, end=end, every=every)
+    return ramp(
+        "linear", lambda t: 1.0 - t, final=final, initial=initial, begin=begin, end=end, every=every
+    )

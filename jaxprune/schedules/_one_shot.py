@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._types import Sparsity
-from jaxprune.schedules._schedule import Schedule
+from jaxprune.schedules._schedule import Schedule, as_step
 
 
 def one_shot(final: Sparsity, at: int) -> Schedule:
@@ -25,10 +25,12 @@ def one_shot(final: Sparsity, at: int) -> Schedule:
       >>> [(float(schedule(step)), bool(schedule.due(step))) for step in range(4)]
       [(0.0, False), (0.0, False), (0.5, True), (0.5, False)]
     """
+    at = as_step("at", at)
     return Schedule(
         lambda step: jax.tree.map(lambda s: jnp.where(jnp.asarray(step) >= at, s, 0.0), final),
         begin=at,
         end=at,
         every=1,
         final=final,
+        call=("one_shot", {"final": final, "at": at}),
     )

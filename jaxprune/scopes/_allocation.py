@@ -1,16 +1,15 @@
 """How a total sparsity is shared out among the leaves: trees of sparsities."""
 
 import math
-import re
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
 from jaxprune._errors import check_sparsity
+from jaxprune._help import readable
 from jaxprune._tree import (
     check_regexes_match,
-    compile_regex,
     is_matrix,
     leaves_with_path,
     map_leaves,
@@ -18,8 +17,10 @@ from jaxprune._tree import (
     prunable,
 )
 from jaxprune._types import Params, Sparsity, Where
+from jaxprune._where import compile_regex, matches
 
 
+@readable
 def uniform(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsity:
     """Give every prunable leaf the same sparsity.
 
@@ -43,6 +44,7 @@ def uniform(params: Params, sparsity: float, *, where: Where = is_matrix) -> Spa
     return map_leaves(lambda _: sparsity, prunable(params, where=where))
 
 
+@readable
 def erk(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsity:
     r"""Keep relatively more of small layers: Erdos-Renyi-Kernel allocation.
 
@@ -96,6 +98,7 @@ def erk(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsit
     return jax.tree.unflatten(jax.tree.structure(part), leaves)
 
 
+@readable
 def custom(
     params: Params,
     rules: Mapping[str, float],
@@ -124,11 +127,12 @@ def custom(
     """
     check_sparsity(dict(rules), "custom")
     check_sparsity(default, "custom(default)")
-    compiled = [(compile_regex(regex, "custom"), value) for regex, value in rules.items()]
+    for regex in rules:
+        compile_regex(regex, "custom")
     part = prunable(params, where=where)
     check_regexes_match(tuple(rules), part, "custom")
 
     def choose(path: str, _: jax.Array) -> float:
-        return next((value for regex, value in compiled if re.fullmatch(regex, path)), default)
+        return next((value for regex, value in rules.items() if matches(regex, path)), default)
 
     return map_with_path(choose, part)

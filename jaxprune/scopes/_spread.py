@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 
-from jaxprune._tree import is_hole, leaves_with_path, list_paths, path_str
+from jaxprune._tree import Keys, is_hole, leaves_by_keys, list_paths, slots
 from jaxprune._types import Sparsity
 from jaxprune.scopes._count import MOST_UNITS, is_fixed
 
@@ -16,26 +16,24 @@ def is_tree(sparsity: Sparsity) -> bool:
 
 def spread(units: Any, sparsity: Sparsity, user: str) -> list[Any]:
     """List the sparsity of each leaf of ``units``, in order."""
-    paths = [path for path, _ in leaves_with_path(units)]
+    wanted = list(leaves_by_keys(units))
     if not is_tree(sparsity):
-        return [sparsity] * len(paths)
-    given = dict(_leaves(sparsity))
-    missing = [path for path in paths if path not in given]
-    extra = [path for path in given if path not in paths]
+        return [sparsity] * len(wanted)
+    given = _leaves(sparsity)
+    missing = ["/".join(keys) for keys in wanted if keys not in given]
+    extra = ["/".join(keys) for keys in given if keys not in wanted]
     if missing or extra:
         raise ValueError(
             f"`{user}` got a tree of sparsities that does not mirror the prunable leaves: none "
             f"for {list_paths(missing)}; not prunable {list_paths(extra)}. Make it with "
             "`jp.scopes.uniform`, `erk` or `custom` and the same `where`."
         )
-    return [given[path] for path in paths]
+    return [given[keys] for keys in wanted]
 
 
-def _leaves(sparsity: Sparsity) -> list[tuple[str, Any]]:
-    leaves = jax.tree_util.tree_leaves_with_path(
-        sparsity, is_leaf=lambda x: is_hole(x) or is_fixed(x)
-    )
-    return [(path_str(path), leaf) for path, leaf in leaves if not is_hole(leaf)]
+def _leaves(sparsity: Sparsity) -> dict[Keys, Any]:
+    found = slots(sparsity, lambda x: is_hole(x) or is_fixed(x))
+    return {slot.keys: slot.leaf for slot in found if not is_hole(slot.leaf)}
 
 
 def check_units(n: int, user: str) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ class Windows:
 
     m: int
     axis: int
+
+    def __repr__(self) -> str:
+        return f"windows({self.m})" if self.axis == -2 else f"windows({self.m}, axis={self.axis})"
 
     def __call__(self, units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
         self._check(units)
@@ -44,6 +48,21 @@ class Windows:
             raise ValueError(
                 f"`windows(m={self.m})` would keep none of {self.m} at a sparsity of "
                 f"{', '.join(bad)}. Use at most {1 - 1 / self.m:g}, which keeps one, or a larger m."
+            )
+
+    def check_exact(self, sparsity: Sparsity) -> None:
+        """Refuse a known sparsity that no window of m can have, for masks found in one shot."""
+        bad = [
+            f"{s:g}{f' at {path!r}' if path else ''} (there are {math.floor(s * self.m) / self.m:g}"
+            f" and {math.ceil(s * self.m) / self.m:g})"
+            for path, s in leaves_with_path(sparsity)
+            if is_number(s) and abs(s * self.m - round(s * self.m)) > 1e-6
+        ]
+        if bad:
+            raise ValueError(
+                f"`windows(m={self.m})` keeps whole weights of {self.m}, so that no window has a "
+                f"sparsity of {', '.join(bad)}. Choose one of the two. Schedules may pass "
+                "through all numbers: there each window rounds."
             )
 
     def _check(self, units: Units) -> None:
@@ -92,6 +111,8 @@ def windows(m: int, axis: int = -2) -> Windows:
 
     Of every ``m`` consecutive units ``m - round(sparsity * m)`` stay, so that sparsity remains
     the one knob: 2:4 is ``windows(4)`` at 0.5, and a schedule walks it from 4:4 over 3:4 to 2:4.
+    One-shot masks at a sparsity that is no multiple of ``1 / m`` are refused; inside of schedules,
+    which pass through all numbers, each window rounds, and ``jp.summary`` shows what came out.
     Goes with ``Weights`` and, for N:M over vectors, ``Blocks``.
 
     Args:

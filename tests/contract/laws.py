@@ -9,9 +9,9 @@ ULPS = 8 * np.finfo(np.float32).eps  # pooled scores are sums of a few float32
 
 
 def leaves(tree):
-    """Prunable leaves by path; None is left out."""
+    """Prunable leaves by their simple names; None is left out."""
     return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf)
+        tuple(jax.tree_util.keystr((key,), simple=True) for key in path): np.asarray(leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
 
@@ -137,4 +137,4 @@ def equal(before, after):
 def asked(sparsity):
     """From a number or a tree of numbers to the number that counts at a path."""
     by_path = leaves(sparsity)
-    return lambda path: float(by_path.get(path, by_path.get("")))
+    return lambda path: float(by_path.get(path, by_path.get(())))

@@ -3,11 +3,12 @@
 import dataclasses
 from typing import NamedTuple
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
+from flax import nnx, struct
 from flax.core import FrozenDict
 
 from jaxprune import criteria, patterns, schedules, scopes
@@ -166,6 +167,27 @@ def kernel(rows=8, columns=8):
     return jnp.asarray(np.random.default_rng(rows).normal(size=(rows, columns)), jnp.float32)
 
 
+class Attention(NamedTuple):
+    key: jax.Array
+    value: jax.Array
+
+
+@struct.dataclass
+class Called:
+    """Params that can be called: neither evidence nor params go by what is callable."""
+
+    kernel: jax.Array
+    bias: jax.Array
+
+    def __call__(self, x):
+        return x @ self.kernel + self.bias
+
+
+def equinox_module():
+    model = eqx.nn.MLP(8, 8, 8, 1, key=jax.random.key(0))
+    return eqx.filter(model, eqx.is_array)
+
+
 TREES = {
     "dict": lambda: {"a": {"kernel": kernel(), "bias": jnp.ones(8)}, "b": kernel(16, 4)},
     "FrozenDict": lambda: FrozenDict({"a": {"kernel": kernel(), "bias": jnp.ones(8)}}),
@@ -175,6 +197,10 @@ TREES = {
     "dataclass": lambda: Net(kernel(), [jnp.ones(8), kernel(16, 4)]),
     "nnx state": linear_state,
     "nnx pure": lambda: nnx.to_pure_dict(linear_state()),
+    "callable module": equinox_module,
+    "callable struct": lambda: Called(kernel(), jnp.ones(8)),
+    "key and value": lambda: {"attention": Attention(kernel(), kernel(16, 4))},
+    "paths that meet": lambda: {"a/kernel": kernel(), "a": {"kernel": kernel(16, 4)}},
 }
 
 

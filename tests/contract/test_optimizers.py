@@ -12,7 +12,7 @@ import jaxprune as jp
 from jaxprune import schedules
 from tests.contract import laws
 from tests.contract.tables import OPTIMIZERS, WRAPPERS, small_params
-from tests.contract.trainings import SPARSE, TRAININGS, takes
+from tests.contract.trainings import SPARSE, TRAININGS, takes, wrappers
 from tests.helpers import TraceCount, assert_trees_equal
 
 STEPS = 6
@@ -244,3 +244,18 @@ def test_wide_updates_of_narrow_params_do_not_leave_a_rest():
     tx = jp.prune(narrow, schedule=schedules.constant(0.5))
     updates, state = tx.update(params, tx.init(params), params)
     laws.zero(optax.apply_updates(params, updates), jp.get_masks(state))
+
+
+# Keywords of an update.
+
+
+@pytest.mark.parametrize("name", wrappers())
+def test_a_misspelled_keyword_of_an_update_is_told_unless_the_optimizer_might_know_it(name):
+    params = small_params()
+    for inner in (optax.scale(-0.1), optax.trace(0.9)):
+        tx = wrappers()[name](inner)
+        with pytest.raises(TypeError, match=r"update` got `lossfn=`.*Did you mean `loss_fn=`"):
+            jax.eval_shape(lambda tx=tx: tx.update(params, tx.init(params), params, lossfn=params))
+        jax.eval_shape(lambda tx=tx: tx.update(params, tx.init(params), params, batch=params))
+    takes_all = wrappers()[name](optax.sgd(0.1))  # like all that optax chains
+    jax.eval_shape(lambda: takes_all.update(params, takes_all.init(params), params, lossfn=params))

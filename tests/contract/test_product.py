@@ -199,13 +199,13 @@ def test_masks_of_single_weights_are_those_of_slow_numpy(criterion, scope):
         )
         want = slow_masks(scope, scores, laws.asked(sparsities), within)
         for path, mask in laws.leaves(masks).items():
-            np.testing.assert_array_equal(mask, want[path], err_msg=path)
+            np.testing.assert_array_equal(mask, want[path], err_msg=str(path))
 
 
 def like(params, by_path):
     """Put arrays by path into the tree of the params, None elsewhere."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: by_path.get(jax.tree_util.keystr(path, simple=True, separator="/")), params
+    return jax.tree.unflatten(
+        jax.tree.structure(params), [by_path.get(path) for path in laws.leaves(params)]
     )
 
 

@@ -6,6 +6,7 @@ import jaxprune as jp
 from jaxprune import schedules
 
 SPARSITY = 0.75
+KEY = jax.random.key(5)
 EVENTS = {"begin": 0, "end": 4, "every": 2}
 
 # From an optimizer to a transformation with masks.
@@ -31,3 +32,17 @@ IDLE = {
 def takes(training, optimizer):
     """Say whether a training can wrap an optimizer: L-BFGS has no moments that could be reset."""
     return optimizer != "lbfgs" or training not in SPARSE
+
+
+def wrappers(key=KEY, **settings):
+    """All that carries masks, from an optimizer to a transformation, with the same settings."""
+    ramp = schedules.cubic(SPARSITY, begin=0, end=2, every=2)
+    return {
+        "prune": lambda inner: jp.prune(inner, schedule=ramp, **settings),
+        "hold": lambda inner: jp.hold(inner, **settings),
+        "rigl": lambda inner: jp.dynamic.rigl(inner, sparsity=SPARSITY, **EVENTS, **settings),
+        "set": lambda inner: jp.dynamic.set(
+            inner, key=key, sparsity=SPARSITY, **EVENTS, **settings
+        ),
+        "straight_through": lambda inner: jp.straight_through(inner, schedule=ramp, **settings),
+    }

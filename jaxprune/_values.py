@@ -1,0 +1,75 @@
+"""What concrete arrays hold, read where they lie: nothing is gathered."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._tree import leaves_with_path, map_with_path
+from jaxprune._types import Masks, Params
+
+
+def is_concrete(tree: Any) -> bool:
+    """True if all leaves are arrays with values: none is traced, none a shape."""
+    leaves = jax.tree.leaves(tree)
+    abstract = (jax.core.Tracer, jax.ShapeDtypeStruct)
+    return bool(leaves) and not any(isinstance(leaf, abstract) for leaf in leaves)
+
+
+def count_revived(params: Params, masks: Masks) -> dict[str, int]:
+    """For each path, how many weights that masks remove are not zero; NaN is not zero."""
+    counts: dict[str, int] = {}
+
+    def visit(path: str, p: Any, m: Any) -> None:
+        if m is not None:
+            counts[path] = int(_revived(p, m))
+
+    map_with_path(visit, params, masks)
+    return {path: count for path, count in counts.items() if count}
+
+
+def zero_shares(params: Params) -> dict[str, float]:
+    """For each path of some zeros, their share; a leaf that is zero as a whole starts so."""
+    shares = {path: float(_zero_share(leaf)) for path, leaf in leaves_with_path(params)}
+    # Some zeros come by chance where eight bits hold a weight; pruning removes more than those.
+    return {path: share for path, share in shares.items() if 0.01 <= share < 1.0}
+
+
+def constant_of(leaf: Any) -> float | None:
+    """The one number that a leaf holds, if it is one and not zero.
+
+    A corner of one shard tells for nearly all leaves; only if it is constant all of them are
+    read, by a reduction. Where other processes hold parts, all have to ask for the same.
+    """
+    if leaf.size < 2:
+        return None
+    if getattr(leaf, "is_fully_addressable", True):
+        first = _corner(leaf)
+        if not first.size or (first != first.flat[0]).any():
+            return None
+    low, high = (float(x) for x in _range(leaf))
+    return low if low == high != 0.0 else None
+
+
+def _corner(leaf: Any, most: int = 8) -> np.ndarray:
+    """A few values of the first shard."""
+    shard = leaf.addressable_shards[0].data if isinstance(leaf, jax.Array) else leaf
+    part = shard if shard.size <= 4096 else shard[tuple(slice(0, most) for _ in shard.shape)]
+    return np.asarray(part).astype(np.float32)
+
+
+@jax.jit
+def _range(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    wide = leaf.astype(jnp.float32)  # narrow formats have no minimum; two numbers may fall together
+    return jnp.min(wide), jnp.max(wide)
+
+
+@jax.jit
+def _zero_share(leaf: jax.Array) -> jax.Array:
+    return jnp.mean(leaf == 0, dtype=jnp.float32) if leaf.size else jnp.float32(0)
+
+
+@jax.jit
+def _revived(param: jax.Array, mask: jax.Array) -> jax.Array:
+    return jnp.sum(~mask & (param != 0), dtype=jnp.int32)

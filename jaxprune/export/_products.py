@@ -1,0 +1,115 @@
+"""Matrix products and convolutions of all kinds, in the forms that jax2onnx writes right."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune.export._operations import pad
+
+WHOLE = ("int32", "int64", "uint32", "uint64")  # integers that ONNX multiplies
+FLOATS = ("float16", "float32", "float64")
+
+
+def common_type(eqn: Any) -> np.dtype | None:
+    """The one type that a product may be computed in; None if that is how it is."""
+    out, *ins = (np.dtype(v.aval.dtype) for v in (*eqn.outvars, *eqn.invars))
+    if out.kind == "c":
+        return None
+    if out.kind in "iub":
+        wanted = out if out.name in WHOLE else np.dtype("int32")
+    else:
+        half = out.name == "float16" and all(x == out for x in ins)
+        wanted = out if half or out.name == "float64" else np.dtype("float32")
+    return None if all(x == wanted for x in (out, *ins)) else wanted
+
+
+def dot(eqn: Any, x: Any, y: Any) -> Any | None:
+    """Multiply matrices; None where the operation may stay as it is."""
+    (left, right), (many, _) = eqn.params["dimension_numbers"]
+    if not left:
+        return _outer(eqn, x, y)
+    if len(left) > 1 or {np.ndim(x), np.ndim(y)} != {len(many) + 2}:
+        return None
+    if not many and (left, right) == ((1,), (0,)) and x.dtype.kind == "f":
+        return None  # a Gemm, which takes a bias in
+    return _matmul(eqn, x, y)
+
+
+def _matmul(eqn: Any, x: Any, y: Any) -> Any:
+    """Bring the axes into the order of ``MatMul``: ``Einsum`` is slower."""
+    ((i,), (j,)), (left, right) = eqn.params["dimension_numbers"]
+    (rows,) = set(range(np.ndim(x))) - {i, *left}
+    (columns,) = set(range(np.ndim(y))) - {j, *right}
+    x, y = jnp.transpose(x, (*left, rows, i)), jnp.transpose(y, (*right, j, columns))
+    if not left and x.dtype.kind != "f":  # of two matrices it would make a Gemm
+        return jnp.matmul(x[None], y[None], precision=eqn.params["precision"])[0]
+    return jnp.matmul(x, y, precision=eqn.params["precision"])
+
+
+def _outer(eqn: Any, x: Any, y: Any) -> Any:
+    """All products of two entries, by broadcasting."""
+    _, (left, right) = eqn.params["dimension_numbers"]
+    rows = [i for i in range(np.ndim(x)) if i not in left]
+    columns = [i for i in range(np.ndim(y)) if i not in right]
+    x, y = jnp.transpose(x, (*left, *rows)), jnp.transpose(y, (*right, *columns))
+    first = len(left) + len(rows)
+    x = jnp.expand_dims(x, tuple(range(first, first + len(columns))))
+    y = jnp.expand_dims(y, tuple(range(len(left), first)))
+    return x * y
+
+
+def convolve(eqn: Any, x: Any, weights: Any) -> Any | None:
+    """Convolve over three axes, or with axes in any order; None where it may stay as it is."""
+    spec = eqn.params["dimension_numbers"]
+    known = {"rhs": ((0, 1, 2), (2, 1, 0), (0, 1, 2, 3), (3, 2, 0, 1))}
+    known["lhs"] = ((0, 1, 2), (0, 2, 1), (0, 1, 2, 3), (0, 3, 1, 2))
+    plain = spec.lhs_spec in known["lhs"] and spec.out_spec in known["lhs"]
+    if eqn.params["batch_group_count"] > 1 or (plain and spec.rhs_spec in known["rhs"]):
+        return None
+    names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count")
+    settings = {name: eqn.params[name] for name in (*names, "precision")}
+    x, weights = jnp.transpose(x, spec.lhs_spec), jnp.transpose(weights, spec.rhs_spec)
+    volume = np.ndim(x) == 5
+    out = _by_slices(x, weights, settings) if volume else _plain(x, weights, settings)
+    return jnp.transpose(out, [int(i) for i in np.argsort(spec.out_spec)])
+
+
+def _plain(x: Any, weights: Any, settings: dict[str, Any]) -> Any:
+    return lax.conv_general_dilated(x, weights, **settings)
+
+
+def _by_slices(x: Any, weights: Any, settings: dict[str, Any]) -> Any:
+    """Add up what each slice of the kernel makes of the images, which jax2onnx can convolve."""
+    lists = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
+    first = {name: settings[name][0] for name in lists}
+    rest = {**settings, **{name: settings[name][1:] for name in lists}}
+    zero, other = np.zeros((), x.dtype), (0, 0, 0)
+    depth = (*first["padding"], first["lhs_dilation"] - 1)
+    x = pad(x, zero, (other, other, depth, other, other))
+    span = (weights.shape[2] - 1) * first["rhs_dilation"]
+    count = (x.shape[2] - span - 1) // first["window_strides"] + 1
+    total: Any = 0
+    for k in range(weights.shape[2]):
+        start = k * first["rhs_dilation"]
+        stop = start + (count - 1) * first["window_strides"] + 1
+        part = lax.slice_in_dim(x, start, stop, first["window_strides"], axis=2)
+        images = jnp.moveaxis(part, 2, 1)
+        images = lax.reshape(images, (x.shape[0] * count, *images.shape[2:]))
+        out = _plain(images, weights[:, :, k], rest)
+        total = total + lax.reshape(out, (x.shape[0], count, *out.shape[1:]))
+    return jnp.moveaxis(total, 1, 2)
+
+
+def cast(x: Any, dtype: np.dtype) -> Any:
+    """Convert; a constant at once."""
+    if x.dtype == dtype:
+        return x
+    return (x if isinstance(x, jax.core.Tracer) else np.asarray(x)).astype(dtype)
+
+
+def is_narrow(dtype: Any) -> bool:
+    """True for floats that onnxruntime stores but does not compute with: bfloat16 for one."""
+    return bool(jnp.issubdtype(dtype, jnp.floating)) and np.dtype(dtype).name not in FLOATS

@@ -1,0 +1,91 @@
+"""Programs without what no result depends on."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from jax.extend import core
+from jax.interpreters import partial_eval
+
+
+def lean(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
+    """Leave out of a program what no result and no effect depends on, at any depth.
+
+    jax does so for every primitive that calls programs but ``while``, whose dead values keep alive
+    what they are made from: loops are made lean in between.
+    """
+    jaxpr = _alive(closed.jaxpr)
+    while _has_loops(jaxpr):
+        leaner = _lean_loops(jaxpr)
+        if leaner is jaxpr:
+            break
+        jaxpr = _alive(leaner)
+    return closed.replace(jaxpr=jaxpr)
+
+
+def _alive(jaxpr: Any) -> Any:
+    """Keep what results need; all inputs stay."""
+    return partial_eval.dce_jaxpr(jaxpr, True, True)[0]
+
+
+def _has_loops(jaxpr: Any) -> bool:
+    return any(
+        eqn.primitive.name == "while" or any(map(_has_loops, core.jaxprs_in_params(eqn.params)))
+        for eqn in jaxpr.eqns
+    )
+
+
+def _lean_loops(jaxpr: Any) -> Any:
+    """Let ``while`` loops at any depth carry only what is read. The same object if all do."""
+    read = {v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, core.Var)}
+    read |= {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+    eqns = []
+    for eqn in jaxpr.eqns:
+        inside = _map_programs(_lean_loops, eqn)
+        loop = eqn.primitive.name == "while"
+        eqns.append(_lean_while(inside, [v in read for v in eqn.outvars]) if loop else inside)
+    same = all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True))
+    return jaxpr if same else jaxpr.replace(eqns=eqns)
+
+
+def _map_programs(change: Callable[[Any], Any], eqn: Any) -> Any:
+    """Change the programs in the params of an equation, whose inputs and results stay."""
+
+    def visit(value: Any) -> Any:
+        if isinstance(value, tuple):
+            items = list(map(visit, value))
+            if all(a is b for a, b in zip(items, value, strict=True)):
+                return value
+            return value._make(items) if hasattr(value, "_make") else tuple(items)
+        if isinstance(value, core.ClosedJaxpr):
+            new = change(value.jaxpr)
+            return value if new is value.jaxpr else value.replace(jaxpr=new)
+        return change(value) if isinstance(value, core.Jaxpr) else value
+
+    if not any(map(_has_loops, core.jaxprs_in_params(eqn.params))):
+        return eqn
+    params = {name: visit(value) for name, value in eqn.params.items()}
+    same = all(params[name] is value for name, value in eqn.params.items())
+    return eqn if same else eqn.replace(params=params)
+
+
+def _lean_while(eqn: Any, read: Sequence[bool]) -> Any:
+    """Take out of a loop what is neither read behind it, nor decides when it ends."""
+    cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    m, n = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
+    test, asked = partial_eval.dce_jaxpr(cond.jaxpr, True, [True] * m + list(read))
+    wanted = list(asked[m:])
+    while True:
+        step, needs = partial_eval.dce_jaxpr(body.jaxpr, wanted, [True] * n + wanted)
+        if needs[n:] == wanted:
+            break
+        wanted = needs[n:]
+    if all(wanted) and len(step.eqns) == len(body.jaxpr.eqns):
+        return eqn
+    test = partial_eval.dce_jaxpr(cond.jaxpr, True, [True] * m + wanted)[0]
+    params = {"cond_jaxpr": cond.replace(jaxpr=test), "body_jaxpr": body.replace(jaxpr=step)}
+    carry = [v for v, w in zip(eqn.invars[m + n :], wanted, strict=True) if w]
+    return eqn.replace(
+        invars=[*eqn.invars[: m + n], *carry],
+        outvars=[v for v, w in zip(eqn.outvars, wanted, strict=True) if w],
+        params={**eqn.params, **params},
+    )

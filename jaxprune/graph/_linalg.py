@@ -1,0 +1,141 @@
+"""Rules for linear algebra and transforms: matrices stay whole, batches of them pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune.graph._analysis import ANYTHING, ZERO, Axes, Axis, Rule, Site, Values, axis_of
+
+_RANKS = {"tridiagonal_solve": 1, "lu_pivots_to_permutation": 1}  # of a first operand
+
+
+def batched(at: Site, free: tuple[int, int] | None = None) -> list[Axes]:
+    """Hold the axes of matrices, but for a free one of some operand; join those that count them."""
+    rank = len(at.params["fft_lengths"]) if "fft_lengths" in at.params else None
+    rank = rank if rank is not None else _RANKS.get(at.eqn.primitive.name, 2)
+    count = len(at.ins[0]) - rank
+    for operand, axes in enumerate(at.ins):
+        for i in range(count, len(axes)):
+            if (operand, i - len(axes)) != free:
+                at.freeze(axes[i])
+    batch = [_counting(at, [axes[i] for axes in at.ins], count) for i in range(count)]
+    outs = []
+    for number, v in enumerate(at.eqn.outvars):
+        lead = [None if b is None else axis_of(b[0], b[1][number]) for b in batch]
+        outs.append((*lead, *[None] * (len(v.aval.shape) - count)))
+    return outs
+
+
+def _counting(
+    at: Site, axes: Sequence[Axis | None], count: int
+) -> tuple[np.ndarray, list[Values]] | None:
+    """Ids of an axis that counts matrices, and what may be in each result at a removed one."""
+    ids = at.join(*axes)
+    if ids is None:
+        return None
+    zero = [axis is not None and axis.zero for axis in axes]
+    values, finite = _of_zeros(at, zero, count)
+    if not finite:
+        at.blur(ids, lambda: f"{at.name()} is not finite where a unit is removed")
+    return ids, values
+
+
+def _of_zeros(at: Site, zero: Sequence[bool], count: int) -> tuple[list[Values], bool]:
+    """What comes of matrices that are zero, and whether that is finite: tried on small ones."""
+    unknown = [ANYTHING for _ in at.eqn.outvars]
+    if not any(zero):
+        return unknown, True
+    if "fft_lengths" in at.params:
+        return [ZERO], True
+    sample = lambda v, z: _sample((2,) * (len(v.aval.shape) - count), v.aval.dtype, z)
+    try:
+        with jax.ensure_compile_time_eval():
+            whole = at.bind(*(sample(v, False) for v in at.eqn.invars))
+            outs = at.bind(*(sample(v, z) for v, z in zip(at.eqn.invars, zero, strict=True)))
+            fine = [bool(jnp.isfinite(x).all()) for outs in (whole, outs) for x in outs]
+            values = [ANYTHING if jnp.any(x) else ZERO for x in outs]
+    except (TypeError, ValueError, NotImplementedError):  # not on this device, or not so small
+        return unknown, True
+    ours = fine[len(outs) :]
+    return values, all(ours) or not all(fine[: len(outs)])
+
+
+def _sample(shape: tuple[int, ...], dtype: Any, zero: bool) -> Any:
+    """Zeros, or what any algebra copes with."""
+    if zero or not jnp.issubdtype(dtype, jnp.inexact):
+        return jnp.zeros(shape, dtype)
+    return (0.1 + jnp.eye(2) if len(shape) == 2 else jnp.full(shape, 0.4)).astype(dtype)
+
+
+def triangular_solve(at: Site) -> list[Axes]:
+    """The right-hand sides are free: each is solved for by itself."""
+    free = -1 if at.params["left_side"] else -2
+    (out,) = batched(at, (1, free))
+    axis = at.ins[1][free]
+    place = len(out) + free
+    return [(*out[:place], None if axis is None else axis.mixed(), *out[place + 1 :])]
+
+
+def linear_solve(at: Site) -> list[Axes]:
+    """Follow the solver; the maps that its derivative is made from are cut alike."""
+    names, jaxprs = at.params["jaxprs"]._fields, at.params["jaxprs"]
+    consts, b = _split(at, at.ins)
+    outs = at.walk(jaxprs.solve, [*consts["solve"], *b]).outs
+    exact, at.analysis.exact = at.analysis.exact, False  # of derivatives nobody asks that
+    for name in names:
+        if name != "solve" and getattr(jaxprs, name) is not None:
+            frame = at.walk(getattr(jaxprs, name), [*consts[name], *b])
+            for mine, theirs, x in zip(frame.outs, b, outs, strict=False):
+                for axes in zip(mine, theirs, x, strict=True):
+                    at.join(*axes)
+    at.analysis.exact = exact
+    return outs
+
+
+def cut_linear_solve(at: Site, *values: Any) -> list[Any]:
+    jaxprs = at.params["jaxprs"]
+    consts, b = _split(at, values)
+    order = ["solve", *(n for n in jaxprs._fields if n != "solve" and getattr(jaxprs, n))]
+    run = {
+        name: lambda x, i=i, name=name: at.inner(i)(*consts[name], *x)
+        for i, name in enumerate(order)
+    }
+    aux = len(at.eqn.outvars) > len(b)
+
+    def solver(name: str) -> Any:
+        if name not in run:
+            return None
+        split = lambda outs: (outs[: len(b)], outs[len(b) :]) if aux else outs
+        return lambda _, x: split(run[name](x))
+
+    outs = lax.custom_linear_solve(
+        run["matvec"], list(b), solver("solve"), solver("transpose_solve"), has_aux=aux
+    )
+    return [*outs[0], *outs[1]] if aux else list(outs)
+
+
+def _split(at: Site, operands: Sequence[Any]) -> tuple[dict[str, Sequence[Any]], Sequence[Any]]:
+    """Constants of each of the programs, and what is solved for."""
+    lengths = at.params["const_lengths"]
+    consts, place = {}, 0
+    for name, n in zip(lengths._fields, lengths, strict=True):
+        consts[name], place = operands[place : place + n], place + n
+    return consts, operands[place:]
+
+
+RULES = {
+    **{
+        name: Rule(batched)
+        for name in (
+            *("fft", "cholesky", "cholesky_update", "lu", "lu_pivots_to_permutation", "qr", "geqrf"),
+            *("geqp3", "householder_product", "ormqr", "svd", "eig", "eigh", "schur", "hessenberg"),
+            *("tridiagonal", "tridiagonal_solve", "symmetric_product"),
+        )
+    },
+    "triangular_solve": Rule(triangular_solve),
+    "custom_linear_solve": Rule(linear_solve, cut_linear_solve),
+}

@@ -324,7 +324,7 @@ def verify_shrink(
     kept = _read_cut(cut_list(params, masks), params)
     arrays = [(path, leaf) for path, leaf in leaves_with_path(params) if is_array(leaf)]
     paths, specs = [path for path, _ in arrays], [leaf for _, leaf in arrays]
-    worst, scale, counts = 0.0, 0.0, 0.0
+    worst, scale, numbers = 0.0, 0.0, 0.0
     outs = zip(
         jax.tree.leaves(large),
         jax.tree.leaves(small),
@@ -342,8 +342,8 @@ def verify_shrink(
             worst = max(worst, apart if math.isfinite(apart) else math.inf)
             scale = max(scale, float(jnp.max(jnp.where(jnp.isfinite(less), jnp.abs(less), 0))))
         elif not np.array_equal(_numbers(cut_whole), _numbers(less)):
-            counts = 1.0  # whole numbers are of no scale
-    return max(worst / scale if scale else worst, counts)
+            numbers = 1.0  # whole numbers are of no scale
+    return max(worst / scale if scale else worst, numbers)
 
 
 def _numbers(x: jax.Array) -> jax.Array:

@@ -50,6 +50,10 @@ def step(h, noise):
     return jnp.tanh(h) * noise, (h, jnp.sort(h, -1), h @ P["u"])
 
 
+def drawn(h, key):
+    return h * jax.random.normal(key, h.shape), h[:, jax.random.permutation(key, 8)]
+
+
 HIDDEN = {
     "beside": lambda p, x: told(p, x)[0],
     "in jit": lambda p, x: jax.jit(told)(p, x)[0],
@@ -96,15 +100,7 @@ HIDDEN = {
     ),
     "what a custom jvp gives": lambda p, x: watched(x @ p["w"])[0] @ p["v"],
     "what a custom vjp gives": lambda p, x: straight(x @ p["w"])[0] @ p["v"],
-    "what is drawn": lambda p, x: (
-        (
-            lambda h, key: (
-                h * jax.random.normal(key, h.shape),
-                h[:, jax.random.permutation(key, 8)],
-            )
-        )(x @ p["w"], jax.random.key(0))[0]
-        @ p["v"]
-    ),
+    "what is drawn": lambda p, x: drawn(x @ p["w"], jax.random.key(0))[0] @ p["v"],
 }
 
 

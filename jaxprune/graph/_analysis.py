@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
+import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +19,6 @@ from jax.extend import core
 
 from jaxprune.graph._coupling import Coupling, Ids, Why
 from jaxprune.graph._take import take
-
 
 Values = frozenset[Any]  # numbers that may lie somewhere; None stands for any number
 ANYTHING: Values = frozenset((None,))
@@ -137,9 +138,7 @@ class Analysis:
     taught: frozenset[str] = frozenset()  # primitives with a rule of the user's
     constants: list["Constant"] = dataclasses.field(default_factory=list)
 
-    def fresh(
-        self, shape: Sequence[Any], zero: bool = False, values: Values = ANYTHING
-    ) -> Axes:
+    def fresh(self, shape: Sequence[Any], zero: bool = False, values: Values = ANYTHING) -> Axes:
         """Axes of a value that nothing is known of. An axis of one index is never cut."""
         values = ZERO if zero else values
         return tuple(
@@ -256,9 +255,8 @@ class Site:
         site = self.frame.caller
         while site is not None:
             chain, site = [*chain, site.eqn], site.frame.caller
-        own = (line for eqn in chain if (line := source_line(eqn, packages=False)))
-        line = next(own, None) or next(filter(None, map(source_line, chain)), "an unknown line")
-        return f"`{self.eqn.primitive.name}` at {line}"
+        lines = [line for own in (True, False) for eqn in chain if (line := source_line(eqn, own))]
+        return f"`{self.eqn.primitive.name}` at {lines[0] if lines else 'an unknown line'}"
 
     def join(self, *axes: Axis | None) -> Ids | None:
         """Couple axes of the same size index by index; one that cannot be cut holds all."""
@@ -305,9 +303,7 @@ class Site:
         if self.analysis.exact:
             self.analysis.coupling.blur(ids, why)
 
-    def fresh(
-        self, shape: Sequence[Any], zero: bool = False, values: Values = ANYTHING
-    ) -> Axes:
+    def fresh(self, shape: Sequence[Any], zero: bool = False, values: Values = ANYTHING) -> Axes:
         """Axes of a value that nothing is known of."""
         return self.analysis.fresh(shape, zero, values)
 
@@ -478,21 +474,32 @@ def _unknown(at: Site) -> list[Axes]:
     return [(None,) * len(getattr(v.aval, "shape", ())) for v in at.eqn.outvars]
 
 
-# Where frames of a traceback lie that are nobody's who uses jax: its own, ours.
+# Where frames of a traceback lie that nobody who uses jax wrote: its own, ours.
 _INSIDE = (*(str(Path(m.__file__ or "").parent) + os.sep for m in (jax, jaxlib)), "<frozen")
 _OURS = str(Path(__file__).parents[1]) + os.sep
 _STANDARD = str(Path(functools.__file__).parent) + os.sep
+_PACKAGES = re.compile(r".*(?:site|dist)-packages[/\\]")
 
 
-def source_line(eqn: Any, *, packages: bool = True) -> str | None:
-    """Name the file and line of whoever called a primitive: the user's, or else a package's."""
+def source_line(eqn: Any, own: bool = False) -> str | None:
+    """Name the file and line of whoever called a primitive: the user's, or else a package's.
+
+    Of the traceback counts what the function itself called; whoever asked us about it comes last.
+    """
     traceback = eqn.source_info.traceback
     frames = [] if traceback is None else traceback.frames
+    inner = list(itertools.takewhile(lambda f: not f.file_name.startswith(_OURS), frames))
+    users, packages = _lines(inner)
+    found = users if own else [*users, *packages, *_lines(frames)[0]]
+    return found[0] if found else None
+
+
+def _lines(frames: Sequence[Any]) -> tuple[list[str], list[str]]:
+    """Lines of the user and lines of packages, as short as they can be found by."""
     frames = [f for f in frames if not f.file_name.startswith((*_INSIDE, _OURS))]
-    own = [f for f in frames if not _packaged(f) and not f.file_name.startswith(_STANDARD)]
-    found = own or ([f for f in frames if _packaged(f)] if packages else [])
-    return f"{Path(found[0].file_name).name}:{found[0].line_num}" if found else None
-
-
-def _packaged(frame: Any) -> bool:
-    return "site-packages" in frame.file_name or "dist-packages" in frame.file_name
+    packages = [f for f in frames if _PACKAGES.match(f.file_name)]
+    users = [f for f in frames if f not in packages and not f.file_name.startswith(_STANDARD)]
+    return (
+        [f"{Path(f.file_name).name}:{f.line_num}" for f in users],
+        [f"{_PACKAGES.sub('', f.file_name)}:{f.line_num}" for f in packages],
+    )

@@ -41,7 +41,8 @@ def _both(at: Site, a: Axes, b: Axes) -> Axes:
     joined = []
     for i, j in zip(a, b, strict=True):
         ids = at.join(i, j)
-        joined.append(None if i is None or j is None else axis_of(ids, i.values, j.values))
+        both = None if i is None or j is None else (i.values, j.values)
+        joined.append(None if ids is None or both is None else axis_of(ids, *both))
     return tuple(joined)
 
 
@@ -263,7 +264,10 @@ def _where(which: Sequence[bool], new: Sequence[Any], old: Sequence[Any]) -> lis
 
 
 RULES = {
-    **{name: Rule(call, cut_call) for name in ("jit", "closed_call", "composite", "custom_vmap_call")},
+    **{
+        name: Rule(call, cut_call)
+        for name in ("jit", "closed_call", "composite", "custom_vmap_call")
+    },
     **{name: Rule(call, cut_remat) for name in ("remat", "remat2", "checkpoint")},
     "scan": Rule(scan, cut_scan),
     "while": Rule(while_, cut_while),

@@ -39,9 +39,9 @@ def _captured(
     again = list(_arrays(trace(), seen)) if any(any(c.axes) for c in unsure) else []
     for constant in constants:
         array = constant.value
-        if isinstance(array, jax.Array):
-            yield constant
-        elif any(np.shares_memory(np.asarray(array), other) for other in again):
+        if isinstance(array, jax.Array) or any(
+            np.shares_memory(np.asarray(array), other) for other in again
+        ):
             yield constant
 
 

@@ -15,8 +15,10 @@ _ANNIHILATES = {"mul": (0, 1), "and": (0, 1), "div": (0,), "rem": (0,)}
 
 # Finite for all finite operands, so that nothing has to be tried.
 _FINITE = frozenset(
-    ("add", "add_any", "sub", "mul", "max", "min", "and", "or", "xor", "clamp", "complex")
-    + ("eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to", "atan2", "nextafter")
+    (
+        *("add", "add_any", "sub", "mul", "max", "min", "and", "or", "xor", "clamp", "complex"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to", "atan2", "nextafter"),
+    )
 )
 
 
@@ -143,7 +145,17 @@ ELEMENTWISE = (
     *("integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "log2"),
     *("logistic", "lt", "lt_to", "max", "min", "mul", "name", "ne", "neg", "nextafter"),
     *("not", "one_minus_square", "or", "polygamma", "population_count", "pow", "pvary"),
-    *("mulhi", "real", "reduce_precision", "regularized_incomplete_beta", "rem", "round", "rsqrt", "select_n", "shift_left"),
+    *(
+        "mulhi",
+        "real",
+        "reduce_precision",
+        "regularized_incomplete_beta",
+        "rem",
+        "round",
+        "rsqrt",
+        "select_n",
+        "shift_left",
+    ),
     *("shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt"),
     *("square", "stop_gradient", "sub", "tan", "tanh", "xor", "zeros_like", "zeta"),
 )

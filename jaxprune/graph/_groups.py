@@ -86,7 +86,10 @@ def groups_of(net: Network) -> Groups:
     return Groups(named(found, net), sorted([*_frozen(net, layers), *unread], key=_order(net)))
 
 
-_UNREAD = "no data meets it in what `fn` returns for inputs of these shapes"
+_UNREAD = (
+    "inputs of these shapes do not reach it, or only what `fn` makes by itself does (one-hot "
+    "vectors, padding, sums of weights)"
+)
 
 
 def _order(net: Network) -> Callable[[tuple[str, int, int, str]], tuple[int, int]]:

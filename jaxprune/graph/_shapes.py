@@ -289,7 +289,14 @@ RULES = {
         name: Rule(opaque)
         for name in (
             *("random_wrap", "random_unwrap", "random_seed", "random_fold_in", "random_split"),
-            *("random_clone", "random_gamma", "threefry2x32", "threefry4x32", "axis_index", "platform_index"),
+            *(
+                "random_clone",
+                "random_gamma",
+                "threefry2x32",
+                "threefry4x32",
+                "axis_index",
+                "platform_index",
+            ),
         )
     },
     "concatenate": Rule(concatenate),

@@ -341,7 +341,6 @@ MORE = {
     "top_k along any axis": (*between(lambda h: lax.top_k(h, 2, axis=1)[0], SEQUENCE), PLAIN),
     "cholesky": each(lambda m: jnp.linalg.cholesky(positive(m))),
     "inverse": each(lambda m: jnp.linalg.inv(positive(m))),
-    "determinant": each(lambda m: jnp.linalg.det(positive(m))[:, None, None]),
     "eigenvalues": each(lambda m: jnp.linalg.eigh(m)[0][:, None]),
     "singular values": each(lambda m: jnp.linalg.svd(m, compute_uv=False)[:, None]),
     "solve": (
@@ -575,9 +574,10 @@ ALIKE = (
     *("concatenate beside", "scan that makes", "fori_loop", "noise of a seed", "pad with ones"),
     *("scatter-add of ones into some channels", "scatter-add to one channel twice", "any", "tied"),
     *("sums of known channels", "callbacks that watch", "reduction of one's own, of positions"),
-    *("largest of positions, about", "top_k along any axis", "cholesky", "inverse", "determinant"),
+    *("largest of positions, about", "top_k along any axis", "cholesky", "inverse"),
     *("eigenvalues", "singular values", "solve from the right", "solve along channels"),
-    *("sum of the hidden", "ragged product", "Fourier transform of positions"),
+    *("conjugate gradients", "update of some channels", "sum of the hidden", "ragged product"),
+    "Fourier transform of positions",
 )
 
 

@@ -44,7 +44,13 @@ TIED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", TIED)
+def cases(table, *quick):
+    """The names of a table; all but the quick ones are for the slow suite."""
+    marks = lambda name: () if name in quick else pytest.mark.slow
+    return pytest.mark.parametrize("name", [pytest.param(n, marks=marks(n)) for n in table])
+
+
+@cases(TIED, "by hand")
 @pytest.mark.filterwarnings("ignore:`fn` never reads")
 def test_a_tied_matrix_is_a_group_of_its_own(name):
     params = {"w": KEPT["w"], "b": draw(5)}
@@ -53,6 +59,7 @@ def test_a_tied_matrix_is_a_group_of_its_own(name):
     assert jp.verify_shrink(TIED[name], params, half(groups, params), X) < 1e-5
 
 
+@pytest.mark.slow
 def test_layers_that_equinox_shares_are_a_group():
     eqx = pytest.importorskip("equinox")
 
@@ -141,7 +148,13 @@ def test_tables_that_a_function_makes_are_cut_with_what_they_are_joined_with(nam
     fn = lambda p, x: MADE[name](x @ p["w"]) @ p["v"]
     groups = jp.find_groups(fn, KEPT, X)
     assert places(groups) == [("v", 0), ("w", 1)] and groups[0].exact
-    assert jp.verify_shrink(fn, KEPT, half(groups, KEPT), X) < 1e-5
+
+
+@cases(MADE, "by NumPy")
+def test_what_is_left_of_a_table_is_what_the_masked_network_has(name):
+    fn = lambda p, x: MADE[name](x @ p["w"]) @ p["v"]
+    masks = half(jp.find_groups(fn, KEPT, X), KEPT)
+    assert jp.verify_shrink(fn, KEPT, masks, X) < 1e-5
 
 
 @pytest.mark.parametrize("name", CAPTURED)
@@ -166,7 +179,11 @@ def test_a_captured_number_for_each_layer_goes_with_its_layer():
     params = {"w": draw(3, 5, 5)}
     blocks = jp.find_blocks(fn, params, X)
     assert len(blocks) == 3 and all(block.exact for block in blocks)
-    assert jp.verify_shrink(fn, params, blocks.without([blocks[1].name], params), X) < 1e-5
+    small_fn, small = jp.shrink(fn, params, blocks.without([blocks[1].name], params))
+    want = X
+    for i in (0, 2):
+        want = want + jnp.tanh(want @ params["w"][i]) * RATES[i]
+    np.testing.assert_allclose(small_fn(small, X), want, rtol=1e-5)
 
 
 # Lines of code that is installed.

@@ -117,7 +117,7 @@ def test_what_no_result_depends_on_freezes_nothing_and_is_not_counted(name):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=() if "loop in" in name or "custom" in name else pytest.mark.slow)
+        pytest.param(name, marks=() if "loop in" in name or "vjp" in name else pytest.mark.slow)
         for name in HIDDEN
     ],
 )

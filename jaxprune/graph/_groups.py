@@ -25,7 +25,9 @@ def find_groups(
     channels, neurons, heads and head dimensions, residual streams, experts' hidden units. Nothing
     is computed, so shapes will do, and no module is looked at: flax, equinox, haiku and plain
     functions are all the same. Axes of inputs and outputs stay whole, except that outputs that are
-    new values of the state (statistics of BatchNorm in training) follow their state.
+    new values of the state (statistics of BatchNorm in training) follow their state. Floating
+    arrays that ``fn`` captures count as inputs, tables that it makes by itself do not. What no
+    output depends on is left out before; a callback for debugging sees what the network has.
 
     Args:
       fn: function of params and inputs; what is no array among them (a flag, a function) is fixed.
@@ -35,7 +37,8 @@ def find_groups(
       frozen: predicate of path and array: parameters of which nothing may be removed.
 
     Returns:
-      Groups of two units or more. ``print`` shows them, with what is frozen and why.
+      Groups of two units or more. ``print`` shows them, with what is frozen and why: a group of a
+      single parameter axis has to be summed over together with data, or it is frozen, too.
 
     Raises:
       Exception: whatever ``fn`` raises for these inputs, with a note of what it was called with.

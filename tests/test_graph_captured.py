@@ -116,6 +116,16 @@ def test_what_no_data_meets_is_frozen_and_said(name):
     assert all(len(group.members) > 1 for group in groups)
 
 
+def test_a_weight_that_is_returned_anew_is_no_group_by_itself():
+    def step(variables, x):
+        grads = jax.grad(lambda p: jnp.sum((jnp.tanh(x @ p["w"]) @ p["v"]) ** 2))(variables["p"])
+        return {"p": jax.tree.map(lambda p, g: p - 0.01 * g, variables["p"], grads)}
+
+    groups = jp.find_groups(step, {"p": KEPT}, X)
+    assert places(groups) == [("p/v", 0), ("p/w", 1)]
+    assert "p/v axis 1: `fn` returns its new value" in str(groups)
+
+
 # Captured arrays.
 
 

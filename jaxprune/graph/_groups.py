@@ -69,13 +69,14 @@ def groups_of(net: Network) -> Groups:
     triples = owned(net)
     coupling = net.analysis.coupling
     layers = layer_roots(net)
-    found, unread = [], []
+    lone = _why_alone(net)
+    found, alone = [], []
     for slots, roots, parts in _by_signature(triples, coupling.kinds()):
         if np.isin(roots, layers).any():
             continue
-        single = len(slots) == 1 and parts[0].shape[1] == 1
-        if single and not coupling.is_read(roots).any():
-            unread.append((*triples.places[slots[0]], parts[0].size, _UNREAD))
+        why = lone(roots) if len(slots) == 1 and parts[0].shape[1] == 1 else ""
+        if why:
+            alone.append((*triples.places[slots[0]], parts[0].size, why))
             continue
         if len(roots) < 2:
             continue
@@ -85,14 +86,27 @@ def groups_of(net: Network) -> Groups:
         reason = coupling.why_inexact(roots)
         found.append(Group("", members, len(roots), not reason, reason))
     sizes = dict(zip(net.paths, net.shapes, strict=True))
-    unread = [(p, i, 0 if n == sizes[p][i] else n, why) for p, i, n, why in unread]
-    return Groups(named(found, net), sorted([*_frozen(net, layers), *unread], key=_order(net)))
+    alone = [(p, i, 0 if n == sizes[p][i] else n, why) for p, i, n, why in alone]
+    return Groups(named(found, net), sorted([*_frozen(net, layers), *alone], key=_order(net)))
 
 
-_UNREAD = (
-    "inputs of these shapes do not reach it, or only what `fn` makes by itself does (one-hot "
-    "vectors, padding, sums of weights)"
-)
+def _why_alone(net: Network) -> Callable[[np.ndarray], str]:
+    """Tell why units that own one index of one axis are no group; nothing if they are."""
+    coupling = net.analysis.coupling
+    results = [axis.ids for axes in net.frame.outs for axis in axes if axis is not None]
+    states = coupling.find(np.concatenate([np.zeros(0, np.int64), *results]))
+
+    def why(roots: np.ndarray) -> str:
+        if np.isin(roots, states).any():
+            return "`fn` returns its new value, and nothing else goes with it"
+        if coupling.is_read(roots).any():
+            return ""
+        return (
+            "inputs of these shapes do not reach it, or only what `fn` makes by itself does "
+            "(one-hot vectors, padding, sums of weights)"
+        )
+
+    return why
 
 
 def _order(net: Network) -> Callable[[tuple[str, int, int, str]], tuple[int, int]]:

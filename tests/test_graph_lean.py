@@ -100,6 +100,9 @@ HIDDEN = {
     ),
     "what a custom jvp gives": lambda p, x: watched(x @ p["w"])[0] @ p["v"],
     "what a custom vjp gives": lambda p, x: straight(x @ p["w"])[0] @ p["v"],
+    "behind a barrier": lambda p, x: (
+        lax.optimization_barrier((x @ p["w"], jnp.sort(x @ p["w"])))[0] @ p["v"]
+    ),
     "what is drawn": lambda p, x: drawn(x @ p["w"], jax.random.key(0))[0] @ p["v"],
 }
 

@@ -160,7 +160,7 @@ class Analysis:
         made of parameters alone.
         """
         consts = list(jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else []
-        fixed_axes = [self.fresh(np.shape(c)) for c in consts]
+        fixed_axes = [self._constant(c) for c in consts]
         self.constants += [Constant(*c, jaxpr) for c in zip(consts, fixed_axes, strict=True)]
         jaxpr = hoist(jaxpr) if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
         ins = [*fixed_axes, *ins]
@@ -183,6 +183,15 @@ class Analysis:
                 frame.axes[var] = axes
             site.remember()
         return frame
+
+    def _constant(self, value: Any) -> Axes:
+        """Axes of an array in a program; a reference to one that lives outside keeps all."""
+        return self.fresh(value.shape) if is_array(value) else (None,) * len(value.shape)
+
+
+def is_array(value: Any) -> bool:
+    """True for an array or number, false for a reference to one."""
+    return not hasattr(jax.typeof(value), "inner_aval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -394,7 +403,7 @@ class Site:
 def is_known(value: Any) -> bool:
     """True for a number or array that can be looked at: no tracer and no key."""
     key = jnp.issubdtype(getattr(value, "dtype", np.dtype(float)), jax.dtypes.extended)
-    return not isinstance(value, jax.core.Tracer) and not key
+    return not isinstance(value, jax.core.Tracer) and not key and is_array(value)
 
 
 def evaluate(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph._analysis import ANYTHING, ZERO, Axes, Axis, Rule, Site, Values, axis_of
@@ -86,7 +87,8 @@ def _result(at: Site, values: Sequence[Any], removed: Mapping[int, Values]) -> t
         value = _evaluate_at(at, values)
         finite = value is None or bool(np.isfinite(value)) or not np.isfinite(values).all()
         return (None if value is None or np.isnan(value) else value), finite
-    finite = name in _FINITE or not any(_explodes(at, values, i) for i in known)
+    whole = not jnp.issubdtype(at.eqn.outvars[0].aval.dtype, jnp.inexact)
+    finite = whole or name in _FINITE or not any(_explodes(at, values, i) for i in known)
     zero = any(values[i] == 0 for i in _ANNIHILATES.get(name, ()))
     return (0.0 if zero and finite else None), finite
 

@@ -2,22 +2,18 @@
 
 import dataclasses
 import functools
-import itertools
 import math
-import os
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax.extend import core
 
 from jaxprune.graph._coupling import Coupling, Ids, Why
+from jaxprune.graph._source import source_line
 from jaxprune.graph._take import take
 
 Values = frozenset[Any]  # numbers that may lie somewhere; None stands for any number
@@ -481,34 +477,3 @@ def _unknown(at: Site) -> list[Axes]:
             stacklevel=2,
         )
     return [(None,) * len(getattr(v.aval, "shape", ())) for v in at.eqn.outvars]
-
-
-# Where frames of a traceback lie that nobody who uses jax wrote: its own, ours.
-_INSIDE = (*(str(Path(m.__file__ or "").parent) + os.sep for m in (jax, jaxlib)), "<frozen")
-_OURS = str(Path(__file__).parents[1]) + os.sep
-_STANDARD = str(Path(functools.__file__).parent) + os.sep
-_PACKAGES = re.compile(r".*(?:site|dist)-packages[/\\]")
-
-
-def source_line(eqn: Any, own: bool = False) -> str | None:
-    """Name the file and line of whoever called a primitive: the user's, or else a package's.
-
-    Of the traceback counts what the function itself called; whoever asked us about it comes last.
-    """
-    traceback = eqn.source_info.traceback
-    frames = [] if traceback is None else traceback.frames
-    inner = list(itertools.takewhile(lambda f: not f.file_name.startswith(_OURS), frames))
-    users, packages = _lines(inner)
-    found = users if own else [*users, *packages, *_lines(frames)[0]]
-    return found[0] if found else None
-
-
-def _lines(frames: Sequence[Any]) -> tuple[list[str], list[str]]:
-    """Lines of the user and lines of packages, as short as they can be found by."""
-    frames = [f for f in frames if not f.file_name.startswith((*_INSIDE, _OURS))]
-    packages = [f for f in frames if _PACKAGES.match(f.file_name)]
-    users = [f for f in frames if f not in packages and not f.file_name.startswith(_STANDARD)]
-    return (
-        [f"{Path(f.file_name).name}:{f.line_num}" for f in users],
-        [f"{_PACKAGES.sub('', f.file_name)}:{f.line_num}" for f in packages],
-    )

@@ -231,6 +231,153 @@ INDICES = {
         PLAIN,
     ),
     "scatter into channels": (*between(lambda h: h.at[:, 2].set(0.0)), []),
+    "scatter-add into some channels": (
+        lambda p, x: (x @ p["w"]).at[:, 1:4].add(x @ p["u"]) @ p["v"],
+        {"w": (4, 6), "u": (4, 3), "v": (6, 3)},
+        ROW,
+        [(3, [1, 1, 1]), (3, [1, 1])],
+    ),
+    "scatter-add of ones into some channels": (*between(lambda h: h.at[:, 1:4].add(1.0)), PLAIN),
+    "scatter-add to known channels": (
+        lambda p, x: (x @ p["w"]).at[:, np.array([4, 1, 0])].add(x @ p["u"]) @ p["v"],
+        {"w": (4, 6), "u": (4, 3), "v": (6, 3)},
+        ROW,
+        [(3, [1, 1, 1]), (3, [1, 1])],
+    ),
+    "scatter-add to one channel twice": (
+        lambda p, x: (x @ p["w"]).at[:, np.array([4, 1, 4])].add(x @ p["u"]) @ p["v"],
+        {"w": (4, 6), "u": (4, 3), "v": (6, 3)},
+        ROW,
+        [(4, [1, 1]), (1, [2, 1, 1])][:1],  # and one of its own
+    ),
+    "sums of known channels": (
+        *between(lambda h: jax.ops.segment_sum(h.T, np.array([0, 1, 1, 0, 2, 2]), 3).T, m=3),
+        [(3, [1, 2])],
+    ),
+    "scatter to unknown channels": (
+        *between(lambda h, i: h.at[:, i].add(1.0)),
+        np.array([1, 3]),
+        [],
+    ),
+    "update of some channels": (
+        lambda p, x: lax.dynamic_update_slice(x @ p["w"], x @ p["u"], (0, 2)) @ p["v"],
+        {"w": (4, 6), "u": (4, 3), "v": (6, 3)},
+        ROW,
+        [(3, [1, 1, 1]), (3, [1, 1])],
+    ),
+}
+
+
+def noted(h):
+    """A reference that is written to whole, at a row and again in a loop."""
+    ref = jax.new_ref(jnp.zeros_like(h))
+    ref[...] += h
+    ref[1] = jnp.tanh(h[0])
+
+    def body(total, row):
+        ref[...] = ref[...] * 0.5 + row[None]
+        return total + ref[0], None
+
+    total, _ = lax.scan(body, jnp.zeros(6), h)
+    return jax.ref.freeze(ref) + total[None]
+
+
+def printed(h):
+    jax.debug.print("{}", h.shape[0])
+    jax.debug.callback(lambda h: None, h)
+    return jnp.tanh(h)
+
+
+def each(op, size=2):
+    """A matrix for each hidden unit, which scales what the unit says."""
+    fn = lambda p, x: (
+        ((x @ p["w"])[:, :, None, None] * op(p["m"] + p["m"].mT)[None]).sum((2, 3)) @ p["v"]
+    )
+    return fn, {"w": (4, 6), "m": (6, size, size), "v": (6, 3)}, ROW, [(6, [1, 1, 1])]
+
+
+def positive(m):
+    return jnp.einsum("hij,hkj->hik", m, m) + jnp.eye(len(m[0]))[None]
+
+
+def system(x):
+    """A matrix made of two rows of inputs that can be inverted."""
+    return x[:, :2] @ x[:, :2].T + jnp.eye(2)
+
+
+HOST = lambda h: jax.pure_callback(np.asarray, jax.ShapeDtypeStruct(h.shape, h.dtype), h)
+MORE = {
+    "Fourier transform of positions": (
+        *between(lambda h: jnp.fft.irfft(jnp.fft.rfft(h, axis=1), n=5, axis=1), SEQUENCE),
+        PLAIN,
+    ),
+    "Fourier transform of channels": (*between(lambda h: jnp.fft.fft(h).real), []),
+    "ragged product": (
+        lambda p, x, sizes: lax.ragged_dot(
+            jax.nn.relu(lax.ragged_dot(x, p["w"], sizes)), p["v"], sizes
+        ),
+        {"w": (3, 4, 6), "v": (3, 6, 2)},
+        (5, 4),
+        np.array([1, 3, 1]),
+        PLAIN,
+    ),
+    "references": (*between(noted), PLAIN),
+    "reference to channels": (*between(lambda h: jax.new_ref(h)[:, 1:3], m=2), []),
+    "callbacks that watch": (*between(printed), PLAIN),
+    "callback that computes": (*between(HOST), []),
+    "any": (*between(lambda h: h * jnp.any(h > 0.5, 1, keepdims=True)), PLAIN),
+    "reduction of one's own, of positions": (
+        *between(lambda h: lax.reduce(h, 1.0, lambda a, b: a * b + a, (1,)), SEQUENCE),
+        PLAIN,
+    ),
+    "reduction of one's own, of channels": (
+        *between(lambda h: h * lax.reduce(h, 1.0, lambda a, b: a * b + a, (1,))[:, None]),
+        [],
+    ),
+    "largest of positions, about": (
+        *between(lambda h: h + lax.approx_max_k(h, 2, reduction_dimension=1)[0][:, :1], SEQUENCE),
+        PLAIN,
+    ),
+    "top_k along any axis": (*between(lambda h: lax.top_k(h, 2, axis=1)[0], SEQUENCE), PLAIN),
+    "cholesky": each(lambda m: jnp.linalg.cholesky(positive(m))),
+    "inverse": each(lambda m: jnp.linalg.inv(positive(m))),
+    "eigenvalues": each(lambda m: jnp.linalg.eigh(m)[0][:, None]),
+    "singular values": each(lambda m: jnp.linalg.svd(m, compute_uv=False)[:, None]),
+    "solve": (
+        lambda p, x: jnp.linalg.solve(system(x), x @ p["w"]) @ p["v"],
+        {"w": (4, 6), "v": (6, 3)},
+        ROW,
+        PLAIN,
+    ),
+    "solve from the right": (
+        lambda p, x: (
+            lax.linalg.triangular_solve(jnp.tril(system(x)), (x @ p["w"]).T, lower=True).T @ p["v"]
+        ),
+        {"w": (4, 6), "v": (6, 3)},
+        ROW,
+        PLAIN,
+    ),
+    "conjugate gradients": (
+        lambda p, x: (
+            jax.scipy.sparse.linalg.cg(lambda h: system(x) @ h, x @ p["w"], maxiter=3)[0] @ p["v"]
+        ),
+        {"w": (4, 6), "v": (6, 3)},
+        ROW,
+        PLAIN,
+    ),
+    "solve along channels": (
+        lambda p, x: jnp.linalg.solve(p["r"] @ p["r"].T + jnp.eye(6), (x @ p["w"]).T).T @ p["v"],
+        {"w": (4, 6), "r": (6, 2), "v": (6, 3)},
+        ROW,
+        [(2, [1])],  # what `r` is summed over
+    ),
+    "tied": (lambda p, x: jax.nn.relu(x @ p["w"]) @ p["w"].T, {"w": (4, 6)}, ROW, [(6, [1])]),
+    "sum of the hidden": (
+        lambda p, x: jnp.tanh(x @ p["w"]).sum(1, keepdims=True),
+        {"w": (4, 6)},
+        ROW,
+        [(6, [1])],
+    ),
 }
 PRODUCTS = {
     "matrices in a batch": (
@@ -384,7 +531,7 @@ CALLS = {
     ),
     "optimization_barrier": (*between(lambda h: lax.optimization_barrier((h, -h))[1]), PLAIN),
 }
-NETWORKS = SHAPES | INDICES | PRODUCTS | CALLS
+NETWORKS = SHAPES | INDICES | PRODUCTS | CALLS | MORE
 
 
 def network(name):
@@ -425,6 +572,12 @@ ALIKE = (
     *("grouped conv of one output each", "max pool", "argmax of positions", "sort of positions"),
     *("max of positions", "softmax of positions", "top_k of positions", "matrices in a batch"),
     *("concatenate beside", "scan that makes", "fori_loop", "noise of a seed", "pad with ones"),
+    *("scatter-add of ones into some channels", "scatter-add to one channel twice", "any", "tied"),
+    *("sums of known channels", "callbacks that watch", "reduction of one's own, of positions"),
+    *("largest of positions, about", "top_k along any axis", "cholesky", "inverse"),
+    *("eigenvalues", "singular values", "solve from the right", "solve along channels"),
+    *("conjugate gradients", "update of some channels", "sum of the hidden", "ragged product"),
+    "Fourier transform of positions",
 )
 
 
@@ -480,6 +633,18 @@ def test_gradients_of_what_is_left_are_those_of_the_masked_network(name, seed):
         ("concatenate", "`dot_general` at test_graph.py:.*joins it with an axis that stays whole"),
         ("embedding", "`gather` at test_graph.py:.*needs the whole axis"),
         ("dropout", "it is axis 1 of an output"),
+        ("scatter to unknown channels", "`scatter-add` at test_graph.py:.*needs the whole axis"),
+        ("Fourier transform of channels", "`fft` at test_graph.py:.*needs the whole axis"),
+        ("reference to channels", "`get` at test_graph.py:.*needs the whole axis"),
+        (
+            "callback that computes",
+            "`pure_callback` at test_graph.py:.*hands it to the host, whole",
+        ),
+        ("reduction of one's own, of channels", "`reduce` at test_graph.py:.*needs the whole axis"),
+        (
+            "cholesky",
+            "`cholesky` at test_graph.py:.*needs the whole axis|joins it with an axis that",
+        ),
     ],
 )
 def test_frozen_axes_name_the_operation_and_its_line(name, words):
@@ -496,20 +661,19 @@ def test_the_largest_magnitude_is_exact_only_without_what_is_zero():
     assert not groups[0].exact and "`reduce_max` at test_graph.py" in groups[0].reason
 
 
-def test_an_operation_without_a_rule_freezes_what_it_touches_and_names_its_line():
-    fn, params, x = between(
-        lambda h: jnp.linalg.cholesky(h[:, :, None] * h[:, None] + jnp.eye(6)[None]).sum(2)
-    )
-    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in params.items()}
-    with pytest.warns(UserWarning, match=r"`cholesky` at test_graph.py:\d+ is a primitive without"):
-        groups = jp.find_groups(fn, shapes, jax.ShapeDtypeStruct(x, jnp.float32))
-    assert not groups and "`cholesky`" in str(groups)
-
-
 widen = Primitive("divide_by_width")
 widen.def_impl(lambda x: x / x.shape[-1])
 widen.def_abstract_eval(lambda x: x)
 mlir.register_lowering(widen, mlir.lower_fun(lambda x: x / x.shape[-1], multiple_results=False))
+
+
+def test_an_operation_without_a_rule_freezes_what_it_touches_and_names_its_line():
+    fn, params, x = between(widen.bind)
+    shapes = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in params.items()}
+    words = r"`divide_by_width` at test_graph.py:\d+ is a primitive without"
+    with pytest.warns(UserWarning, match=words):
+        groups = jp.find_groups(fn, shapes, jax.ShapeDtypeStruct(x, jnp.float32))
+    assert not groups and "`divide_by_width`" in str(groups)
 
 
 def test_a_rule_of_your_own_says_how_axes_hang_together_and_how_to_compute():

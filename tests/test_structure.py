@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 from jax import lax
+from jax.experimental import io_callback
 
 import jaxprune as jp
 from jaxprune.patterns import Coupled
@@ -536,23 +537,28 @@ def test_unread_and_integer_params_are_warned_of(params):
         jp.find_groups(net, {**params, "scale": jnp.arange(3)}, jnp.ones((1, 3)))
 
 
-def test_host_callbacks_freeze_what_they_touch_and_say_so(params):
-    def shouting(p, x):
-        h = jax.nn.relu(x @ p["w"] + p["b"][None])
-        jax.debug.callback(lambda h: None, h)
-        return h @ p["v"]
+def test_callbacks_that_compute_freeze_what_they_touch_and_those_that_watch_do_not(params):
+    def shouting(call):
+        def net(p, x):
+            h = jax.nn.relu(x @ p["w"] + p["b"][None])
+            call(lambda h: None, h)
+            return h @ p["v"]
 
-    with pytest.warns(UserWarning, match=r"`debug_callback` at test_structure.py:\d+"):
-        groups = jp.find_groups(shouting, params, jnp.ones((1, 3)))
-    assert not groups and "`debug_callback`" in str(groups)
+        return net
+
+    told = shouting(lambda f, h: io_callback(f, None, h))
+    groups = jp.find_groups(told, params, jnp.ones((1, 3)))
+    assert not groups and re.search(r"`io_callback` at test_structure.py:\d+ hands", str(groups))
+    (group,) = jp.find_groups(shouting(jax.debug.callback), params, jnp.ones((1, 3)))
+    assert group.size == 8 and group.exact
 
 
 def test_a_user_teaches_a_primitive(key):
     net = lambda p, x: jnp.abs(jnp.fft.rfft(p["w"] @ x)).T @ p["v"]
     p = {"w": jax.random.normal(key, (6, 3)), "v": jax.random.normal(key, (6, 1))}
     x = jax.random.normal(key, (3, 8))
-    with pytest.warns(UserWarning, match="`fft` at test_structure.py"):
-        assert not jp.find_groups(net, p, x)
+    whole = jp.graph.Rule(lambda at: [at.freeze(a) for a in at.ins[0]] and [(None, None)])
+    assert not jp.find_groups(net, p, x, rules={"fft": whole})
 
     def fft(at):
         at.freeze(at.ins[0][-1])

@@ -3,20 +3,18 @@
 import dataclasses
 import functools
 import math
-import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 from jax.extend import core
 
 from jaxprune._mesh import fitting
 from jaxprune.graph._coupling import Coupling, Ids, Why
+from jaxprune.graph._source import source_line
 from jaxprune.graph._take import take
 
 Values = frozenset[Any]  # numbers that may lie somewhere; None stands for any number
@@ -159,7 +157,7 @@ class Analysis:
         made of parameters alone.
         """
         consts = list(jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else []
-        fixed_axes = [self.fresh(np.shape(c)) for c in consts]
+        fixed_axes = [self._constant(c) for c in consts]
         self.constants += [Constant(*c, jaxpr) for c in zip(consts, fixed_axes, strict=True)]
         jaxpr = hoist(jaxpr) if isinstance(jaxpr, core.ClosedJaxpr) else jaxpr
         ins = [*fixed_axes, *ins]
@@ -182,6 +180,15 @@ class Analysis:
                 frame.axes[var] = axes
             site.remember()
         return frame
+
+    def _constant(self, value: Any) -> Axes:
+        """Axes of an array in a program; a reference to one that lives outside keeps all."""
+        return self.fresh(value.shape) if is_array(value) else (None,) * len(value.shape)
+
+
+def is_array(value: Any) -> bool:
+    """True for an array or number, false for a reference to one."""
+    return not hasattr(jax.typeof(value), "inner_aval")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -264,9 +271,8 @@ class Site:
         site = self.frame.caller
         while site is not None:
             chain, site = [*chain, site.eqn], site.frame.caller
-        own = (line for eqn in chain if (line := source_line(eqn, packages=False)))
-        line = next(own, None) or next(filter(None, map(source_line, chain)), "an unknown line")
-        return f"`{self.eqn.primitive.name}` at {line}"
+        lines = [line for own in (True, False) for eqn in chain if (line := source_line(eqn, own))]
+        return f"`{self.eqn.primitive.name}` at {lines[0] if lines else 'an unknown line'}"
 
     def join(self, *axes: Axis | None) -> Ids | None:
         """Couple axes of the same size index by index; one that cannot be cut holds all."""
@@ -406,7 +412,7 @@ class Site:
 def is_known(value: Any) -> bool:
     """True for a number or array that can be looked at: no tracer and no key."""
     key = jnp.issubdtype(getattr(value, "dtype", np.dtype(float)), jax.dtypes.extended)
-    return not isinstance(value, jax.core.Tracer) and not key
+    return not isinstance(value, jax.core.Tracer) and not key and is_array(value)
 
 
 def evaluate(
@@ -484,23 +490,3 @@ def _unknown(at: Site) -> list[Axes]:
             stacklevel=2,
         )
     return [(None,) * len(getattr(v.aval, "shape", ())) for v in at.eqn.outvars]
-
-
-# Where frames of a traceback lie that are nobody's who uses jax: its own, ours.
-_INSIDE = (*(str(Path(m.__file__ or "").parent) + os.sep for m in (jax, jaxlib)), "<frozen")
-_OURS = str(Path(__file__).parents[1]) + os.sep
-_STANDARD = str(Path(functools.__file__).parent) + os.sep
-
-
-def source_line(eqn: Any, *, packages: bool = True) -> str | None:
-    """Name the file and line of whoever called a primitive: the user's, or else a package's."""
-    traceback = eqn.source_info.traceback
-    frames = [] if traceback is None else traceback.frames
-    frames = [f for f in frames if not f.file_name.startswith((*_INSIDE, _OURS))]
-    own = [f for f in frames if not _packaged(f) and not f.file_name.startswith(_STANDARD)]
-    found = own or ([f for f in frames if _packaged(f)] if packages else [])
-    return f"{Path(found[0].file_name).name}:{found[0].line_num}" if found else None
-
-
-def _packaged(frame: Any) -> bool:
-    return "site-packages" in frame.file_name or "dist-packages" in frame.file_name

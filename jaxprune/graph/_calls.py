@@ -44,7 +44,8 @@ def _both(at: Site, a: Axes, b: Axes) -> Axes:
     joined = []
     for i, j in zip(a, b, strict=True):
         ids = at.join(i, j)
-        joined.append(None if i is None or j is None else axis_of(ids, i.values, j.values))
+        both = None if i is None or j is None else (i.values, j.values)
+        joined.append(None if ids is None or both is None else axis_of(ids, *both))
     return tuple(joined)
 
 

@@ -19,7 +19,11 @@ def hold_captured(analysis: Analysis, trace: Callable[[], core.ClosedJaxpr]) -> 
     """
     coupling = analysis.coupling
     layers = coupling.find(np.concatenate([np.zeros(0, np.int64), *analysis.layers]))
-    found = [c for c in analysis.constants if jnp.issubdtype(c.value.dtype, jnp.inexact)]
+    found = [
+        c
+        for c in analysis.constants
+        if jnp.issubdtype(c.value.dtype, jnp.inexact) and any(axis is not None for axis in c.axes)
+    ]
     for constant in _captured(found, trace):
         for axis in constant.axes:
             if axis is not None and not np.isin(coupling.find(axis.ids), layers).any():
@@ -36,12 +40,12 @@ def _captured(
     """
     unsure = [c for c in constants if not isinstance(c.value, jax.Array)]
     seen = {id(c.program.jaxpr) for c in unsure}
-    again = list(_arrays(trace(), seen)) if any(any(c.axes) for c in unsure) else []
+    again = list(_arrays(trace(), seen)) if unsure else []
     for constant in constants:
         array = constant.value
-        if isinstance(array, jax.Array):
-            yield constant
-        elif any(np.shares_memory(np.asarray(array), other) for other in again):
+        if isinstance(array, jax.Array) or any(
+            np.shares_memory(np.asarray(array), other) for other in again
+        ):
             yield constant
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.graph._analysis import ANYTHING, ZERO, Axes, Axis, Rule, Site, Values, axis_of
@@ -15,8 +16,10 @@ _ANNIHILATES = {"mul": (0, 1), "and": (0, 1), "div": (0,), "rem": (0,)}
 
 # Finite for all finite operands, so that nothing has to be tried.
 _FINITE = frozenset(
-    ("add", "add_any", "sub", "mul", "max", "min", "and", "or", "xor", "clamp", "complex")
-    + ("eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to", "atan2", "nextafter")
+    (
+        *("add", "add_any", "sub", "mul", "max", "min", "and", "or", "xor", "clamp", "complex"),
+        *("eq", "ne", "lt", "le", "gt", "ge", "eq_to", "lt_to", "le_to", "atan2", "nextafter"),
+    )
 )
 
 
@@ -84,7 +87,8 @@ def _result(at: Site, values: Sequence[Any], removed: Mapping[int, Values]) -> t
         value = _evaluate_at(at, values)
         finite = value is None or bool(np.isfinite(value)) or not np.isfinite(values).all()
         return (None if value is None or np.isnan(value) else value), finite
-    finite = name in _FINITE or not any(_explodes(at, values, i) for i in known)
+    whole = not jnp.issubdtype(at.eqn.outvars[0].aval.dtype, jnp.inexact)
+    finite = whole or name in _FINITE or not any(_explodes(at, values, i) for i in known)
     zero = any(values[i] == 0 for i in _ANNIHILATES.get(name, ()))
     return (0.0 if zero and finite else None), finite
 

@@ -28,7 +28,9 @@ def find_groups(
     channels, neurons, heads and head dimensions, residual streams, experts' hidden units. Nothing
     is computed, so shapes will do, and no module is looked at: flax, equinox, haiku and plain
     functions are all the same. Axes of inputs and outputs stay whole, except that outputs that are
-    new values of the state (statistics of BatchNorm in training) follow their state.
+    new values of the state (statistics of BatchNorm in training) follow their state. Floating
+    arrays that ``fn`` captures count as inputs, tables that it makes by itself do not. What no
+    output depends on is left out before; a callback for debugging sees what the network has.
 
     Args:
       fn: function of params and inputs; what is no array among them (a flag, a function) is fixed.
@@ -45,7 +47,8 @@ def find_groups(
       **keywords: keyword arguments of ``fn``, such as ``train=True`` or ``rngs=``.
 
     Returns:
-      Groups of two units or more. ``print`` shows them, with what is frozen and why.
+      Groups of two units or more. ``print`` shows them, with what is frozen and why: a group of a
+      single parameter axis has to be summed over together with data, or it is frozen, too.
 
     Raises:
       Exception: whatever ``fn`` raises for these inputs, with a note of what it was called with.
@@ -77,13 +80,14 @@ def groups_of(net: Network) -> Groups:
     triples = owned(net)
     coupling = net.analysis.coupling
     layers = layer_roots(net)
-    found, unread = [], []
+    lone = _why_alone(net)
+    found, alone = [], []
     for slots, roots, parts in _by_signature(triples, coupling.kinds()):
         if np.isin(roots, layers).any():
             continue
-        single = len(slots) == 1 and parts[0].shape[1] == 1
-        if single and not coupling.is_read(roots).any():
-            unread.append((*triples.places[slots[0]], parts[0].size, _UNREAD))
+        why = lone(roots) if len(slots) == 1 and parts[0].shape[1] == 1 else ""
+        if why:
+            alone.append((*triples.places[slots[0]], parts[0].size, why))
             continue
         if len(roots) < 2:
             continue
@@ -93,11 +97,27 @@ def groups_of(net: Network) -> Groups:
         reason = coupling.why_inexact(roots)
         found.append(Group("", members, len(roots), not reason, reason))
     sizes = dict(zip(net.paths, net.shapes, strict=True))
-    unread = [(p, i, 0 if n == sizes[p][i] else n, why) for p, i, n, why in unread]
-    return Groups(named(found, net), sorted([*_frozen(net, layers), *unread], key=_order(net)))
+    alone = [(p, i, 0 if n == sizes[p][i] else n, why) for p, i, n, why in alone]
+    return Groups(named(found, net), sorted([*_frozen(net, layers), *alone], key=_order(net)))
 
 
-_UNREAD = "no data meets it in what `fn` returns for inputs of these shapes"
+def _why_alone(net: Network) -> Callable[[np.ndarray], str]:
+    """Tell why units that own one index of one axis are no group; nothing if they are."""
+    coupling = net.analysis.coupling
+    results = [axis.ids for axes in net.frame.outs for axis in axes if axis is not None]
+    states = coupling.find(np.concatenate([np.zeros(0, np.int64), *results]))
+
+    def why(roots: np.ndarray) -> str:
+        if np.isin(roots, states).any():
+            return "`fn` returns its new value, and nothing else goes with it"
+        if coupling.is_read(roots).any():
+            return ""
+        return (
+            "inputs of these shapes do not reach it, or only what `fn` makes by itself does "
+            "(one-hot vectors, padding, sums of weights)"
+        )
+
+    return why
 
 
 def _order(net: Network) -> Callable[[tuple[str, int, int, str]], tuple[int, int]]:

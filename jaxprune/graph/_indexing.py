@@ -120,8 +120,8 @@ def cut_dynamic_slice(at: Any, x: Any, *starts: Any) -> list[Any]:
 def dynamic_update_slice(at: Site) -> list[Axes]:
     """Axes that are written whole are joined, and what is written of one at a known place."""
     starts = [_start(at, i) for i in range(len(at.ins[0]))]
-    pairs = zip(at.ins[0], at.ins[1], at.shape(0), at.shape(1), starts, strict=True)
-    return [tuple(_written(at, *pair) for pair in pairs)]
+    axes, sizes = zip(*at.ins[:2], strict=True), zip(at.shape(0), at.shape(1), strict=True)
+    return [tuple(_written(at, *how) for how in zip(axes, sizes, starts, strict=True))]
 
 
 def _start(at: Site, i: int) -> int | None:
@@ -132,9 +132,10 @@ def _start(at: Site, i: int) -> int | None:
 
 
 def _written(
-    at: Site, axis: Axis | None, update: Axis | None, n: int, size: int, start: int | None
+    at: Site, axes: tuple[Axis | None, Axis | None], sizes: tuple[int, int], start: int | None
 ) -> Axis | None:
     """The axis of an array after some of it, from a known index on, or all of it, was written."""
+    (axis, update), (n, size) = axes, sizes
     if n == size:
         return beside(at, axis, update)
     if axis is None or start is None:
@@ -169,10 +170,10 @@ def scatter(at: Site) -> list[Axes]:
     for i, axis in enumerate(x):
         place = None if i in inserted else next(windows)
         if place is not None:
-            n, size = at.shape(0)[i], at.shape(2)[place]
+            n, size = sizes = at.shape(0)[i], at.shape(2)[place]
             start = None if rows is None or len(rows) > 1 else int(rows[0].get(i, 0))
             start = start if start is not None and 0 <= start <= n - size else None
-            written = _written(at, axis, updates[place], n, size, start)
+            written = _written(at, (axis, updates[place]), sizes, start)
             out.append(None if written is None else written.mixed())
         elif axis is not None and (places := _places(at, rows, i)) is not None:
             update = updates[_free_dim(at)]

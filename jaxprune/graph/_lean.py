@@ -10,12 +10,12 @@ from jax.interpreters import partial_eval
 def lean(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     """Leave out of a program what no result and no effect depends on, at any depth.
 
-    jax does so for every primitive that calls programs but ``while``, whose dead values keep alive
-    what they are made from: loops are made lean in between.
+    jax does so for all primitives but ``while`` and barriers, whose dead values keep alive what
+    they are made from: those are made lean in between.
     """
     jaxpr = _alive(closed.jaxpr)
-    while _has_loops(jaxpr):
-        leaner = _lean_loops(jaxpr)
+    while _has_more(jaxpr):
+        leaner = _leaner(jaxpr)
         if leaner is jaxpr:
             break
         jaxpr = _alive(leaner)
@@ -27,22 +27,22 @@ def _alive(jaxpr: Any) -> Any:
     return partial_eval.dce_jaxpr(jaxpr, True, True)[0]
 
 
-def _has_loops(jaxpr: Any) -> bool:
+def _has_more(jaxpr: Any) -> bool:
     return any(
-        eqn.primitive.name == "while" or any(map(_has_loops, core.jaxprs_in_params(eqn.params)))
+        eqn.primitive.name in _LEAN or any(map(_has_more, core.jaxprs_in_params(eqn.params)))
         for eqn in jaxpr.eqns
     )
 
 
-def _lean_loops(jaxpr: Any) -> Any:
-    """Let ``while`` loops at any depth carry only what is read. The same object if all do."""
+def _leaner(jaxpr: Any) -> Any:
+    """Let loops and barriers at any depth hand on only what is read. The same object if all do."""
     read = {v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, core.Var)}
     read |= {v for v in jaxpr.outvars if isinstance(v, core.Var)}
     eqns = []
     for eqn in jaxpr.eqns:
-        inside = _map_programs(_lean_loops, eqn)
-        loop = eqn.primitive.name == "while"
-        eqns.append(_lean_while(inside, [v in read for v in eqn.outvars]) if loop else inside)
+        inside = _map_programs(_leaner, eqn)
+        less = _LEAN.get(eqn.primitive.name)
+        eqns.append(less(inside, [v in read for v in eqn.outvars]) if less else inside)
     same = all(new is old for new, old in zip(eqns, jaxpr.eqns, strict=True))
     return jaxpr if same else jaxpr.replace(eqns=eqns)
 
@@ -61,7 +61,7 @@ def _map_programs(change: Callable[[Any], Any], eqn: Any) -> Any:
             return value if new is value.jaxpr else value.replace(jaxpr=new)
         return change(value) if isinstance(value, core.Jaxpr) else value
 
-    if not any(map(_has_loops, core.jaxprs_in_params(eqn.params))):
+    if not any(map(_has_more, core.jaxprs_in_params(eqn.params))):
         return eqn
     params = {name: visit(value) for name, value in eqn.params.items()}
     same = all(params[name] is value for name, value in eqn.params.items())
@@ -89,3 +89,15 @@ def _lean_while(eqn: Any, read: Sequence[bool]) -> Any:
         outvars=[v for v, w in zip(eqn.outvars, wanted, strict=True) if w],
         params={**eqn.params, **params},
     )
+
+
+def _lean_barrier(eqn: Any, read: Sequence[bool]) -> Any:
+    if all(read):
+        return eqn
+    kept = [
+        pair for pair, r in zip(zip(eqn.invars, eqn.outvars, strict=True), read, strict=True) if r
+    ]
+    return eqn.replace(invars=[i for i, _ in kept], outvars=[o for _, o in kept])
+
+
+_LEAN = {"while": _lean_while, "optimization_barrier": _lean_barrier}

@@ -51,11 +51,13 @@ def _of_zeros(at: Site, zero: Sequence[bool], count: int) -> tuple[list[Values],
         return unknown, True
     if "fft_lengths" in at.params:
         return [ZERO], True
-    sample = lambda v, z: _sample((2,) * (len(v.aval.shape) - count), v.aval.dtype, z)
+    avals = [v.aval for v in at.eqn.invars]
+    shapes = [(2,) * (len(a.shape) - count) for a in avals]
     try:
         with jax.ensure_compile_time_eval():
-            whole = at.bind(*(sample(v, False) for v in at.eqn.invars))
-            outs = at.bind(*(sample(v, z) for v, z in zip(at.eqn.invars, zero, strict=True)))
+            whole = at.bind(*(_sample(s, a.dtype) for s, a in zip(shapes, avals, strict=True)))
+            given = zip(shapes, avals, zero, strict=True)
+            outs = at.bind(*(_sample(s, a.dtype, zero=z) for s, a, z in given))
             fine = [bool(jnp.isfinite(x).all()) for outs in (whole, outs) for x in outs]
             values = [ANYTHING if jnp.any(x) else ZERO for x in outs]
     except (TypeError, ValueError, NotImplementedError):  # not on this device, or not so small
@@ -64,7 +66,7 @@ def _of_zeros(at: Site, zero: Sequence[bool], count: int) -> tuple[list[Values],
     return values, all(ours) or not all(fine[: len(outs)])
 
 
-def _sample(shape: tuple[int, ...], dtype: Any, zero: bool) -> Any:
+def _sample(shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> Any:
     """Zeros, or what any algebra copes with."""
     if zero or not jnp.issubdtype(dtype, jnp.inexact):
         return jnp.zeros(shape, dtype)
@@ -109,8 +111,9 @@ def cut_linear_solve(at: Site, *values: Any) -> list[Any]:
     def solver(name: str) -> Any:
         if name not in run:
             return None
-        split = lambda outs: (outs[: len(b)], outs[len(b) :]) if aux else outs
-        return lambda _, x: split(run[name](x))
+        if not aux:
+            return lambda _, x: run[name](x)
+        return lambda _, x: (run[name](x)[: len(b)], run[name](x)[len(b) :])
 
     outs = lax.custom_linear_solve(
         run["matvec"], list(b), solver("solve"), solver("transpose_solve"), has_aux=aux
@@ -131,7 +134,15 @@ RULES = {
     **{
         name: Rule(batched)
         for name in (
-            *("fft", "cholesky", "cholesky_update", "lu", "lu_pivots_to_permutation", "qr", "geqrf"),
+            *(
+                "fft",
+                "cholesky",
+                "cholesky_update",
+                "lu",
+                "lu_pivots_to_permutation",
+                "qr",
+                "geqrf",
+            ),
             *("geqp3", "householder_product", "ormqr", "svd", "eig", "eigh", "schur", "hessenberg"),
             *("tridiagonal", "tridiagonal_solve", "symmetric_product"),
         )

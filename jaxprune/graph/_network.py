@@ -219,9 +219,9 @@ def _warn_of_unread(frame: Frame, params: Sequence[tuple[str, Any]]) -> None:
     ]
     if unread:
         warnings.warn(
-            f"`fn` never reads {list_paths(unread)}, or for nothing that it returns: nothing couples "
-            "them, so that they are in no group. Leave them out of `params`, or pass the function "
-            "that uses them.",
+            f"`fn` never reads {list_paths(unread)}, or for nothing that it returns: nothing "
+            "couples them, so that they are in no group. Leave them out of `params`, or pass the "
+            "function that uses them.",
             stacklevel=4,
         )
 

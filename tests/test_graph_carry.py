@@ -92,7 +92,12 @@ SPELLINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+QUICK = ("pair", "keyword and tree")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SPELLINGS]
+)
 def test_a_carry_is_named_by_its_places(name):
     fn, inputs, keywords, carry = SPELLINGS[name]
     params = {k: w for k, w in PARAMS.items() if fn is not only_in or k != "u"}

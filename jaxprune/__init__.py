@@ -12,6 +12,7 @@ from jaxprune._advice import PruneWarning as PruneWarning
 from jaxprune._event import PruneState as PruneState
 from jaxprune._find import find_masks as find_masks
 from jaxprune._find import make_masks as make_masks
+from jaxprune._shrink_state import shrink_state as shrink_state
 from jaxprune._tree import prunable as prunable
 from jaxprune._where import by_path as by_path
 from jaxprune._where import exclude as exclude
@@ -46,7 +47,6 @@ from jaxprune.search import find_sparsity as find_sparsity
 from jaxprune.shrink import cut_list as cut_list
 from jaxprune.shrink import masks_within_budget as masks_within_budget
 from jaxprune.shrink import shrink as shrink
-from jaxprune.shrink import shrink_state as shrink_state
 from jaxprune.shrink import size_of as size_of
 from jaxprune.shrink import verify_shrink as verify_shrink
 from jaxprune.states import get_masks as get_masks

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxprune._tree import leaves_with_path
+from jaxprune._tree import leaves_with_path, list_paths
 
 
 def check_sparsity(sparsity: Any, user: str = "sparsity") -> None:
@@ -58,6 +58,23 @@ def check_loss(loss: Any, user: str) -> Any:
             "Let it return the mean loss of the batch alone: `loss_fn(params, batch) -> []`."
         )
     return loss
+
+
+def check_living(tree: Any, name: str = "masks") -> None:
+    """Refuse arrays that a step took along because its arguments were donated."""
+    gone = [
+        path
+        for path, leaf in leaves_with_path(tree)
+        if isinstance(leaf, jax.Array)
+        and not isinstance(leaf, jax.core.Tracer)
+        and leaf.is_deleted()
+    ]
+    if gone:
+        raise ValueError(
+            f"The arrays of `{name}` at {list_paths(gone, 6)} have been deleted: they were part of "
+            "a state that was donated. Take them from the state that the step gave back, or copy "
+            "them before it, as `jp.get_masks(opt_state)` does."
+        )
 
 
 # What to write instead, for each part.

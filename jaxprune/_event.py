@@ -1,6 +1,8 @@
 """Masks in a training step: what finds them, when, and the state that carries them along."""
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -209,6 +211,40 @@ class Search:
         if isinstance(self.where, Moving):  # a tree may have numbers for what is frozen, too
             now, final = narrow(now, part), narrow(final, part)
         return now if final is None else jax.tree.map(settle, now, final)
+
+
+def searches(tx: Any) -> list[Search]:
+    """Find the parts of all pruners in an optimizer, however deep they are nested.
+
+    An optax transformation is a pair of functions, so they lie in what those have closed over.
+    """
+    found: dict[int, Any] = {}
+    seen: set[int] = set()
+    left = [tx]
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Search):
+            found[id(part)] = part
+        left += _inside(part)
+    return list(found.values())
+
+
+def _inside(part: Any) -> list[Any]:
+    """What a function, a container or an object of optax holds."""
+    if isinstance(part, list | tuple):
+        return list(part)
+    if isinstance(part, dict):
+        return list(part.values())
+    if isinstance(part, functools.partial):
+        return [part.func, *part.args, *part.keywords.values()]
+    if inspect.ismethod(part):
+        return [part.__func__, part.__self__]
+    if inspect.isfunction(part):
+        return list(inspect.getclosurevars(part).nonlocals.values())
+    return list(vars(part).values()) if type(part).__module__.startswith("optax") else []
 
 
 def if_due(due: Any, renew: Callable[[Any], Any], stored: Any) -> Any:

@@ -393,7 +393,8 @@ def fit_parts(pattern: Pattern, where: Where, params: Params) -> tuple[Pattern, 
             raise ValueError(
                 f"The params have nothing at {list_paths(missing)}, which the group "
                 f"{group.name!r} owns a part of; their paths are {list_paths(list(leaves))}. Use "
-                "the groups of these params: `groups.at(prefix)` gives those of a subtree."
+                "the groups of these params: `groups.at(params)`, or `groups.at(prefix)` for a "
+                "subtree of flax variables."
             )
         if not any(refuses(where, m.path, leaves[m.path]) for m in group.members):
             free.append(group)

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -36,7 +36,13 @@ def lay_out(masks: Any, like: Any) -> Any:
         return masks
 
     def cut(x: Any, mask: Any) -> Any:
-        return None if mask is None else jax.sharding.reshard(mask, _sharding(mask.shape, x))
+        if mask is None:
+            return None
+        layout = _sharding(mask.shape, x)
+        if isinstance(mask, jax.core.Tracer) or isinstance(x, jax.core.Tracer):
+            return jax.sharding.reshard(mask, layout)
+        mesh = x.sharding.mesh  # the devices themselves: nobody has to have called `set_mesh`
+        return jax.device_put(mask, NamedSharding(mesh, layout.spec))
 
     return map_leaves(cut, like, masks)
 
@@ -71,6 +77,21 @@ def whole_parts(x: jax.Array, size: int) -> jax.Array:
     if x.shape[-1] % (parts * size) == 0:
         return x
     return jax.sharding.reshard(x, NamedSharding(known.mesh, PartitionSpec(*known.spec[:-1], None)))
+
+
+def fitting(sharding: Any, shape: Sequence[int]) -> Any:
+    """The same layout for another shape: mesh axes that do not divide an axis are left out."""
+    if not isinstance(sharding, NamedSharding):
+        return sharding
+    sizes = dict(sharding.mesh.shape)
+
+    def divides(n: int, entry: Any) -> bool:
+        free = entry is PartitionSpec.UNCONSTRAINED
+        return free or n % math.prod(sizes[name] for name in names_of(entry)) == 0
+
+    cut = zip(shape, sharding.spec, strict=False)
+    spec = PartitionSpec(*(entry if divides(n, entry) else None for n, entry in cut))
+    return NamedSharding(sharding.mesh, spec)
 
 
 def names_of(entry: Any) -> tuple[str, ...]:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._tree import leaves_by_path, list_paths, map_with_path
+from jaxprune._errors import check_living
+from jaxprune._tree import leaves_by_path, leaves_with_path, list_paths, map_with_path
 from jaxprune._types import Masks, Params
 
 Cut = dict[str, dict[int, list[int]]]  # path: axis: indices that stay
@@ -142,30 +143,47 @@ class Groups(tuple[Group, ...]):
     def __repr__(self) -> str:
         return f"Groups({', '.join(f'{group.name} x {group.size}' for group in self)})"
 
-    def at(self, prefix: str) -> "Groups":
-        """Give the groups as a subtree sees them: ``groups.at("params")`` for an optimizer.
+    def at(self, part: str | Params) -> "Groups":
+        """Give the groups as an optimizer sees them that gets only a part of the whole tree.
 
-        Members outside of the subtree are left out, and groups that have none left.
+        Members outside of the part are left out, and groups that have none left.
+
+        Args:
+          part: the prefix of a subtree, which is taken off the paths: ``groups.at("params")`` of
+            flax variables. Or a tree with the same paths but fewer leaves:
+            ``groups.at(nnx.state(model, nnx.Param))``, which leaves the statistics out.
+
+        Raises:
+          ValueError: no member is in that part.
+
+        Example:
+          >>> units = np.arange(3)[:, None]
+          >>> members = Member("a/kernel", 1, units), Member("a/mean", 0, units)
+          >>> groups = Groups([Group("a/kernel:1", members, 3)])
+          >>> [member.path for member in groups.at({"a": {"kernel": jnp.ones((2, 3))}})[0].members]
+          ['a/kernel']
         """
-        start = prefix.rstrip("/") + "/"
+        start = f"{part.rstrip('/')}/" if isinstance(part, str) and part else ""
+        leaves = None if isinstance(part, str) else {path for path, _ in leaves_with_path(part)}
+        inside = lambda path: path.startswith(start) if leaves is None else path in leaves  # noqa: E731
 
         def strip(group: Group) -> Group:
             members = [
                 dataclasses.replace(m, path=m.path.removeprefix(start))
                 for m in group.members
-                if m.path.startswith(start)
+                if inside(m.path)
             ]
             name = group.name.removeprefix(start)
             return dataclasses.replace(group, name=name, members=tuple(members))
 
         stripped = [strip(group) for group in self]
-        frozen = [(p.removeprefix(start), *rest) for p, *rest in self.frozen if p.startswith(start)]
+        frozen = [(p.removeprefix(start), *rest) for p, *rest in self.frozen if inside(p)]
         found = Groups([group for group in stripped if group.members], frozen)
         if self and not found:
             paths = sorted({m.path for group in self for m in group.members})
+            where = f"{part!r}" if leaves is None else "a tree of " + list_paths(sorted(leaves), 6)
             raise ValueError(
-                f"`groups.at({prefix!r})` finds no member below it. The paths are "
-                f"{list_paths(paths)}."
+                f"`groups.at({where})` finds no member below it. The paths are {list_paths(paths)}."
             )
         return found
 
@@ -317,7 +335,7 @@ def expand(groups: Sequence[Group], keep: dict[str, Any], like: Params) -> Masks
                 raise ValueError(
                     f"The group {group.name!r} has a member {m.path!r} that `params` lack; their "
                     f"paths are {list_paths(list(shapes))}. Use the groups of this tree: "
-                    "`groups.at(prefix)` gives those of a subtree."
+                    "`groups.at(params)`, or `groups.at(prefix)` for a subtree of flax variables."
                 )
             size = shapes[m.path][m.axis] if m.axis < len(shapes[m.path]) else -1
             if size <= int(m.indices.max(initial=-1)):
@@ -364,6 +382,7 @@ def kept_indices(masks: Masks) -> Kept:
     Raises:
       ValueError: a mask removes single weights rather than whole indices of its axes.
     """
+    check_living(masks)
     kept: Kept = {}
     for path, leaf in leaves_by_path(masks, "shrink").items():
         mask = np.asarray(leaf)

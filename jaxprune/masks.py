@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._errors import check_living
 from jaxprune._help import readable
 from jaxprune._mesh import is_explicit, lay_out, true_over, whole_parts
 from jaxprune._serial import serialize_shaped
@@ -71,6 +72,8 @@ def combine_masks(*masks: Masks) -> Masks:
     """
     if not masks:
         raise ValueError("`combine_masks()` got nothing to combine. Pass trees of masks.")
+    for one in masks:
+        check_living(one)
     first, *others = masks
     for other in others:
         mirror = align(other, first)
@@ -293,6 +296,7 @@ def _unpack_bits(packed: Packed) -> jax.Array:
 
 def check_masks(masks: Masks, params: Params, name: str) -> Masks:
     """Give masks the structure of ``params``, or say how they differ: all that is wrong at once."""
+    check_living(masks, name)
     mirror = align(masks, params)
     if mirror is None:
         mine = [path for path, _ in leaves_with_path(params)]

@@ -1,4 +1,4 @@
-"""What masks removed is cut out: of the function, its parameters and the optimizer's state."""
+"""What masks removed is cut out: of the function and its parameters."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -7,36 +7,31 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
-from jaxprune._event import PruneState, is_packed
-from jaxprune._tree import (
-    is_array,
-    is_hole,
-    leaves_by_path,
-    leaves_with_path,
-    list_paths,
-    map_with_path,
-)
+from jaxprune._errors import check_living
+from jaxprune._tree import is_array, leaves_by_path, leaves_with_path, list_paths, map_with_path
 from jaxprune._types import Masks, Params
 from jaxprune.graph import Rule
-from jaxprune.graph._network import mirrored_outputs
-from jaxprune.graph._shrunk import small_function
+from jaxprune.graph._carry import Carry
+from jaxprune.graph._network import check_call, spec_of
+from jaxprune.graph._shrunk import Surgery, small_function
 from jaxprune.graph._take import take
 from jaxprune.groups import Cut, Groups, is_dropped, kept_indices
-from jaxprune.masks import Packed, apply_masks, pack, unpack
+from jaxprune.masks import apply_masks
 
 
 def shrink(
     fn: Callable[..., Any],
     params: Params,
     masks: Masks | None = None,
-    *,
+    *inputs: Any,
     cut: Mapping[str, Any] | None = None,
     groups: Groups | None = None,
     counts: str = "masked",
     rules: Mapping[str, Rule] | None = None,
     cut_outputs: bool = False,
+    carry: Carry | None = None,
+    **keywords: Any,
 ) -> tuple[Callable[..., Any], Params]:
     """Cut what masks remove out of a function and its parameters.
 
@@ -50,9 +45,12 @@ def shrink(
       params: the whole parameters, the tree that ``fn`` takes.
       masks: masks of ``Coupled`` groups of this function, of blocks, or both combined; None where
         nothing is cut. Subtrees may be left out.
+      *inputs: inputs of ``fn`` as for ``find_groups``, arrays or ``jax.ShapeDtypeStruct``. They
+        are needed with ``carry``; without, they let it tell at once what is wrong with the masks.
       cut: instead of masks, what ``cut_list`` says, perhaps read from JSON.
       groups: carry the masks over to all members of these groups first, such as from params to the
-        running statistics beside them.
+        running statistics beside them. Whatever the network still used of those members goes
+        with them, biases under masks of kernels, say: ``verify_shrink`` tells how far it moves.
       counts: what a mean over cut channels divides by, in LayerNorm and the like: ``"masked"``
         keeps the old number, which equals the masked network; ``"rescaled"`` takes the number that
         is left, which equals the module built at the smaller width.
@@ -60,6 +58,10 @@ def shrink(
       cut_outputs: let results lose the channels that are cut instead of refusing the masks: for a
         function that returns its hidden features too, see ``feature_loss``. Masks are found for
         the function that returns predictions alone.
+      carry: as for ``find_groups``: what goes in and comes out again, cut on both sides. The small
+        function takes the whole carry, which it cuts, or a small one, and returns a small one.
+      **keywords: keyword arguments of ``fn`` beside ``inputs``. The small function takes inputs
+        and keywords as ``fn`` does.
 
     Returns:
       ``(small_fn, small_params)``. ``small_params`` is a tree of the same structure; parameters of
@@ -67,9 +69,10 @@ def shrink(
       when ``small_fn`` is first called, since only then the inputs are known.
 
     Raises:
+      TypeError: ``fn`` is no function of the params; ``carry`` without inputs.
       ValueError: masks of single weights, masks of unknown paths, both or none of ``masks`` and
-        ``cut``, ``counts`` unknown. When called: masks that contradict what is coupled, a group
-        emptied, params of other shapes.
+        ``cut``, ``counts`` unknown. When called, or where inputs are given: masks that
+        contradict what is coupled, a group emptied, params of other shapes.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -82,6 +85,7 @@ def shrink(
       >>> small_params["w"], small_fn(small_params, jnp.ones((1, 1)))
       (Array([[3., 2.]], dtype=float32), Array([[5.]], dtype=float32))
     """
+    check_call(fn, keywords, shrink)
     if counts not in ("masked", "rescaled"):
         raise ValueError(
             f"`shrink(counts={counts!r})` is unknown. Use 'masked' to equal the masked network, "
@@ -91,11 +95,15 @@ def shrink(
         raise ValueError("`shrink` takes either `masks` or `cut`, one of them.")
     if masks is not None:
         cut = cut_list(params, masks if groups is None else groups.spread(masks, params))
-    kept = _read_cut(cut or {}, params)
-    return (
-        small_function(fn, params, kept, counts=counts, rules=rules, cut_outputs=cut_outputs),
-        _cut_tree(params, kept),
-    )
+    kept = read_cut(cut or {}, params)
+    surgery = Surgery(fn, _shapes(params), kept, counts, rules, cut_outputs, carry)
+    if carry is not None and not (inputs or keywords):
+        raise TypeError(
+            "`shrink(carry=...)` needs inputs to know how large the whole carry is. Call "
+            "`jp.shrink(fn, params, masks, *inputs, carry=...)` with those of `jp.find_groups`."
+        )
+    carried = surgery.plan(inputs, keywords).left_of_carry() if inputs or keywords else ()
+    return small_function(surgery, carried), cut_tree(params, kept)
 
 
 def cut_list(params: Params, masks: Masks) -> Cut:
@@ -117,6 +125,8 @@ def cut_list(params: Params, masks: Masks) -> Cut:
       >>> cut_list({"w": jnp.ones((2, 3))}, {"w": jnp.array([[True, False, True]])})
       {'w': {1: [0, 2]}}
     """
+    check_living(masks)
+    check_living(params, "params")
     leaves = leaves_by_path(params, "cut_list")
     shapes = {path: leaf.shape for path, leaf in leaves.items() if is_array(leaf)}
     given = leaves_by_path(masks, "cut_list")
@@ -145,7 +155,7 @@ def cut_list(params: Params, masks: Masks) -> Cut:
     return found
 
 
-def _read_cut(cut: Mapping[str, Any], params: Params) -> dict[str, dict[int, np.ndarray]]:
+def read_cut(cut: Mapping[str, Any], params: Params) -> dict[str, dict[int, np.ndarray]]:
     """Check a cut list; JSON has turned the axes into strings."""
     leaves = leaves_by_path(params, "shrink")
     shapes = {path: leaf.shape for path, leaf in leaves.items() if is_array(leaf)}
@@ -164,11 +174,13 @@ def _read_cut(cut: Mapping[str, Any], params: Params) -> dict[str, dict[int, np.
     return kept
 
 
-def _cut_tree(tree: Any, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:
-    return map_with_path(lambda path, leaf: _cut_leaf(leaf, kept.get(path, {})), tree)
+def cut_tree(tree: Any, kept: Mapping[str, Mapping[int, np.ndarray]]) -> Any:
+    """Take the kept indices out of all leaves of a tree."""
+    return map_with_path(lambda path, leaf: cut_leaf(leaf, kept.get(path, {})), tree)
 
 
-def _cut_leaf(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
+def cut_leaf(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
+    """Take the kept indices of some axes out of an array or a shape."""
     if not is_array(leaf):
         return leaf
     if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -179,107 +191,6 @@ def _cut_leaf(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
     return take(jnp.asarray(leaf), [axes.get(i) for i in range(leaf.ndim)])
 
 
-def shrink_state(
-    tx: optax.GradientTransformation, opt_state: optax.OptState, params: Params, masks: Masks
-) -> optax.OptState:
-    """Cut an optimizer state as ``shrink`` cuts the parameters, to go on training the small ones.
-
-    Moments and all else that lies beside a parameter is cut as it is; counts and keys stay. The
-    structure is that of ``tx.init(small_params)``. A pruner around the optimizer is cut too: its
-    masks become those of the small network.
-
-    Args:
-      tx: the optimizer that made the state.
-      opt_state: its state for the whole params.
-      params: the whole params.
-      masks: the masks that ``shrink`` gets, of these params.
-
-    Returns:
-      The state for the small params.
-
-    Raises:
-      ValueError: masks that do not fit, as for ``cut_list``; a state that is not made of slices of
-        the old one, such as adafactor's where another axis is the longest now.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> params = {"w": jnp.ones((2, 3))}
-      >>> tx = optax.adam(0.1)
-      >>> masks = {"w": jnp.array([[True, False, True]])}
-      >>> shrink_state(tx, tx.init(params), params, masks)[0].mu["w"].shape
-      (2, 2)
-    """
-    kept = _read_cut(cut_list(params, masks), params)
-    cuts = map_with_path(lambda path, leaf: _Axes(kept.get(path, {}), jnp.shape(leaf)), params)
-
-    def cut(leaf: Any, axes: _Axes) -> Any:
-        if is_hole(leaf) or not is_array(leaf):
-            return leaf
-        if leaf.ndim == len(axes.shape) - 1:  # adafactor sums over one axis
-            axes = axes.summed(leaf.shape)
-        if leaf.ndim != len(axes.shape):
-            return leaf
-        fits = {i: k for i, k in axes.kept.items() if leaf.shape[i] == axes.shape[i]}
-        return _cut_leaf(leaf, fits)
-
-    is_pruner = lambda node: isinstance(node, PruneState)  # noqa: E731
-    bare = jax.tree.map(_unpacked, opt_state, is_leaf=is_pruner)
-    small = optax.tree.map_params(tx, cut, bare, cuts, is_leaf=is_hole)
-    state = jax.tree.map(_packed_like, opt_state, small, is_leaf=is_pruner)
-    _check_state(tx, state, _cut_tree(params, kept))
-    return state
-
-
-def _check_state(tx: optax.GradientTransformation, state: Any, small: Params) -> None:
-    """Refuse a state that the optimizer would have made otherwise: adafactor goes by sizes."""
-    try:
-        fresh = jax.eval_shape(tx.init, small)
-    except ValueError:  # a pruner around it has the groups of the whole params
-        return
-    for (path, want), got in zip(leaves_with_path(fresh), jax.tree.leaves(state), strict=True):
-        if want.shape != jnp.shape(got):
-            raise ValueError(
-                f"The state at {path!r} has shape {jnp.shape(got)} once it is cut, but "
-                f"for the small params the optimizer keeps one of {want.shape}. Start anew: "
-                "`tx.init(small_params)`."
-            )
-
-
-def _unpacked(node: Any) -> Any:
-    return node._replace(masks=unpack(node.masks)) if isinstance(node, PruneState) else node
-
-
-def _packed_like(old: Any, new: Any) -> Any:
-    """Pack the masks of a pruner that had them packed."""
-    packed = isinstance(old, PruneState) and any(
-        isinstance(m, Packed) for m in jax.tree.leaves(old.masks, is_leaf=is_packed)
-    )
-    return new._replace(masks=pack(new.masks)) if packed else new
-
-
-class _Axes:
-    """What to keep of a parameter: a leaf, whatever the tree around it."""
-
-    def __init__(self, kept: Mapping[int, np.ndarray], shape: tuple[int, ...]) -> None:
-        self.kept, self.shape = kept, shape
-
-    def summed(self, shape: tuple[int, ...]) -> "_Axes":
-        """What to keep of a sum over one axis, if its shape tells which of them that was."""
-        found = []
-        for gone in range(len(self.shape)):
-            left = [i for i in range(len(self.shape)) if i != gone]
-            if tuple(self.shape[i] for i in left) == shape:
-                found.append(
-                    _Axes({j: self.kept[i] for j, i in enumerate(left) if i in self.kept}, shape)
-                )
-        if len({str(axes.kept) for axes in found}) > 1:
-            raise ValueError(
-                f"The optimizer keeps sums of shape {shape} for a parameter of shape {self.shape}, "
-                "which do not tell the axis that was summed. Start anew: `tx.init(small_params)`."
-            )
-        return found[0] if found else _Axes({}, ())
-
-
 def verify_shrink(
     fn: Callable[..., Any],
     params: Params,
@@ -288,8 +199,14 @@ def verify_shrink(
     groups: Groups | None = None,
     counts: str = "masked",
     rules: Mapping[str, Rule] | None = None,
+    carry: Carry | None = None,
+    **keywords: Any,
 ) -> float:
     """Measure how far the small function is from the masked one.
+
+    The masked one has the weights that ``masks`` remove set to zero and no others, as it was
+    trained, also where ``groups`` carry the masks further: what the small function loses besides
+    is part of the difference.
 
     Args:
       fn: function of params and inputs.
@@ -299,14 +216,17 @@ def verify_shrink(
       groups: as for ``shrink``.
       counts: as for ``shrink``.
       rules: as for ``shrink``.
+      carry: as for ``shrink``. Both start from the carry that is given, so what it holds at
+        removed units counts if the network looks at it.
+      **keywords: keyword arguments of ``fn``.
 
     Returns:
       The largest difference between outputs, as a fraction of the largest of the small ones;
-      infinite where one of them is not finite and the other is.
-      New values of the state are compared where they stay.
+      infinite where one of them is not finite and the other is; at least 1 where integers differ.
+      New values of the state and of a carry are compared where they stay.
 
     Raises:
-      ValueError: as for ``shrink``.
+      TypeError, ValueError: as for ``shrink``.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -316,34 +236,32 @@ def verify_shrink(
       >>> verify_shrink(mlp, params, masks, jnp.ones((1, 1)))
       0.0
     """
-    if groups is not None:
-        masks = groups.spread(masks, params)
-    small_fn, small_params = shrink(fn, params, masks, counts=counts, rules=rules)
-    small = small_fn(small_params, *inputs)
-    large = fn(apply_masks(params, _over(masks, params)), *inputs)
-    kept = _read_cut(cut_list(params, masks), params)
-    arrays = [(path, leaf) for path, leaf in leaves_with_path(params) if is_array(leaf)]
-    paths, specs = [path for path, _ in arrays], [leaf for _, leaf in arrays]
-    worst, scale, numbers = 0.0, 0.0, 0.0
-    outs = zip(
-        jax.tree.leaves(large),
-        jax.tree.leaves(small),
-        mirrored_outputs(jax.eval_shape(lambda: large), paths, specs),
-        strict=True,
-    )
-    for whole, less, state in outs:
-        cut_whole = _cut_leaf(
-            jnp.asarray(whole), kept.get(paths[state], {}) if state is not None else {}
-        )
+    check_call(fn, keywords, verify_shrink)
+    spread = masks if groups is None else groups.spread(masks, params)
+    kept = read_cut(cut_list(params, spread), params)
+    surgery = Surgery(fn, _shapes(params), kept, counts, rules, carry=carry)
+    plan = surgery.plan(inputs, keywords)
+    small_fn = small_function(surgery, plan.left_of_carry())
+    small = small_fn(cut_tree(params, kept), *inputs, **keywords)
+    large = fn(apply_masks(params, _over(masks, params)), *inputs, **keywords)
+    worst, scale, otherwise = 0.0, 0.0, 0.0
+    outs = zip(jax.tree.leaves(large), jax.tree.leaves(small), plan.left_of_outputs(), strict=True)
+    for whole, less, left in outs:
+        cut_whole = take(jnp.asarray(whole), left)
         if cut_whole.size and jnp.issubdtype(cut_whole.dtype, jnp.inexact):
             both_nan = jnp.isnan(cut_whole) & jnp.isnan(less)
             gap = jnp.where((cut_whole == less) | both_nan, 0, jnp.abs(cut_whole - less))
             apart = float(jnp.max(gap))
             worst = max(worst, apart if math.isfinite(apart) else math.inf)
             scale = max(scale, float(jnp.max(jnp.where(jnp.isfinite(less), jnp.abs(less), 0))))
-        elif not np.array_equal(_numbers(cut_whole), _numbers(less)):
-            numbers = 1.0  # whole numbers are of no scale
-    return max(worst / scale if scale else worst, numbers)
+        elif cut_whole.size and not np.array_equal(_numbers(cut_whole), _numbers(less)):
+            otherwise = 1.0  # whatever the scale of the others
+    return max(worst / scale if scale else worst, otherwise)
+
+
+def _shapes(params: Params) -> Params:
+    """Arrays as their shapes; what is no array is held as it is."""
+    return jax.tree.map(lambda x: spec_of(x) if is_array(x) else x, params)
 
 
 def _numbers(x: jax.Array) -> jax.Array:

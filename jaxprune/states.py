@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxprune._errors import check_living
 from jaxprune._event import PruneState, is_packed, without_variables
 from jaxprune._tree import align, is_hole, leaves_by_keys, list_paths
 from jaxprune._types import Masks
@@ -36,7 +37,10 @@ def get_masks(opt_state: optax.OptState) -> Masks:
       >>> jp.get_masks(tx.init({"kernel": jnp.zeros((1, 2))}))
       {'kernel': Array([[ True,  True]], dtype=bool)}
     """
-    found = [_plain(state.masks) for state in _the_pruners(opt_state)]
+    held = [state.masks for state in _the_pruners(opt_state)]
+    for masks in held:
+        check_living(without_variables(masks), "opt_state")
+    found = list(map(_plain, held))
     return jax.tree.map(jnp.copy, functools.reduce(_merge, found))
 
 

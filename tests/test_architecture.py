@@ -32,6 +32,7 @@ LAYERS = (
         "straight_through",
         "check",
         "shrink",
+        "_shrink_state",
         "distill",
     ),
     ("rewind", "search", "checkpoint", "export"),

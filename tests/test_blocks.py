@@ -192,6 +192,62 @@ def test_a_number_of_the_layer_stays_with_its_layer():
     assert jp.verify_shrink(net, params, masks, X) < 1e-5
 
 
+def counting(p, x, key, reverse=False):
+    """A layer draws by a key and weighs by a number, both of which the scan carries."""
+
+    def step(carry, w):
+        x, i, key = carry
+        key, mine = jax.random.split(key)
+        x = x + (i + 1) * jax.random.uniform(mine, ()) * jnp.tanh(x @ w)
+        return (x, i + 1, key), 2 * i
+
+    (x, i, key), _ = lax.scan(step, (x, 0, key), p["w"], reverse=reverse)
+    return x @ p["out"], i, key
+
+
+def by_values(p, x, key):
+    """The number depends on what the layers compute."""
+
+    def step(carry, w):
+        x, i = carry
+        return (x + (i + 1) * jnp.tanh(x @ w), i + (x.sum() > 0).astype(int)), None
+
+    return lax.scan(step, (x, 0), p["w"])[0][0] @ p["out"]
+
+
+COUNTED = {"w": draw(3, 3, 4, 4), "out": draw(4, 4, 2)}
+
+
+def test_layers_keep_the_numbers_and_keys_that_a_scan_carries():
+    x, key = draw(5, 2, 4), jax.random.key(0)
+    blocks = jp.find_blocks(counting, COUNTED, x, key)
+    assert len(blocks) == 3 and all(block.exact for block in blocks)
+    masks = blocks.without(["w[0]"], COUNTED)
+    assert jp.verify_shrink(counting, COUNTED, masks, x, key) < 1e-6
+    assert jp.shrink(counting, COUNTED, masks)[1]["w"].shape == (2, 4, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.parametrize("gone", [["w[1]"], ["w[0]", "w[2]"]])
+def test_layers_keep_their_numbers_backwards_and_with_raw_keys(make, gone):
+    backwards = lambda p, x, key: counting(p, x, key, reverse=True)
+    x, key = draw(5, 2, 4), make(0)
+    masks = jp.find_blocks(backwards, COUNTED, x, key).without(gone, COUNTED)
+    assert jp.verify_shrink(backwards, COUNTED, masks, x, key) < 1e-6
+    small_fn, small = jp.shrink(backwards, COUNTED, masks)
+    masked = jp.apply_masks(COUNTED, masks)
+    loss = lambda fn: lambda p: jnp.sum(fn(p, x, key)[0] ** 2)
+    want = jp.shrink(backwards, jax.grad(loss(backwards))(masked), masks)[1]
+    got = jax.grad(loss(small_fn))(small)
+    assert_close(got["w"], want["w"])
+
+
+def test_a_number_that_depends_on_what_layers_compute_says_so():
+    blocks = jp.find_blocks(by_values, COUNTED, draw(5, 2, 4), jax.random.key(0))
+    assert all("changes what it is given" in block.reason for block in blocks)
+
+
 def test_layers_whose_outputs_are_asked_for_stay():
     def net(p, x):
         return lax.scan(lambda x, one: (x + branch(one, x),) * 2, x, p["layers"])[1]

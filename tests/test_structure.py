@@ -71,6 +71,21 @@ def test_at_strips_a_prefix_and_refuses_an_unknown_one(params):
     assert {m.path for m in groups.at("params")[0].members} == {"w", "b", "v"}
     with pytest.raises(ValueError, match=r"groups.at\('batch_stats'\).*params/b"):
         groups.at("batch_stats")
+    assert groups.at("") == groups
+
+
+def test_at_takes_a_tree_that_has_no_prefix_and_leaves_out_what_it_lacks(params):
+    flat = {**params, "mean": jnp.ones(8)}
+    fn = lambda v, x: mlp({**v, "b": v["b"] - v["mean"]}, x)
+    groups = jp.find_groups(fn, flat, jnp.ones((1, 3)))
+    with pytest.raises(ValueError, match=r"nothing at 'mean'.*`groups.at\(params\)`"):
+        jp.find_masks(params, 0.5, pattern=Coupled(groups))
+    part = groups.at({**params, "mean": None})
+    assert part == groups.at(params) and {m.path for m in part[0].members} == {"w", "b", "v"}
+    masks = jp.find_masks(params, 0.5, pattern=Coupled(part))
+    assert groups.spread(masks, flat)["mean"].sum() == 4
+    with pytest.raises(ValueError, match=r"a tree of 'x'.*no member below it.*'mean'"):
+        groups.at({"x": jnp.ones(2)})
 
 
 def test_cut_renumbers_the_units_that_are_left(groups, params):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from jaxprune._mesh import fitting
 from jaxprune.graph._coupling import Coupling, Ids, Why
 from jaxprune.graph._source import source_line
 from jaxprune.graph._take import take
@@ -232,9 +233,13 @@ class Site:
 
     def kept(self, axes: Axes) -> list[np.ndarray | None]:
         """For each axis the indices that are left, None where it is never cut."""
+        return kept_indices(self.analysis.coupling, self.kept_roots(), axes)
+
+    def kept_roots(self) -> np.ndarray:
+        """Say of every root of the coupling whether it is left."""
         if self.alive is None:
             raise RuntimeError("nothing is cut while axes are still being coupled")
-        return kept_indices(self.analysis.coupling, self.alive, axes)
+        return self.alive
 
     def kept_ins(self) -> list[list[np.ndarray | None]]:
         """For each operand the indices that are left of each axis."""
@@ -249,9 +254,15 @@ class Site:
         sizes = zip(self.out_shape(i), self.kept_outs()[i], strict=True)
         return tuple(n if kept is None else len(kept) for n, kept in sizes)
 
+    def layout(self) -> Any:
+        """How the program lays the result out on a mesh, as far as what is left of it can be."""
+        given = [self.params.get(name) for name in ("sharding", "out_sharding")]
+        return next((fitting(s, self.small_shape()) for s in given if s is not None), None)
+
     def bind(self, *values: Any, **params: Any) -> list[Any]:
         """Evaluate the primitive, with some of its params replaced."""
-        out = self.eqn.primitive.bind(*values, **{**self.params, **params})
+        layout = {n: self.layout() for n in ("sharding", "out_sharding") if self.params.get(n)}
+        out = self.eqn.primitive.bind(*values, **{**self.params, **layout, **params})
         return list(out) if self.eqn.primitive.multiple_results else [out]
 
     def name(self) -> str:
@@ -320,9 +331,7 @@ class Site:
 
     def inner(self, i: int = 0) -> Callable[..., list[Any]]:
         """The function of a jaxpr inside of the equation, on cut operands."""
-        frame, alive = self.frame.inner[self.number][i], self.alive
-        if alive is None:
-            raise RuntimeError("nothing is computed while axes are still being coupled")
+        frame, alive = self.frame.inner[self.number][i], self.kept_roots()
         return lambda *values: evaluate(self.analysis, frame, alive, values)
 
     def walk(
@@ -382,7 +391,11 @@ class Site:
         small = fixed and all(math.prod(shape) <= 65536 for shape in shapes)
         if not small or any(k is None for k in known) or self.number in self.frame.inner:
             return
-        if self.eqn.effects or self.eqn.primitive.name in ("random_bits", "random_seed"):
+        name = self.eqn.primitive.name
+        if name in ("pvary", "pcast"):  # the same number on every device
+            self.frame.known[self.eqn.outvars[0]] = known[0]  # type: ignore[assignment]
+            return
+        if self.eqn.effects or name in ("random_bits", "random_seed", "ppermute"):
             return
 
         @functools.cache

@@ -10,15 +10,22 @@ from jax.extend import core
 from jaxprune._tree import list_paths
 from jaxprune._types import Params
 from jaxprune.graph._analysis import Frame, Rule, Site
-from jaxprune.graph._calls import scan_sizes
+from jaxprune.graph._calls import clocks, scan_sizes
+from jaxprune.graph._carry import Carry
+from jaxprune.graph._collectives import MOVES, SUMS
 from jaxprune.graph._elementwise import ELEMENTWISE, stays_zero
 from jaxprune.graph._groups import layer_roots, owned
-from jaxprune.graph._network import Network, mirrored_outputs, network
+from jaxprune.graph._network import Network, check_call, mirrored_outputs, network
 from jaxprune.groups import Group, Groups, Member
 
 
 def find_blocks(
-    fn: Any, params: Params, *inputs: Any, rules: Mapping[str, Rule] | None = None
+    fn: Any,
+    params: Params,
+    *inputs: Any,
+    rules: Mapping[str, Rule] | None = None,
+    carry: Carry | None = None,
+    **keywords: Any,
 ) -> Groups:
     """Find the parts of a network that can be left out: residual branches and scanned layers.
 
@@ -35,6 +42,8 @@ def find_blocks(
       params: the whole tree of variables, arrays or ``jax.ShapeDtypeStruct``.
       *inputs: inputs in the shapes that ``fn`` takes.
       rules: rules for further primitives by name.
+      carry: as for ``find_groups``.
+      **keywords: keyword arguments of ``fn``.
 
     Returns:
       Groups of one unit and kind ``"block"``. One is not exact if zeros in its parameters do not
@@ -50,7 +59,8 @@ def find_blocks(
       >>> [block.name for block in find_blocks(net, params, jnp.ones((1, 3)))]
       ['layers/0', 'layers/1']
     """
-    net = network(fn, params, inputs, rules=rules)
+    check_call(fn, keywords, find_blocks)
+    net = network(fn, params, inputs, keywords, rules=rules, carry=carry)
     blocks = [*_branches(net), *_layers(net)]
     taken: dict[str, int] = {}
     named = []
@@ -147,7 +157,7 @@ def _in_frame(
     yield from found
 
 
-_PLAIN_CALLS = ("jit", "closed_call", "composite", "remat", "remat2", "checkpoint")
+_PLAIN_CALLS = (*("jit", "closed_call", "composite", "remat", "remat2", "checkpoint", "shard_map"),)
 
 
 def _ending_at(
@@ -329,9 +339,10 @@ def _scan_reasons(net: Network) -> list[str]:
         zero = zip(inputs[n + k :], leads, strict=True)  # a layer's number, say, is not
         states |= {v: _ZERO for v, lead in zero if lead is not None and lead.zero}
         after = _outcomes(net, body, states, range(len(body.jaxpr.eqns)))
+        counted = clocks(site)  # each layer that is left gets what it got
         passes = all(
-            after.get(out) is v
-            for out, v in zip(body.jaxpr.outvars, inputs[n : n + k], strict=False)
+            i in counted or after.get(out) is v
+            for i, (out, v) in enumerate(zip(body.jaxpr.outvars, inputs[n : n + k], strict=False))
             if isinstance(out, core.Var)
         )
         text = f"{site.name()}: a layer whose parameters are zero changes what it is given"
@@ -366,9 +377,9 @@ def _outcomes(
             outs = [_ZERO] * len(outs)
         elif name in ("dot_general", "conv_general_dilated") and any(zero):
             outs = [_ZERO]
-        elif name in _PASSING and zero[0]:
+        elif name in (*_PASSING, *SUMS) and zero[0]:
             outs = [_ZERO] * len(outs)
-        elif name in ("copy", "name", "optimization_barrier"):
+        elif name in ("copy", "name", "optimization_barrier", *MOVES):
             outs = ins
         elif name in ("concatenate", "pad") and all(zero):
             outs = [_ZERO]

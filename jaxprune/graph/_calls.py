@@ -1,5 +1,7 @@
 """Rules for primitives that call other programs: jit, loops, branches, custom derivatives."""
 
+import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,8 +11,9 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxprune.graph._analysis import Axes, Axis, Frame, Rule, Site, Values, axis_of
+from jaxprune.graph._analysis import Axes, Axis, Frame, Rule, Site, Values, axis_of, evaluate
 from jaxprune.graph._lean import lean
+from jaxprune.graph._take import take
 
 
 def call(at: Site) -> list[Axes]:
@@ -96,19 +99,78 @@ def scan(at: Site) -> list[Axes]:
     return [*carry, *((Axis(ids, False), *y) for y in ys)]
 
 
+def clocks(at: Site) -> list[int]:
+    """Numbers of what a scan carries that only counts steps: layer numbers, keys to draw by.
+
+    They are no floats, and depend on nothing but constants and one another.
+    """
+    (body,) = at.frame.inner[at.number]
+    n, k = scan_sizes(at.params)
+    inputs, outs = body.jaxpr.invars[len(body.consts) :], body.jaxpr.outvars[:k]
+    found = [i for i in range(k) if not _inexact([outs[i]])[0]]
+    while True:
+        other = {v for i, v in enumerate(inputs) if i >= n and i - n not in found}
+        left = [i for i in found if not other & _origins(body.jaxpr, outs[i])]
+        if left == found:
+            return found
+        found = left
+
+
+def _origins(jaxpr: Any, out: Any) -> set[Any]:
+    """All variables that a result is computed from."""
+    needed = {out} if isinstance(out, core.Var) else set()
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(v for v in eqn.invars if isinstance(v, core.Var))
+    return needed
+
+
+def _times(at: Site, consts: Sequence[Any], init: Sequence[Any], clock: Sequence[int]) -> Any:
+    """Run the clocks through all layers: their last values, and what each layer is given."""
+    (body,) = at.frame.inner[at.number]
+    wanted = dataclasses.replace(
+        body, drop={i for i in range(len(body.jaxpr.outvars)) if i not in clock}
+    )
+    rest = len(body.jaxpr.invars) - len(body.consts) - len(consts)
+
+    def tick(now: list[Any], _: None) -> tuple[list[Any], list[Any]]:
+        given: list[Any] = [None] * rest
+        for i, value in zip(clock, now, strict=True):
+            given[i] = value
+        outs = evaluate(at.analysis, wanted, at.kept_roots(), [*consts, *given])
+        return [outs[i] for i in clock], now
+
+    start, length = [init[i] for i in clock], at.params["length"]
+    return lax.scan(tick, start, None, length=length, reverse=at.params["reverse"])
+
+
 def cut_scan(at: Site, *values: Any) -> list[Any]:
+    """Scan the layers that are left, each with the number and the keys that it had."""
     n, k = scan_sizes(at.params)
     consts, init, xs = values[:n], list(values[n : n + k]), list(values[n + k :])
     body = at.inner()
-
-    def step(carry: list[Any], x: list[Any]) -> tuple[list[Any], list[Any]]:
-        outs = body(*consts, *carry, *x)
-        return outs[:k], outs[k:]
-
     length = xs[0].shape[0] if xs else at.params["length"]
     reverse, unroll = at.params["reverse"], min(at.params["unroll"], max(length, 1))
-    carry, ys = lax.scan(step, init, xs, length=length, reverse=reverse, unroll=unroll)
-    return [*carry, *ys]
+    clock = clocks(at) if length < at.params["length"] else []
+    last, times = _times(at, consts, init, clock) if clock else ([], [])
+    if clock:
+        kept = at.kept_ins()[n + k][0]
+        times = [take(t, [kept, *[None] * (t.ndim - 1)]) for t in times]
+
+    def step(carry: list[Any], given: tuple[list[Any], list[Any]]) -> tuple[list[Any], list[Any]]:
+        x, now = given
+        outs = body(*consts, *_filled(carry, clock, now), *x)
+        return [out for i, out in enumerate(outs[:k]) if i not in clock], outs[k:]
+
+    moving = [x for i, x in enumerate(init) if i not in clock]
+    carry, ys = lax.scan(step, moving, (xs, times), length=length, reverse=reverse, unroll=unroll)
+    return [*_filled(carry, clock, last), *ys]
+
+
+def _filled(others: Sequence[Any], places: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    """Put values at their places among others."""
+    left, own = iter(others), dict(zip(places, values, strict=True))
+    return [own[i] if i in own else next(left) for i in range(len(others) + len(own))]
 
 
 def while_(at: Site) -> list[Axes]:
@@ -227,13 +289,11 @@ def _walk_derivative(
     """
     if at.analysis.deriving == 2:
         return
-    primals = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in at.eqn.invars]
+    primals = [v.aval for v in at.eqn.invars]
     forward = at.eqn.primitive.name.startswith("custom_jvp")
     given = at.eqn.invars if forward else at.eqn.outvars
-    tangents = _only(
-        _inexact(given), [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in given]
-    )
-    traced = lean(jax.make_jaxpr(derivative)(primals, tangents))
+    tangents = _only(_inexact(given), [v.aval for v in given])
+    traced = lean(_trace_in_place(at, derivative, primals, tangents))
     exact, at.analysis.exact = at.analysis.exact, False
     at.analysis.deriving += 1
     frame = at.walk(traced, [*at.ins, *seeds])
@@ -241,6 +301,35 @@ def _walk_derivative(
     at.analysis.deriving -= 1
     for a, b in zip(frame.outs, wanted, strict=True):
         _both(at, a, b)
+
+
+def _trace_in_place(at: Site, f: Any, *specs: Any) -> Any:
+    """Trace a function where the equation stands: what maps over devices has names for axes."""
+    traced: list[Any] = []
+
+    def trace() -> tuple[()]:
+        traced.append(jax.make_jaxpr(f)(*specs))
+        return ()
+
+    run, site = trace, at.frame.caller
+    while site is not None:
+        if site.eqn.primitive.name == "shard_map":
+            run = functools.partial(jax.eval_shape, on_devices(site, run, (), ()))
+        site = site.frame.caller
+    run()
+    return traced[0]
+
+
+def on_devices(at: Site, f: Any, in_specs: Any, out_specs: Any) -> Any:
+    """Map a function over devices as a ``shard_map`` equation does."""
+    return jax.shard_map(
+        f,
+        mesh=at.params["mesh"],
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(at.params["newly_manual_axes"]),
+        check_vma=at.params["check_vma"],
+    )
 
 
 def _alone(at: Site) -> Any:

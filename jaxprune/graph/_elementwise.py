@@ -146,7 +146,7 @@ ELEMENTWISE = (
     *("expm1", "floor", "ge", "gt", "igamma", "igamma_grad_a", "igammac", "imag"),
     *("integer_pow", "is_finite", "le", "le_to", "lgamma", "log", "log1p", "log2"),
     *("logistic", "lt", "lt_to", "max", "min", "mul", "name", "ne", "neg", "nextafter"),
-    *("not", "one_minus_square", "or", "polygamma", "population_count", "pow", "pvary"),
+    *("not", "one_minus_square", "or", "polygamma", "population_count", "pow"),
     *(
         "mulhi",
         "real",

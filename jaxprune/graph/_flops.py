@@ -8,9 +8,10 @@ from jax.extend import core
 
 from jaxprune._tree import join_static, split_static
 from jaxprune.graph._lean import lean
+from jaxprune.graph._network import check_call, spec_of
 
 
-def count_flops(fn: Any, params: Any, *inputs: Any) -> int:
+def count_flops(fn: Any, params: Any, *inputs: Any, **keywords: Any) -> int:
     """Count the floating-point operations of matrix products and convolutions.
 
     Two for each multiply-add. Whatever else a network does (activations, norms, softmax) is left
@@ -22,6 +23,7 @@ def count_flops(fn: Any, params: Any, *inputs: Any) -> int:
       fn: function of params and inputs; the ``small_fn`` of ``shrink`` is one.
       params: its parameters, arrays or ``jax.ShapeDtypeStruct``.
       *inputs: its inputs, likewise.
+      **keywords: its keyword arguments.
 
     Returns:
       The number of operations for these inputs, the whole batch.
@@ -31,9 +33,14 @@ def count_flops(fn: Any, params: Any, *inputs: Any) -> int:
       >>> count_flops(lambda w, x: x @ w, jnp.ones((3, 5)), jnp.ones((2, 3)))
       60
     """
-    arrays, static = split_static((params, *inputs))
-    specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
-    flat = lambda *arrays: fn(*join_static(arrays, static))  # noqa: E731
+    check_call(fn, keywords, count_flops)
+    arrays, static = split_static(((params, *inputs), keywords))
+
+    def flat(*arrays: Any) -> Any:
+        positional, named = join_static(arrays, static)
+        return fn(*positional, **named)
+
+    specs = [spec_of(x) for x in arrays]
     return _count(lean(jax.make_jaxpr(flat)(*specs)).jaxpr)
 
 
@@ -55,6 +62,9 @@ def _of(eqn: Any) -> int:
     inner = [_count(jaxpr) for jaxpr in _inside(params)]
     if name == "scan":
         return params["length"] * sum(inner)
+    if name == "shard_map":  # on every device
+        mesh = dict(params["mesh"].shape)
+        return math.prod(mesh[axis] for axis in params["newly_manual_axes"]) * sum(inner)
     return max(inner, default=0) if name == "cond" else sum(inner)
 
 

@@ -8,7 +8,8 @@ import numpy as np
 
 from jaxprune._types import Params, Where
 from jaxprune.graph._analysis import Rule
-from jaxprune.graph._network import Network, network
+from jaxprune.graph._carry import Carry
+from jaxprune.graph._network import Network, check_call, network
 from jaxprune.groups import Group, Groups, Member
 
 
@@ -18,6 +19,8 @@ def find_groups(
     *inputs: Any,
     rules: Mapping[str, Rule] | None = None,
     frozen: Where | None = None,
+    carry: Carry | None = None,
+    **keywords: Any,
 ) -> Groups:
     """Find which indices of which parameters live and die together, in any JAX function.
 
@@ -35,6 +38,13 @@ def find_groups(
       *inputs: inputs in the shapes that ``fn`` takes, arrays or ``jax.ShapeDtypeStruct``.
       rules: rules for further primitives by name, as ``jp.graph.Rule``; they go before ours.
       frozen: predicate of path and array: parameters of which nothing may be removed.
+      carry: what goes in beside the params and comes out again, as a pair of its place among the
+        arguments (params are 0) and among the results: ``carry=(1, 0)`` for
+        ``fn(params, carry, x) -> (carry, out)``. It is cut on both sides instead of freezing what
+        it meets. A dict for several, ``{1: 0, "stats": None}``: keywords go by name, below a place
+        a path (``"1/hidden"``), None for what does not come back. Groups are exact if it starts
+        from zeros at removed units, or if what it starts from does not matter there.
+      **keywords: keyword arguments of ``fn``, such as ``train=True`` or ``rngs=``.
 
     Returns:
       Groups of two units or more. ``print`` shows them, with what is frozen and why: a group of a
@@ -61,7 +71,8 @@ def find_groups(
       Fang et al., `DepGraph: Towards Any Structural Pruning <https://arxiv.org/abs/2301.12900>`_,
       2023, for dependency groups. They come from the jaxpr here, index by index.
     """
-    return groups_of(network(fn, params, inputs, rules=rules, frozen=frozen))
+    check_call(fn, keywords, find_groups)
+    return groups_of(network(fn, params, inputs, keywords, rules=rules, frozen=frozen, carry=carry))
 
 
 def groups_of(net: Network) -> Groups:

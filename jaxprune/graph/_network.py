@@ -1,15 +1,18 @@
 """A function traced: its jaxpr, analysed, with the paths of its parameters."""
 
 import collections
+import difflib
 import functools
+import inspect
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._mesh import is_explicit
 from jaxprune._tree import (
     is_array,
     is_floating,
@@ -21,6 +24,7 @@ from jaxprune._tree import (
 from jaxprune._types import Where
 from jaxprune.graph._analysis import Analysis, Axes, Frame, Rule
 from jaxprune.graph._captured import hold_captured
+from jaxprune.graph._carry import Carry, carry_pairs
 from jaxprune.graph._lean import lean
 from jaxprune.graph._rules import RULES
 
@@ -36,6 +40,7 @@ class Network(NamedTuple):
       shapes_and_types: the same with dtypes.
       axes: their axes.
       outputs: tree of the results.
+      carried: axes of each array of a carry, by its number among all arrays that go in.
     """
 
     analysis: Analysis
@@ -45,20 +50,23 @@ class Network(NamedTuple):
     shapes_and_types: list[jax.ShapeDtypeStruct]
     axes: list[Axes]
     outputs: Any
+    carried: dict[int, Axes]
 
 
 def network(
     fn: Any,
     params: Any,
     inputs: Sequence[Any],
+    keywords: Mapping[str, Any] | None = None,
     *,
     rules: Mapping[str, Rule] | None = None,
     frozen: Where | None = None,
+    carry: Carry | None = None,
     exact: bool = True,
     complain: bool = True,
     whole_outputs: bool = True,
 ) -> Network:
-    """Trace ``fn(params, *inputs)`` and analyse it.
+    """Trace ``fn(params, *inputs, **keywords)`` and analyse it.
 
     ``exact`` asks for the places where cutting differs from masking, ``complain`` for warnings of
     what is strange about the params, ``whole_outputs`` for results that are never cut.
@@ -70,34 +78,95 @@ def network(
             f"Several parameters have the path {list_paths(twice)}, so that nobody could tell them "
             "apart. Rename keys that hold a slash."
         )
-    arrays, static = split_static((params, *inputs))
-    specs = [jax.ShapeDtypeStruct(jnp.shape(x), x.dtype) for x in arrays]
+    arguments = (params, *inputs), dict(keywords or {})
+    arrays, static = split_static(arguments)
+    specs = [spec_of(x) for x in arrays]
+    paths, first = [path for path, _ in with_paths], specs[: len(with_paths)]
 
     def flat(*arrays: Any, bare: bool = False) -> Any:
-        params, *inputs = join_static(arrays, static)
+        positional, named = join_static(arrays, static)
         jitted = bare and hasattr(fn, "lower")  # of which jax remembers the program
-        return (fn.__wrapped__ if jitted else fn)(params, *inputs)
+        return (fn.__wrapped__ if jitted else fn)(*positional, **named)
 
-    closed, outputs = _traced(flat, specs, len(with_paths))
-    analysis = Analysis({**RULES, **(rules or {})}, exact=exact, taught=frozenset(rules or ()))
-    axes = [_param_axes(analysis, path, leaf, frozen) for path, leaf in with_paths]
-    analysis.own = analysis.coupling.size
-    inside = [*axes, *((None,) * len(spec.shape) for spec in specs[len(axes) :])]
-    with warnings.catch_warnings():
-        if not complain:
-            warnings.simplefilter("ignore")
-        frame = analysis.walk(closed, inside, weights=[True] * len(axes))
-    paths = [path for path, _ in with_paths]
+    closed, outputs = _traced(flat, specs, len(paths))
+    pairs = carry_pairs(carry, arguments, outputs)
+    zero = {i for i, back in pairs.items() if back is not None}  # a carry starts from zeros
+    silent = not complain
+    while True:
+        analysis = Analysis({**RULES, **(rules or {})}, exact=exact, taught=frozenset(rules or ()))
+        axes = [_param_axes(analysis, path, leaf, frozen) for path, leaf in with_paths]
+        analysis.own = analysis.coupling.size
+        carried = {i: analysis.fresh(specs[i].shape, zero=i in zero) for i in pairs}
+        plain = [(None,) * len(spec.shape) for spec in specs]
+        inside = [*axes, *(carried.get(i, plain[i]) for i in range(len(axes), len(specs)))]
+        with warnings.catch_warnings():
+            if silent:
+                warnings.simplefilter("ignore")
+            frame = analysis.walk(closed, inside, weights=[True] * len(axes))
+        silent = True
+        filled = {i for i in zero if _fills(carried[i], frame.outs[pairs[i] or 0])}
+        if not exact or not filled:
+            break
+        zero -= filled  # what it becomes is not zero where a unit is removed, so it never was
     if complain:
         _warn_of_types(with_paths)
         _warn_of_unread(frame, with_paths)
         hold_captured(analysis, lambda: _traced(functools.partial(flat, bare=True), specs, 0)[0])
-    first = specs[: len(paths)]
-    mirrors = mirrored_outputs(outputs, paths, first)
-    states = [None if m is None else axes[m] for m in mirrors]
+    states: list[Axes | None] = [
+        None if m is None else axes[m] for m in mirrored_outputs(outputs, paths, first)
+    ]
+    for i, back in pairs.items():
+        if back is not None:
+            states[back] = carried[i]
     _close_outputs(analysis, frame, states, whole_outputs)
     analysis.coupling.solve()
-    return Network(analysis, frame, paths, [s.shape for s in first], first, axes, outputs)
+    return Network(analysis, frame, paths, [s.shape for s in first], first, axes, outputs, carried)
+
+
+def _fills(old: Axes, new: Axes) -> bool:
+    """Tell whether the new value of a carry is not zero where the old one was."""
+    return any(
+        a is not None and b is not None and not b.zero for a, b in zip(old, new, strict=True)
+    )
+
+
+def spec_of(x: Any) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an array, and how explicit mesh axes cut it."""
+    layout = jax.typeof(x).sharding if is_explicit(x) else getattr(x, "sharding", None)
+    keep = isinstance(x, jax.ShapeDtypeStruct) or is_explicit(x)
+    return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=layout if keep else None)
+
+
+def check_call(fn: Any, keywords: Mapping[str, Any], user: Callable[..., Any]) -> None:
+    """Refuse modules in the place of functions, and keywords that look like typing errors."""
+    name, kind = f"`{user.__name__}`", type(fn).__name__
+    if hasattr(fn, "init") and hasattr(fn, "apply"):
+        raise TypeError(
+            f"{name} got a {kind} instead of a function of its parameters. Pass its `apply`."
+        )
+    held = [] if isinstance(fn, jax.tree_util.Partial) else jax.tree.leaves(fn)
+    if not callable(fn) or any(map(is_array, held)):
+        holds = "" if not callable(fn) else ", which holds its parameters itself,"
+        raise TypeError(
+            f"{name} got a {kind}{holds} instead of a function `fn(params, *inputs)`. Pass one of "
+            "its parameters: `lambda model, x: model(x)` with the model as params, or "
+            "`lambda state, x: nnx.merge(graph, state)(x)` for nnx."
+        )
+    ours = [p.name for p in inspect.signature(user).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for word in keywords:
+        near = difflib.get_close_matches(word, ours, 1, 0.85)
+        if near and word not in _parameters(fn):
+            raise TypeError(
+                f"{name} got {word}=, which `fn` does not name. Did you mean {near[0]}=? For a "
+                "keyword of `fn` wrap it: `lambda params, x: fn(params, x, ...)`."
+            )
+
+
+def _parameters(fn: Any) -> Sequence[str]:
+    try:
+        return list(inspect.signature(fn).parameters)
+    except (TypeError, ValueError):  # nobody can tell: a builtin
+        return []
 
 
 def _traced(flat: Any, specs: Sequence[Any], n: int) -> tuple[Any, Any]:
@@ -162,8 +231,9 @@ def _close_outputs(
 ) -> None:
     """Results stay whole, but for new values of the state: they are cut as the state is."""
     for out, state in zip(frame.outs, states, strict=True):
+        lead = 0 if state is None else len(out) - len(state)  # a new value for each of several
         for j, axis in enumerate(out):
-            mine = None if state is None else state[j]
+            mine = None if state is None or j < lead else state[j - lead]
             if axis is not None and mine is not None:
                 analysis.coupling.join(axis.ids, mine.ids)
             elif axis is not None and whole:
@@ -176,7 +246,8 @@ def mirrored_outputs(outputs: Any, paths: Sequence[str], specs: Sequence[Any]) -
     """For each result the number of the parameter whose new value it is, if any.
 
     That is one of the same shape and dtype whose path ends as its own does; a function returns
-    ``(logits, {"batch_stats": ...})``, or only what is below ``batch_stats``.
+    ``(logits, {"batch_stats": ...})``, or only what is below ``batch_stats``. Under ``vmap`` and
+    ``pmap`` it may return one for each of several, along leading axes.
     """
     found: list[int | None] = []
     for path, out in leaves_with_path(outputs):
@@ -198,9 +269,9 @@ def mirrored_outputs(outputs: Any, paths: Sequence[str], specs: Sequence[Any]) -
                 whole
                 and named
                 and (common >= 2 or apart)
-                and spec.shape == out.shape
+                and spec.shape == out.shape[len(out.shape) - len(spec.shape) :]
                 and spec.dtype == out.dtype
             ):
-                best = max(best or (0, 0), (common, -number))
-        found.append(None if best is None else -best[1])
+                best = max(best or (0, 0, 0), (common, len(spec.shape), -number))
+        found.append(None if best is None else -best[2])
     return found

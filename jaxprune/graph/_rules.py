@@ -2,6 +2,7 @@
 
 from jaxprune.graph import (
     _calls,
+    _collectives,
     _contractions,
     _effects,
     _elementwise,
@@ -18,4 +19,5 @@ RULES = {
     **_linalg.RULES,  # decompositions, solvers, Fourier transforms: batches of matrices pass
     **_effects.RULES,  # references, callbacks
     **_calls.RULES,  # jit, remat, scan, while, cond, custom derivatives: a frame for each call
+    **_collectives.RULES,  # shard_map, psum, all_gather, reshard; keys of layers and devices
 }

@@ -80,7 +80,8 @@ def _split(at: Site, axis: Axis, sizes: Sequence[int]) -> list[Axis | None]:
 
 
 def cut_reshape(at: Any, x: Any) -> list[Any]:
-    return [lax.reshape(x, at.small_shape(), at.params["dimensions"])]
+    shape = at.small_shape()
+    return [lax.reshape(x, shape, at.params["dimensions"], out_sharding=at.layout())]
 
 
 def transpose(at: Site) -> list[Axes]:
@@ -102,7 +103,8 @@ def broadcast_in_dim(at: Site) -> list[Axes]:
 
 
 def cut_broadcast(at: Any, x: Any, *_: Any) -> list[Any]:
-    return [lax.broadcast_in_dim(x, at.small_shape(), at.params["broadcast_dimensions"])]
+    places = at.params["broadcast_dimensions"]
+    return [lax.broadcast_in_dim(x, at.small_shape(), places, out_sharding=at.layout())]
 
 
 def tile(at: Site) -> list[Axes]:

@@ -3,13 +3,29 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune._mesh import fitting, is_explicit
+
 
 def take(x: Any, indices: Sequence[np.ndarray | None]) -> Any:
-    """Take the given indices of each axis, all of them where there is None."""
+    """Take the given indices of each axis, all of them where there is None.
+
+    Explicit mesh axes stay where they divide what is left.
+    """
+    if not is_explicit(x):
+        return _taken(x, indices)
+    shape = [n if k is None else len(k) for n, k in zip(x.shape, indices, strict=True)]
+    if shape == list(x.shape) and all(k is None or (np.diff(k) == 1).all() for k in indices):
+        return x
+    out = fitting(jax.typeof(x).sharding, shape)
+    return jax.sharding.auto_axes(lambda x: _taken(x, indices), out_sharding=out)(x)
+
+
+def _taken(x: Any, indices: Sequence[np.ndarray | None]) -> Any:
     for i, wanted in enumerate(indices):
         if wanted is None or np.array_equal(wanted, np.arange(x.shape[i])):
             continue

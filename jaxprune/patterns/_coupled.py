@@ -145,8 +145,8 @@ class Coupled:
             if m.path not in leaves:
                 raise ValueError(
                     f"There are no scores at {m.path!r}, a member of the group {group.name!r}. "
-                    "Score all members, or use the groups of this tree: `groups.at(prefix)` gives "
-                    "those of a subtree."
+                    "Score all members, or use the groups of this tree: `groups.at(params)`, or "
+                    "`groups.at(prefix)` for a subtree of flax variables."
                 )
             s = wide(leaves[m.path])
             s = s * s if self.reduce == "norm" else s

@@ -1,0 +1,271 @@
+"""What masks removed is cut out of the optimizer's state, to go on training the small network."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxprune._event import PruneState, is_packed, searches, without_variables
+from jaxprune._tree import (
+    is_array,
+    is_hole,
+    leaves_with_path,
+    list_paths,
+    map_with_path,
+    slots,
+)
+from jaxprune._types import Masks, Params
+from jaxprune.masks import Packed, pack, unpack
+from jaxprune.shrink import cut_leaf, cut_list, cut_tree, read_cut
+from jaxprune.states import is_pruner, pruners
+from jaxprune.straight_through import StraightThroughState
+
+
+def shrink_state(
+    tx: optax.GradientTransformation, opt_state: optax.OptState, params: Params, masks: Masks
+) -> optax.OptState:
+    """Cut an optimizer state as ``shrink`` cuts the parameters, to go on training the small ones.
+
+    Moments and all else that lies beside a parameter is cut as it is; counts and keys stay. The
+    structure is that of ``tx.init(small_params)``, nnx variables around its arrays included.
+
+    After a cut training goes on with ``tx = jp.hold(inner)``: the groups in a pruner are those of
+    the whole network, and its schedule would take the same share of what is left once more. Pass
+    this ``tx`` with the state of the pruner, whatever it was: its inner state is cut and its masks
+    become those of the small network, dense, or with the single weights that it had removed too.
+
+    Args:
+      tx: the optimizer to go on with: that which made the state, or ``jp.hold(inner)``.
+      opt_state: the state for the whole params.
+      params: the whole params, the tree that ``tx.init`` got.
+      masks: the masks that ``shrink`` gets, of these params.
+
+    Returns:
+      The state for the small params.
+
+    Raises:
+      TypeError: an ``nnx.Optimizer`` instead of its ``opt_state``.
+      ValueError: masks that do not fit, as for ``cut_list``; the state of other params; a pruner
+        that has events to come; a state that is not made of slices of the old one, such as
+        adafactor's where another axis is the longest now.
+
+    Example:
+      >>> import jax.numpy as jnp, optax
+      >>> import jaxprune as jp
+      >>> mlp = lambda p, x: (x @ p["w"]) @ p["v"]
+      >>> params = {"w": jnp.array([[1.0, 3.0, 2.0]]), "v": jnp.ones((3, 1))}
+      >>> coupled = jp.patterns.Coupled(jp.find_groups(mlp, params, jnp.ones((1, 1))))
+      >>> tx = jp.prune(optax.adam(0.1), schedule=jp.schedules.constant(0.3), pattern=coupled)
+      >>> _, state = tx.update(params, tx.init(params), params)
+      >>> masks = jp.get_masks(state)
+      >>> small_fn, small = jp.shrink(mlp, params, masks)
+      >>> tx = jp.hold(optax.adam(0.1))  # from here on
+      >>> state = shrink_state(tx, state, params, masks)
+      >>> updates, state = tx.update(small, state, small)
+      >>> updates["w"].shape
+      (1, 2)
+    """
+    if hasattr(opt_state, "opt_state"):
+        raise TypeError(
+            f"`shrink_state` got a {type(opt_state).__name__} instead of an optimizer state. Pass "
+            "its `opt_state`, and `nnx.state(model, nnx.Param)` as params."
+        )
+    _refuse_events(tx, opt_state)
+    plain = without_variables(params)
+    kept = read_cut(cut_list(plain, masks), plain)
+    cuts = map_with_path(lambda path, leaf: _Axes(kept.get(path, {}), jnp.shape(leaf)), plain)
+    opt_state = _adopted(tx, opt_state, plain)
+    given = without_variables(opt_state)
+    old = jax.tree.map(_unpacked, given, is_leaf=is_pruner)
+    try:
+        cut = optax.tree.map_params(tx, _cut_beside, old, cuts, is_leaf=lambda _: True)
+    except ValueError as error:
+        raise ValueError(
+            "`shrink_state` got the state of another tree than its params, which have "
+            f"{list_paths([path for path, _ in leaves_with_path(plain)])}. Pass `tx` as it made "
+            "the state (or `jp.hold` of the same optimizer), and the tree that `tx.init` got with "
+            'the masks of this tree: `variables["params"]` and `masks["params"]`, mostly.'
+        ) from error
+    small = cut_tree(plain, kept)
+    cut = _settled(tx, jax.tree.map(_packed_like, given, cut, is_leaf=is_pruner), small)
+    return _as_given(opt_state, cut)
+
+
+def _refuse_events(tx: optax.GradientTransformation, opt_state: optax.OptState) -> None:
+    """Refuse a pruner that would prune again: its groups and shares are those of the whole."""
+    ends = [search.schedule.end for search in searches(tx) if hasattr(search.schedule, "end")]
+    counts = [node.count for node in pruners(without_variables(opt_state))]
+    done = min((int(jnp.min(jnp.asarray(count))) for count in counts), default=0)
+    if ends and done <= max(ends):
+        raise ValueError(
+            f"`shrink_state` got a pruner with events to come: its schedule ends at update "
+            f"{max(ends)}, and {done} were made. It would look for groups of the whole network and "
+            "take the same share of what is left once more. Go on with `tx = jp.hold(inner)`, "
+            "whose state is `jp.shrink_state(tx, opt_state, params, masks)`."
+        )
+
+
+def _cut_beside(value: Any, cuts: Any) -> Any:
+    """Cut what an optimizer keeps in the place of the params."""
+    places: Any = jax.tree.structure(cuts)
+    try:
+        parts = places.flatten_up_to(value)
+    except ValueError:  # one hole in the place of several params
+        return jax.tree.map(_cut_one, value, cuts, is_leaf=is_hole)
+    return places.unflatten(map(_cut_one, parts, jax.tree.leaves(cuts)))
+
+
+def _cut_one(part: Any, axes: "_Axes") -> Any:
+    """Cut what an optimizer keeps beside one parameter: an array, mostly like it."""
+    if is_hole(part):
+        return part
+    if isinstance(part, list | tuple):  # one vector for each axis, in sm3
+        alone = [_Axes({0: axes.kept[i]} if i in axes.kept else {}, (n,))
+                 for i, n in enumerate(axes.shape)]  # fmt: skip
+        return type(part)(map(_cut_one, part, alone)) if len(part) == len(alone) else part
+    if not is_array(part):
+        return part
+    if part.ndim == len(axes.shape) - 1:  # adafactor sums over one axis
+        axes = axes.summed(part.shape)
+    if part.ndim != len(axes.shape):
+        return part
+    return cut_leaf(part, {i: k for i, k in axes.kept.items() if part.shape[i] == axes.shape[i]})
+
+
+def _adopted(tx: optax.GradientTransformation, state: Any, params: Params) -> Any:
+    """Let ``hold`` take over from a pruner: all that it needs are the masks."""
+
+    def adopt(want: Any, got: Any) -> Any:
+        got = got.masked if isinstance(got, StraightThroughState) and is_pruner(want) else got
+        if not (is_pruner(want) and is_pruner(got)):
+            return got
+        memory = got.criterion_state if jax.tree.leaves(want.criterion_state) else ()
+        return got._replace(criterion_state=memory, key=None if want.key is None else got.key)
+
+    try:
+        return jax.tree.map(adopt, jax.eval_shape(tx.init, params), state, is_leaf=is_pruner)
+    except ValueError:  # which is told below
+        return state
+
+
+def _settled(tx: optax.GradientTransformation, state: Any, small: Params) -> Any:
+    """Give masks the shape that the optimizer makes; refuse what it would have made otherwise."""
+    try:
+        fresh = jax.eval_shape(tx.init, small)
+    except ValueError:  # a pruner around it has the groups of the whole params
+        return state
+    state = jax.tree.map(_settle_masks, fresh, state, is_leaf=is_pruner)
+    leaves = leaves_with_path(_without_masks(fresh))
+    for (path, want), got in zip(leaves, jax.tree.leaves(_without_masks(state)), strict=True):
+        if want.shape != jnp.shape(got):
+            raise ValueError(
+                f"The state at {path!r} has shape {jnp.shape(got)} once it is cut, but "
+                f"for the small params the optimizer keeps one of {want.shape}. Start anew: "
+                "`tx.init(small_params)`."
+            )
+    return state
+
+
+def _settle_masks(want: Any, got: Any) -> Any:
+    if not is_pruner(want):
+        return got
+    packed = any(map(is_packed, jax.tree.leaves(want.masks, is_leaf=is_packed)))
+    masks = dict(leaves_with_path(unpack(got.masks)))
+    like = jax.eval_shape(unpack, want.masks)
+    new = jax.tree.unflatten(
+        jax.tree.structure(like, is_leaf=is_hole),
+        [_settle(slot.leaf, masks.get(slot.path)) for slot in slots(like)],
+    )
+    return got._replace(masks=pack(new) if packed else new)
+
+
+def _settle(want: Any, mask: Any) -> Any:
+    """A mask as ``want`` has it: none where nothing is removed, dense where there was none."""
+    if is_hole(want):
+        return want if mask is None or bool(jnp.all(mask)) else mask
+    return jnp.broadcast_to(True if mask is None else mask, want.shape)
+
+
+def _without_masks(state: Any) -> Any:
+    return jax.tree.map(
+        lambda node: node._replace(masks=()) if is_pruner(node) else node,
+        state,
+        is_leaf=is_pruner,
+    )
+
+
+def _is_variable(node: Any) -> bool:
+    """True for an nnx variable, known by what it can do: the core does not import flax."""
+    return hasattr(node, "get_value") and hasattr(node, "set_value")
+
+
+def _as_given(old: Any, new: Any) -> Any:
+    """Put nnx variables back around the arrays that they held."""
+
+    def put(old: Any, new: Any) -> Any:
+        whole = _is_variable(old) and not is_hole(new)
+        return jax.tree.unflatten(jax.tree.structure(old), [new]) if whole else new
+
+    def visit(old: Any, new: Any) -> Any:
+        if not is_pruner(old):
+            return put(old, new)
+        before = _leaves_by_path(old.masks)  # there may be others now
+        masks = jax.tree.unflatten(
+            jax.tree.structure(new.masks, is_leaf=_is_mask),
+            [put(before.get(slot.path), slot.leaf) for slot in slots(new.masks, _is_mask)],
+        )
+        rest = _as_given(tuple(old._replace(masks=())), tuple(new._replace(masks=())))
+        return PruneState(*rest)._replace(masks=masks)
+
+    return jax.tree.map(visit, old, new, is_leaf=lambda v: is_pruner(v) or _is_variable_or_mask(v))
+
+
+def _is_variable_or_mask(node: Any) -> bool:
+    return _is_variable(node) or is_packed(node)
+
+
+def _is_mask(node: Any) -> bool:
+    return is_hole(node) or is_packed(node)
+
+
+def _leaves_by_path(tree: Any) -> dict[str, Any]:
+    whole = lambda node: _is_variable_or_mask(node) or is_hole(node)  # noqa: E731
+    return {slot.path: slot.leaf for slot in slots(tree, whole)}
+
+
+def _unpacked(node: Any) -> Any:
+    return node._replace(masks=unpack(node.masks)) if isinstance(node, PruneState) else node
+
+
+def _packed_like(old: Any, new: Any) -> Any:
+    """Pack the masks of a pruner that had them packed."""
+    packed = isinstance(old, PruneState) and any(
+        isinstance(m, Packed) for m in jax.tree.leaves(old.masks, is_leaf=is_packed)
+    )
+    return new._replace(masks=pack(new.masks)) if packed else new
+
+
+class _Axes:
+    """What to keep of a parameter: a leaf, whatever the tree around it."""
+
+    def __init__(self, kept: Mapping[int, np.ndarray], shape: tuple[int, ...]) -> None:
+        self.kept, self.shape = kept, shape
+
+    def summed(self, shape: tuple[int, ...]) -> "_Axes":
+        """What to keep of a sum over one axis, if its shape tells which of them that was."""
+        found = []
+        for gone in range(len(self.shape)):
+            left = [i for i in range(len(self.shape)) if i != gone]
+            if tuple(self.shape[i] for i in left) == shape:
+                found.append(
+                    _Axes({j: self.kept[i] for j, i in enumerate(left) if i in self.kept}, shape)
+                )
+        if len({str(axes.kept) for axes in found}) > 1:
+            raise ValueError(
+                f"The optimizer keeps sums of shape {shape} for a parameter of shape {self.shape}, "
+                "which do not tell the axis that was summed. Start anew: `tx.init(small_params)`."
+            )
+        return found[0] if found else _Axes({}, ())

@@ -1,0 +1,159 @@
+"""Rules for programs on several devices, and for axes that ``vmap`` and ``shard_map`` name."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxprune._mesh import fitting, names_of
+from jaxprune.graph._analysis import Axes, Axis, Rule, Site
+from jaxprune.graph._calls import on_devices
+from jaxprune.graph._elementwise import same
+from jaxprune.graph._take import take
+
+
+def cut_moved(at: Site, x: Any) -> list[Any]:
+    """Lay it out as it was, but for mesh axes that no longer divide what is left."""
+    return at.bind(x, dst_sharding=fitting(at.params["dst_sharding"], x.shape))
+
+
+def reduce_names(at: Site) -> list[Axes]:
+    """Sum or compare over devices, index by index; an axis that ``vmap`` had named goes."""
+    places = [i for i in at.params["axes"] if isinstance(i, int)]
+    for axes in at.ins:
+        for i in places:
+            if at.eqn.primitive.name.startswith("psum"):
+                at.contract(axes[i])
+            else:
+                at.freeze(axes[i])
+    return [tuple(a for i, a in enumerate(axes) if i not in places) for axes in at.ins]
+
+
+def all_gather(at: Site) -> list[Axes]:
+    """Put those of all devices side by side, each of which has lost the same units."""
+    place, n = at.params["all_gather_dimension"], at.params["axis_size"]
+    outs = []
+    for axes in at.ins:
+        if at.params["tiled"]:
+            outs.append((*axes[:place], _repeated(axes[place], n), *axes[place + 1 :]))
+        else:
+            outs.append((*axes[:place], None, *axes[place:]))
+    return outs
+
+
+def hold(*names: str) -> Rule:
+    """Rule of a primitive that needs some axes whole and passes all others on."""
+
+    def couple(at: Site) -> list[Axes]:
+        places = [at.params[name] for name in names]
+        for axes in at.ins:
+            for place in places:
+                at.freeze(axes[place])
+        if not at.params["tiled"]:  # ranks may differ: nothing is sure to be at its place
+            for axis in (axis for axes in at.ins for axis in axes):
+                at.freeze(axis)
+            return [(None,) * len(v.aval.shape) for v in at.eqn.outvars]
+        return [tuple(None if i in places else a for i, a in enumerate(x)) for x in at.ins]
+
+    return Rule(couple)
+
+
+def shard_map(at: Site) -> list[Axes]:
+    """Walk what one device does. Of an axis that is cut into shards all lose the same units."""
+    mesh = dict(at.params["mesh"].shape)
+    cuts = [_shards(s, x, mesh) for s, x in zip(at.params["in_specs"], at.ins, strict=True)]
+    ins = [
+        tuple(_shard(at, axis, n) for axis, n in zip(axes, cut, strict=True))
+        for axes, cut in zip(at.ins, cuts, strict=True)
+    ]
+    known = [k if set(cut) <= {1} else None for k, cut in zip(at.known(), cuts, strict=True)]
+    frame = at.walk(at.params["jaxpr"], ins, known)
+    return [
+        tuple(_repeated(a, n) for a, n in zip(axes, _shards(spec, axes, mesh), strict=True))
+        for axes, spec in zip(frame.outs, at.params["out_specs"], strict=True)
+    ]
+
+
+def cut_shard_map(at: Site, *values: Any) -> list[Any]:
+    inside = lambda *values: tuple(at.inner()(*values))  # noqa: E731
+    specs = tuple(at.params["in_specs"]), tuple(at.params["out_specs"])
+    return list(on_devices(at, inside, *specs)(*values))
+
+
+def _shards(spec: Any, axes: Axes, mesh: dict[str, int]) -> list[int]:
+    """Into how many shards a spec cuts each axis."""
+    entries = [*spec, *([None] * (len(axes) - len(spec)))]
+    return [math.prod(mesh[name] for name in names_of(entry)) for entry in entries]
+
+
+def _shard(at: Site, axis: Axis | None, n: int) -> Axis | None:
+    """The axis as each device sees it: one unit is an index of every shard."""
+    if axis is None or n == 1:
+        return axis
+    first, *others = axis.ids.reshape(n, -1)
+    if len(first) == 1:
+        at.freeze(axis, lambda: f"{at.name()} leaves one index of it to each device")
+        return None
+    for ids in others:
+        at.analysis.coupling.join(first, ids)
+    return Axis(first, axis.zero)
+
+
+def _repeated(axis: Axis | None, n: int) -> Axis | None:
+    return axis if axis is None else Axis(np.tile(axis.ids, n), axis.zero)
+
+
+def keys(at: Site) -> list[Axes]:
+    """Keys made from keys: those that are there pass, the new ones can be left out again."""
+    (axes,) = at.ins
+    return [(*axes, *at.fresh(at.out_shape()[len(axes) :]))]
+
+
+def cut_split(at: Site, keys: Any) -> list[Any]:
+    """Split into as many as ever and drop those of layers that are gone."""
+    (drawn,) = at.bind(keys)
+    rank = len(at.shape())
+    return [take(drawn, [*[None] * rank, *at.kept_outs()[0][rank:]])]
+
+
+def wrap(at: Site) -> list[Axes]:
+    """Numbers of a key lie along the last axis, which stays whole."""
+    (axes,) = at.ins
+    for axis in axes[len(at.out_shape()) :]:
+        at.freeze(axis)
+    return [axes[: len(at.out_shape())]]
+
+
+def unwrap(at: Site) -> list[Axes]:
+    (axes,) = at.ins
+    return [(*axes, *[None] * (len(at.out_shape()) - len(axes)))]
+
+
+def fold(at: Site) -> list[Axes]:
+    """Fold numbers into keys, one by one."""
+    out: Sequence[Axis | None] = [
+        None if ids is None else Axis(ids, False)
+        for ids in (at.join(*axes) for axes in zip(*at.ins, strict=True))
+    ]
+    return [tuple(out)]
+
+
+# They give what they get, each device its own, all the same, or that of its neighbour.
+MOVES = ("reshard", "pvary", "pcast", "ppermute", "pbroadcast", "preduced", "vary_unreduced_cast")
+SUMS = ("psum", "psum_invariant")
+
+RULES = {
+    **{name: Rule(same) for name in MOVES},
+    **{name: Rule(same, cut_moved) for name in ("reshard", "mesh_cast")},
+    "shard_map": Rule(shard_map, cut_shard_map),
+    **{name: Rule(reduce_names) for name in (*SUMS, "pmax", "pmin")},
+    **{name: Rule(all_gather) for name in ("all_gather", "all_gather_invariant")},
+    "reduce_scatter": hold("scatter_dimension"),
+    "all_to_all": hold("split_axis", "concat_axis"),
+    "random_split": Rule(keys, cut_split),
+    "random_wrap": Rule(wrap),
+    "random_unwrap": Rule(unwrap),
+    "random_fold_in": Rule(fold),
+    "random_clone": Rule(same),
+}

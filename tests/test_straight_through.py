@@ -282,7 +282,7 @@ def test_forward_params_without_straight_through_is_refused(tx):
 )
 def test_a_state_with_several_masks_is_refused(tx):
     with pytest.raises(ValueError, match=r"holds 2 pruners, want one.*belongs to one"):
-        jp.forward_params(W, tx.init(W))
+        jp.forward_params(W, jax.jit(tx.init)(W))
 
 
 def test_params_that_the_masks_do_not_mirror_are_refused():

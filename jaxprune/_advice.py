@@ -11,6 +11,7 @@ from jaxprune._event import PruneState, is_packed, without_variables
 from jaxprune._tree import leaves_with_path, list_paths
 from jaxprune._types import Params, Schedule
 from jaxprune._values import constant_of, is_concrete, zero_shares
+from jaxprune._where import name_of
 from jaxprune.schedules._cyclic import Cyclic
 from jaxprune.schedules._schedule import Schedule as Ramp
 from jaxprune.states import pruners
@@ -122,14 +123,17 @@ def constants(part: Params) -> list[str]:
     found = {
         path: number
         for path, leaf in leaves_with_path(part)
-        if path.rsplit("/", 1)[-1] not in _KERNELS and (number := constant_of(leaf)) is not None
+        if name_of(path) not in _KERNELS
+        and (number := constant_of(leaf)) is not None
+        # Layers may start from zero, and then have a name; in trees without names biases do.
+        and (number or name_of(path).isdigit())
     }
     if not found:
         return []
     shown = ", ".join(f"{path!r} ({number:g})" for path, number in list(found.items())[:4])
     more = f" and {len(found) - 4} more" if len(found) > 4 else ""
     return [
-        f"All entries are equal at {shown}{more}: a gain, a scale or a bit width rather than "
+        f"All entries are equal at {shown}{more}: a gain, a bias or a bit width rather than "
         "weights? The default `where` takes them. Leave them out with "
         "`where=jp.exclude(...)`, or name what to prune with `where=jp.by_path(...)`."
     ]

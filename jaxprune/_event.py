@@ -20,7 +20,6 @@ from jaxprune._mesh import bare, lay_out, true_over
 from jaxprune._serial import serialize_tuple
 from jaxprune._tree import (
     align,
-    is_matrix,
     leaves_with_path,
     list_paths,
     map_leaves,
@@ -30,6 +29,7 @@ from jaxprune._tree import (
     wide_dtype,
 )
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
+from jaxprune._where import by_default
 from jaxprune.criteria import magnitude
 from jaxprune.masks import Packed, check_masks, pack, unpack
 from jaxprune.patterns import Coupled
@@ -93,7 +93,7 @@ class Search:
     @property
     def by_default(self) -> bool:
         """True if leaves are chosen by the default ``where`` alone."""
-        return self.where is is_matrix and not isinstance(self.pattern, Coupled)
+        return by_default(self.where) and not isinstance(self.pattern, Coupled)
 
     def on(self, params: Params, stored: Masks | None = None) -> "Search":
         """Settle what is pruned of these params, at ``init`` or with the masks of the state.
@@ -105,7 +105,7 @@ class Search:
             return self
         search = self._over(params, self.where)
         missing = [] if stored is None else search._not_in(stored, params)
-        if self.where is not is_matrix or not (stored is None or missing):
+        if not by_default(self.where) or not (stored is None or missing):
             return search
         paths = frozen(self.inner, params)
         base = search.where if isinstance(self.pattern, Coupled) else self.where

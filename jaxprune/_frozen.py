@@ -10,8 +10,9 @@ import numpy as np
 import optax
 from jax.extend import core
 
-from jaxprune._tree import is_matrix, leaves_with_path, list_paths, prunable
+from jaxprune._tree import leaves_with_path, list_paths, prunable
 from jaxprune._types import Params, Where
+from jaxprune._where import by_default
 
 # Zero where all operands are; the predicate of `select_n` is left out before.
 _KEEP_ZERO = frozenset(
@@ -40,7 +41,7 @@ class Moving:
 
 def moving(where: Where, inner: optax.GradientTransformation, params: Params, user: str) -> Where:
     """Leave what the optimizer freezes out of the default ``where``; another one is obeyed."""
-    if where is not is_matrix:
+    if not by_default(where):
         return where
     return without(where, frozen(inner, params) or (), params, user)
 

@@ -37,7 +37,7 @@ def zero_shares(params: Params) -> dict[str, float]:
 
 
 def constant_of(leaf: Any) -> float | None:
-    """The one number that a leaf holds, if it is one and not zero.
+    """The one number that a leaf holds, if it is one.
 
     A corner of one shard tells for nearly all leaves; only if it is constant all of them are
     read, by a reduction. Where other processes hold parts, all have to ask for the same.
@@ -49,7 +49,7 @@ def constant_of(leaf: Any) -> float | None:
         if not first.size or (first != first.flat[0]).any():
             return None
     low, high = (float(x) for x in _range(leaf))
-    return low if low == high != 0.0 else None
+    return low if low == high else None
 
 
 def _corner(leaf: Any, most: int = 8) -> np.ndarray:

@@ -107,6 +107,11 @@ def _words(path: str) -> list[str]:
     return words
 
 
+def name_of(path: str) -> str:
+    """The last part of a path that is a name; a position in a tree without names."""
+    return _words(path)[-1]
+
+
 def _named(name: str) -> str:
     return next((kind for kind, regex in _NAMES.items() if re.fullmatch(regex, name)), "")
 
@@ -197,6 +202,11 @@ def exclude(*regexes: str, where: Where = is_matrix) -> Where:
     """
     check_regexes(regexes, "exclude")
     return Exclude(regexes, where)
+
+
+def by_default(where: Where) -> bool:
+    """True for the default, with or without some leaves that are excluded from it."""
+    return where is is_matrix or (isinstance(where, Exclude) and by_default(where.where))
 
 
 def refuses(where: Where, path: str, array: Any) -> bool:

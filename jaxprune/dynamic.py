@@ -32,6 +32,7 @@ from jaxprune._help import readable
 from jaxprune._mesh import in_auto_mode
 from jaxprune._tree import is_hole, is_matrix, map_leaves, narrow, prunable
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
+from jaxprune._where import by_default
 from jaxprune.criteria import magnitude, random
 from jaxprune.masks import check_masks, unpack
 from jaxprune.patterns import Coupled, Weights
@@ -261,7 +262,7 @@ def _drop_and_grow(
             key=None if key is None else jnp.copy(key),
         )
         if not is_placeholder(params):
-            warn(user, state, params, by_default=where is is_matrix)
+            warn(user, state, params, by_default=by_default(where))
         return state
 
     def update(

@@ -29,6 +29,7 @@ from jaxprune._frozen import moving
 from jaxprune._help import readable, scheduled
 from jaxprune._tree import is_matrix, map_leaves, narrow
 from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
+from jaxprune._where import by_default
 from jaxprune.criteria import magnitude
 from jaxprune.masks import check_masks, dense_masks, unpack
 from jaxprune.patterns import Weights
@@ -203,7 +204,7 @@ def hold(
         start=start,
         refresh=refresh,
         advise=functools.partial(
-            warn, "hold", by_default=where is is_matrix and masks is None, dense=masks is None
+            warn, "hold", by_default=by_default(where) and masks is None, dense=masks is None
         ),
         key=None,
         packed=packed,

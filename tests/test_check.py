@@ -348,3 +348,15 @@ def test_narrow_weights_are_looked_at_like_others(dtype):
     assert _values.constant_of(params["a"]) == 8.0
     assert _values.zero_shares(params) == {"kernel": 0.5}
     assert jp.check(params, {"a": None, "kernel": HALF["kernel"]}) == jp.Check({}, ())
+
+
+def test_in_trees_without_names_what_starts_from_zero_is_told(key):
+    kernels = jax.random.normal(key, (8, 2, 4)), jax.random.normal(key, (4, 6))
+    variables = [kernels[0], jnp.zeros((2, 4)), kernels[1], jnp.zeros((2, 6)), jnp.zeros(6)]
+    with pytest.warns(jp.PruneWarning, match=r"All entries are equal at '1' \(0\), '3' \(0\): a"):
+        jp.prune(optax.sgd(0.1), schedule=ONCE).init(variables)
+    named = {"in": {"kernel": kernels[0]}, "out": {"proj": jnp.zeros((4, 6))}}
+    jp.prune(optax.sgd(0.1), schedule=ONCE).init(named)  # a last layer that starts from zero
+    where = jp.exclude("1", "3")
+    masks = jp.get_masks(jp.prune(optax.sgd(0.1), schedule=ONCE, where=where).init(variables))
+    assert [m is None for m in masks] == [False, True, False, True, True]

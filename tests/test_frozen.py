@@ -158,3 +158,19 @@ def test_masks_without_a_leaf_that_trains_are_refused_as_before():
     masks = {"base": {"kernel": jnp.ones((4, 4), bool), "bias": None}, "head": {"kernel": None}}
     with pytest.raises(ValueError, match=r"finds masks for .*'head/kernel'.*for 'base/kernel'"):
         tx.update(PARAMS, jp.with_masks(tx.init(PARAMS), masks), PARAMS)
+
+
+def test_exclude_on_top_of_the_default_leaves_out_what_is_frozen_as_well():
+    params = {name: {"kernel": jnp.ones((4, 4)) * i} for i, name in enumerate("abc", 1)}
+    params = jax.tree.map(lambda w: w + jnp.arange(16.0).reshape(4, 4), params)
+    inner = optax.partition(
+        {"train": optax.adam(0.1), "freeze": optax.set_to_zero()},
+        {"a": "train", "b": "freeze", "c": "train"},
+    )
+    for where, want in {
+        jp.exclude("c/kernel"): ["a"],
+        jp.exclude("c/kernel", where=jp.by_path(".*kernel")): ["a", "b"],
+    }.items():
+        tx = jp.prune(inner, schedule=jp.schedules.constant(0.5), where=where)
+        masks = jp.get_masks(tx.init(params))
+        assert [name for name in "abc" if masks[name]["kernel"] is not None] == want

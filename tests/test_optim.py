@@ -545,11 +545,6 @@ def test_signatures_show_parts_as_one_writes_them(wrap):
         assert "= jp.criteria.magnitude" in shown and "= jp.patterns.Weights()" in shown
 
 
-def test_a_criterion_with_memory_says_where_its_memory_is_kept():
-    with pytest.raises(TypeError, match=r"`Movement` scores from what it remembers.*`jp.prune`"):
-        jp.find_masks(KERNEL, 0.5, criterion=criteria.movement)
-
-
 def test_a_criterion_that_needs_a_key_is_refused_without_one():
     with pytest.raises(TypeError, match=r"criterion `random` needs a random key.*`key=jax.random"):
         jp.prune(optax.sgd(0.1), schedule=ONCE, criterion=criteria.random)

@@ -340,7 +340,7 @@ def is_packed(node: Any) -> bool:
 def check_extra(user: str, inner: Any, extra: Any, criterion: Criterion = magnitude) -> None:
     """Refuse keywords of an update that nobody knows, unless the optimizer might."""
     if not isinstance(inner, optax.GradientTransformationExtraArgs):
-        check_names(f"{user}(...).update", criterion, extra)
+        check_names(f"{user}(...).update", criterion, extra, ("value", "grad", "value_fn"))
 
 
 def check_inner(inner: Any, user: str) -> None:

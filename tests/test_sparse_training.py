@@ -63,7 +63,7 @@ def test_ac_dc_is_that_of_a_slow_loop():
             np.testing.assert_array_equal(p, w[path], f"{path} at {step}")
         for path, m in leaves(got_masks).items():
             np.testing.assert_array_equal(m, masks[path], f"{path} at {step}")
-        found.append(masks["b/kernel"])
+        found.append(masks["b", "kernel"])
     assert (found[2] != found[7]).any() and (found[7] != found[12]).any()
     assert jp.sparsity(got_masks, params) == 0.75
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune._tree import leaves_with_path, path_str
+from jaxprune._tree import leaves_with_path, map_with_path
 from tests.zoo import ZOO
 
 # Sizes of the groups of each model: what anyone would cut in it, no less and no more.
@@ -113,11 +113,10 @@ def cut(tree, left):
     """Take out of each leaf what is left; leaves of outputs are known by the end of their path."""
 
     def visit(path, leaf):
-        path = path_str(path)
         ends = [p for p in left if path == p or path.endswith("/" + p)]
         return leaf[np.ix_(*left[max(ends, key=len)])] if ends else leaf
 
-    return jax.tree_util.tree_map_with_path(visit, tree)
+    return map_with_path(visit, tree)
 
 
 def assert_close(got, want, tolerance=1e-5):

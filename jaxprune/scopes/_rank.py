@@ -61,9 +61,10 @@ def _keep_largest(
     score: tuple[Callable[[jax.Array], jax.Array], ...],
     shards: tuple[Shard, ...],
 ) -> list[jax.Array]:
-    # Widening is exact, so that leaves of several dtypes compare as the numbers they are.
-    widest = jnp.result_type(*(x.dtype for x in leaves))
-    dtype = widest if jnp.finfo(widest).bits > 8 else jnp.dtype(jnp.float32)
+    # Widening is exact, so that leaves of several dtypes compare as the numbers they are; those of
+    # eight bits promote to nothing by themselves.
+    kinds = {x.dtype if jnp.finfo(x.dtype).bits > 8 else jnp.dtype(jnp.float32) for x in leaves}
+    dtype = jnp.result_type(*kinds)
 
     def images(leaves: list[jax.Array]) -> list[jax.Array]:
         return [

@@ -173,11 +173,12 @@ FINDERS = {
 @pytest.mark.parametrize("name", FINDERS)
 def test_a_sharded_tree_gives_the_masks_of_one_device(name, axis_type):
     params = network()
+    sparsity = 0.75 if name == "windows" else 0.7  # what windows of four can have
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
-        masks = jp.find_masks(sharded(params, mesh), 0.7, **FINDERS[name])
+        masks = jp.find_masks(sharded(params, mesh), sparsity, **FINDERS[name])
         masks = jax.tree.map(np.asarray, masks)
-    assert_trees_equal(masks, jp.find_masks(params, 0.7, **FINDERS[name]))
+    assert_trees_equal(masks, jp.find_masks(params, sparsity, **FINDERS[name]))
 
 
 @pytest.mark.parametrize("scope", [scopes.per_leaf, scopes.across])

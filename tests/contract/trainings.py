@@ -6,7 +6,6 @@ import jaxprune as jp
 from jaxprune import schedules
 
 SPARSITY = 0.75
-KEY = jax.random.key(5)
 EVENTS = {"begin": 0, "end": 4, "every": 2}
 
 # From an optimizer to a transformation with masks.
@@ -34,8 +33,9 @@ def takes(training, optimizer):
     return optimizer != "lbfgs" or training not in SPARSE
 
 
-def wrappers(key=KEY, **settings):
+def wrappers(key=None, **settings):
     """All that carries masks, from an optimizer to a transformation, with the same settings."""
+    key = jax.random.key(5) if key is None else key  # no computation at import: processes start so
     ramp = schedules.cubic(SPARSITY, begin=0, end=2, every=2)
     return {
         "prune": lambda inner: jp.prune(inner, schedule=ramp, **settings),

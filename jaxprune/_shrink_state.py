@@ -10,6 +10,7 @@ import optax
 
 from jaxprune._event import PruneState, is_packed, searches, without_variables
 from jaxprune._tree import (
+    Slot,
     is_array,
     is_hole,
     leaves_with_path,
@@ -206,16 +207,24 @@ def _as_given(old: Any, new: Any) -> Any:
     """Put nnx variables back around the arrays that they held."""
 
     def put(old: Any, new: Any) -> Any:
-        whole = _is_variable(old) and not is_hole(new)
-        return jax.tree.unflatten(jax.tree.structure(old), [new]) if whole else new
+        if not _is_variable(old):
+            return new
+        # A variable may hold a hole, for a leaf that a pruner leaves out, and so may a new one.
+        return jax.tree.unflatten(jax.tree.structure(old, is_leaf=is_hole), [new])
 
     def visit(old: Any, new: Any) -> Any:
         if not is_pruner(old):
             return put(old, new)
         before = _leaves_by_path(old.masks)  # there may be others now
+
+        def mask(slot: Slot) -> Any:
+            if is_packed(slot.leaf):  # its bits are wrapped as all single arrays of the state are
+                return slot.leaf._replace(bits=put(old.count, slot.leaf.bits))
+            return put(before.get(slot.path), slot.leaf)
+
         masks = jax.tree.unflatten(
             jax.tree.structure(new.masks, is_leaf=_is_mask),
-            [put(before.get(slot.path), slot.leaf) for slot in slots(new.masks, _is_mask)],
+            list(map(mask, slots(new.masks, _is_mask))),
         )
         rest = _as_given(tuple(old._replace(masks=())), tuple(new._replace(masks=())))
         return PruneState(*rest)._replace(masks=masks)

@@ -626,3 +626,33 @@ def test_budgets_are_met_from_above_and_never_searched_for_in_vain(masks):
     assert jp.masks_within_budget(find, cost, 0.0) == 1.0
     with pytest.raises(ValueError, match=r"cannot reach a budget of -1: at sparsity 1.*still 0"):
         jp.masks_within_budget(find, cost, -1)
+
+
+@pytest.mark.parametrize("packed", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_an_nnx_optimizer_goes_on_after_a_cut_beside_kernels_that_are_in_no_group(packed):
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.a, self.c = nnx.Linear(6, 8, rngs=rngs), nnx.Linear(8, 3, rngs=rngs)
+            self.skip = nnx.Linear(6, 3, rngs=rngs)  # the pruner has no mask for it, hold has one
+
+        def __call__(self, x):
+            return self.c(nnx.relu(self.a(x))) + self.skip(x)
+
+    net, x = Net(nnx.Rngs(0)), draw(4, 6)
+    graph, params = nnx.split(net)
+    fn = lambda params, x: nnx.merge(graph, params)(x)
+    grads = nnx.grad(lambda net: jnp.mean(net(x) ** 2))
+    schedule, groups = jp.schedules.constant(0.5), jp.find_groups(fn, params, x)
+    tx = jp.prune(optax.sgd(0.1), schedule=schedule, pattern=Coupled(groups), packed=packed)
+    optimizer = nnx.Optimizer(net, tx, wrt=nnx.Param)
+    optimizer.update(net, grads(net))
+    params, masks = nnx.state(net, nnx.Param), jp.get_masks(optimizer.opt_state)
+    tx = jp.hold(optax.sgd(0.1), packed=packed)
+    state = jp.shrink_state(tx, optimizer.opt_state, params, masks)
+    small = nnx.merge(graph, jp.shrink(fn, params, masks)[1])
+    again = nnx.Optimizer(small, tx, wrt=nnx.Param)
+    assert jax.tree.structure(state) == jax.tree.structure(again.opt_state)
+    again.opt_state = nnx.data(state)
+    again.update(small, grads(small))
+    assert small.a.kernel.shape == (6, 4)
+    assert jp.sparsity(jp.get_masks(again.opt_state), nnx.state(small, nnx.Param)) == 0.0

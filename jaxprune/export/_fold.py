@@ -14,7 +14,8 @@ from jax.extend import core
 
 from jaxprune.export._operations import rewrite
 from jaxprune.export._products import cast, common_type, convolve, dot, is_narrow
-from jaxprune.graph._analysis import source_line
+from jaxprune.graph._calls import scan_sizes
+from jaxprune.graph._source import source_line
 
 # Calls of one jaxpr, and the parameter that holds it. Derivatives have no use in a file.
 CALLS = {
@@ -135,15 +136,12 @@ def _is_narrow_type(value: Any) -> bool:
 
 
 def _scan(params: Any, values: Sequence[Any]) -> list[Any]:
-    body, split = (
-        params["jaxpr"],
-        (params["num_consts"], params["num_consts"] + params["num_carry"]),
-    )
-    fixed, start, rows = values[: split[0]], values[split[0] : split[1]], values[split[1] :]
+    body, (n, k) = params["jaxpr"], scan_sizes(params)
+    fixed, start, rows = values[:n], values[n : n + k], values[n + k :]
 
     def step(carry: Any, row: Any) -> Any:
         outs = _run(body.jaxpr, body.consts, [*fixed, *carry, *row])
-        return outs[: params["num_carry"]], outs[params["num_carry"] :]
+        return outs[:k], outs[k:]
 
     turn = (lambda x: jnp.flip(x, 0)) if params["reverse"] else (lambda x: x)
     length = None if rows else params["length"]  # which may be any
@@ -170,9 +168,14 @@ def _cond(params: Any, values: Sequence[Any]) -> list[Any]:
     """Compute all branches and choose: jax2onnx loses the constants of branches."""
     index, *operands = values
     results = [_run(b.jaxpr, b.consts, operands) for b in params["branches"]]
-    return [functools.reduce(
-        lambda chosen, other: jnp.where(index == other[0], other[1], chosen),
-        list(enumerate(outs))[1:], outs[0]) for outs in zip(*results, strict=True)]  # fmt: skip
+    return [_chosen(index, outs) for outs in zip(*results, strict=True)]
+
+
+def _chosen(index: Any, outs: Sequence[Any]) -> Any:
+    first, *others = outs
+    for i, other in enumerate(others, 1):
+        first = jnp.where(index == i, other, first)
+    return first
 
 
 # What runs a jaxpr more than once, or not at all.

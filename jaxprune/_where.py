@@ -14,30 +14,33 @@ from jaxprune._types import Where
 # Single letters mind their case: `b` is haiku's bias, `B` the input matrix of a state space model.
 _NAMES = {
     "LoRA factors": r"(?i:.*lora.*)",
-    "biases": r"b\d*|b[qkvo]|(?i:(.*_)?bias(es)?(\d+|_\w|_[ih]h\w*)?|.*_b|offset|beta|b_\w+)",
+    "biases": r"b\d*|b[qkvo]|(?i:(.*_)?bias(es)?(\d+|_\w|_[ih]h\w*)?|offset|beta|b_[ih]\w*)",
     "tables": (
         r"(?i:.*(pos|position|positional)(_?(emb|enc)\w*)?|.*(rel_?pos|relative_position)\w*"
         r"|(.*_)?(tokens?|cls|codebook|table|inv_freq)|rotary\w*|freqs\w*)"
     ),
     "embeddings": r"(?i:(?!(un|de|patch))(.*_)?\w*?(embeddings?|embeds?)\d*|(\w+_)?(emb|wte|wpe))",
     "gains and scales": (
-        r"g|(?i:(.*_)?(scales?|gains?|gamma|alpha|lambda|norm|slope|sigma|tau|rho|decay|log_step)"
-        r"(_?\d+|_re|_im)?|(weight|kernel)_g|layer_?scale\w*|ls_?\d|ln(_?\w{1,3})?|(a_)?log(_\w+)?"
+        r"g|(?i:(.*_)?(scales?|gains?|gamma|alpha|lambda|norm|slopes?|sigma|tau|rho|decay|log_step|logvar|bits|zero_point)"
+        r"(_?\d+|_re|_im)?|(weight|kernel)_g|layer_?scale\w*|ls_?\d|ln(_?\w{1,3})?|norm_weight|(\w+_)?log(_(std|var|sigma|scale|step|alpha|tau|decay))?"
         r"|time_(constants?|decay|first|mix\w*))"
     ),
-    "statistics": r"(?i:((running|moving)_)?(mean|var|variance)|amax_history)",
+    "statistics": r"(?i:((running|moving)_)?(mean|var|variance)|(.*_)?amax_history)",
 }
 _KERNEL = r"kernel|weight|w"
 # A kernel's name may be that of something else, by what it belongs to: equinox and PyTorch call
 # norms, embeddings and kernels the same. Each with the names that are in doubt, and the owners.
 _OWNERS = {
-    "LoRA factors": (_KERNEL, r"(?i:lora(_?[ab])?)"),
-    "gains and scales": (r"weight|w", r"(?i:.*norm\d*(_?\w{1,2})?|(ln|bn|gn|rms)(_?\w{1,6})?)"),
+    "gains and scales": (
+        r"weight|w",
+        r"(?i:(?!dense|linear|conv)(.*norm\d*(_?\w{1,2})?|(ln|bn|gn|rms)(_?\w{1,6})?|\w+_(ln|bn)\d*))",
+    ),
     "embeddings": (
         r"weight",
-        r"(?i:(?!(un|de|patch))\w*?(embed\w*|emb|wte|wpe)|.*relative_attention_bias)",
+        r"(?i:(?!(un|de|patch))\w*?(embed(dings?|s|ders?|_tokens)?\d*|emb|wte|wpe)|.*relative_attention_bias)",
     ),
 }
+_LORA = r"(?i:lora(_?(a|b|up|down))?)"  # whatever lies below it
 # Ends of a path that say where a value lies in its container, not what it is.
 _CONTAINERS = r"\d+|value|array|data_array|mantissa|raw_value"
 
@@ -87,6 +90,8 @@ def why_not(path: str, array: Any) -> str:
     *owners, name = _words(path)
     if name == "b" and not owners:  # the second of two matrices as often as a bias
         name = ""
+    if any(re.fullmatch(_LORA, owner) for owner in owners):
+        return "LoRA factors"
     kernel = re.fullmatch(_KERNEL, name) is not None
     kind = _owned(name, owners[-1] if owners else "") if kernel else _named(name)
     if kind:

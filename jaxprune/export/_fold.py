@@ -143,7 +143,7 @@ def _scan(params: Any, values: Sequence[Any]) -> list[Any]:
         outs = _run(body.jaxpr, body.consts, [*fixed, *carry, *row])
         return outs[:k], outs[k:]
 
-    turn = (lambda x: jnp.flip(x, 0)) if params["reverse"] else (lambda x: x)
+    turn = (lambda x: lax.rev(x, (0,))) if params["reverse"] else (lambda x: x)
     length = None if rows else params["length"]  # which may be any
     carry, stacked = lax.scan(
         step, list(map(jnp.asarray, start)), list(map(turn, rows)), length=length

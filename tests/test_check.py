@@ -246,9 +246,9 @@ def with_gain(number):
 @pytest.mark.parametrize(("name", "number"), [("hold", 8.0), *((name, 1.0) for name in wrappers())])
 def test_leaves_that_hold_one_number_are_told_at_init(name, number):
     tx = wrappers()[name](optax.sgd(0.1))
-    params = {**KERNEL, "bits": jnp.full((2, 3), number)}
+    params = {**KERNEL, "widths": jnp.full((2, 3), number)}
     with pytest.warns(
-        jp.PruneWarning, match=rf"`{name}`.*\n.*equal at 'bits' \({number:g}\)"
+        jp.PruneWarning, match=rf"`{name}`.*\n.*equal at 'widths' \({number:g}\)"
     ) as seen:
         tx.init(params)
     assert len(seen) == 1
@@ -268,18 +268,18 @@ def test_leaves_of_zeros_kernels_by_name_and_others_are_not_told(params):
 
 
 def test_what_an_explicit_where_or_groups_choose_is_not_asked_about():
-    where = jp.by_path("bits")
-    params = {"bits": jnp.full((2, 3), 8.0)}
+    where = jp.by_path("widths")
+    params = {"widths": jnp.full((2, 3), 8.0)}
     jp.prune(optax.sgd(0.1), schedule=ONCE, where=where).init(params)
     jp.hold(optax.sgd(0.1), where=where).init(params)
 
 
 def test_all_that_looks_wrong_is_in_one_warning():
-    params = {"kernel": PRUNED["kernel"], "bits": jnp.full((2, 3), 8.0)}
+    params = {"kernel": PRUNED["kernel"], "widths": jnp.full((2, 3), 8.0)}
     with pytest.warns(jp.PruneWarning) as seen:
         jp.hold(jp.hold(optax.sgd(0.1), where=jp.by_path("kernel"))).init(params)
     text = str(seen[-1].message)
-    assert text.count("\n- ") == 3 and all(w in text for w in ("nested", "50%", "'bits' (8)"))
+    assert text.count("\n- ") == 3 and all(w in text for w in ("nested", "50%", "'widths' (8)"))
 
 
 @pytest.mark.parametrize("how", [jax.jit, lambda f: functools.partial(jax.eval_shape, f), jax.vmap])

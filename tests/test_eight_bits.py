@@ -1,5 +1,7 @@
 """Weights of eight bits, which promote to nothing by themselves."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,14 +39,17 @@ def step_of(tx, grads_in):
     return step
 
 
-@pytest.mark.parametrize("dtype", EIGHT)
-@pytest.mark.parametrize("grads_in", [None, jnp.float32])
+QUICK = [("prune", EIGHT[1], jnp.float32), ("rigl", EIGHT[0], None), ("hold", EIGHT[0], None)]
+
+
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n == "set")) for n in wrappers()]
+    "name, dtype, grads_in",
+    [
+        pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(wrappers(), EIGHT, [None, jnp.float32])
+    ],
 )
 def test_every_wrapper_leaves_exact_zeros_among_eight_bits(name, dtype, grads_in):
-    if dtype == EIGHT[1] and (grads_in is None or name not in ("prune", "rigl")):
-        return
     params = {"kernel": jnp.asarray(W, dtype)}
     tx = wrappers()[name](optax.sgd(0.1))
     step, state = step_of(tx, grads_in), tx.init(params)

@@ -385,6 +385,7 @@ def test_pools_are_those_of_onnx_on_batch_and_channels(tmp_path):
     assert not {"Conv", "Unsqueeze"} & nodes.keys()
 
 
+@pytest.mark.slow
 def test_a_network_in_bfloat16_is_computed_in_float32_and_rounded(tmp_path):
     net = nn.Sequential([nn.Dense(5, dtype=jnp.bfloat16), nn.LayerNorm(dtype=jnp.bfloat16)])
     variables = net.init(jax.random.key(0), X)

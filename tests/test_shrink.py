@@ -462,6 +462,7 @@ def test_what_was_trained_straight_through_goes_on_with_hold(masks):
     tx.update(small, cut, small)
 
 
+@pytest.mark.slow
 def test_single_weights_that_were_removed_stay_so_after_a_cut(masks):
     tx = jp.prune(optax.adam(0.1), schedule=jp.schedules.constant(0.25))
     _, state = tx.update(PARAMS, tx.init(PARAMS), PARAMS)

@@ -180,7 +180,17 @@ def test_what_is_no_array_passes_through_masks():
     assert jp.sparsity(jp.find_masks(model, 0.75, within=masks), model) == 0.75
 
 
-@pytest.mark.parametrize("name", [n for n in CRITERIA if n not in MEMORIES])
+QUICK_CRITERIA = ("taylor", "snip", "magnitude_increase")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(n, marks=[] if n in QUICK_CRITERIA else pytest.mark.slow)
+        for n in CRITERIA
+        if n not in MEMORIES
+    ],
+)
 def test_every_criterion_takes_whole_callable_modules_as_evidence(name):
     model = module()
 
@@ -216,7 +226,9 @@ def test_tickets_of_whole_modules_are_found():
     assert levels[2].trained.name == "a name"
 
 
-@pytest.mark.parametrize("kind", ["callable module", "callable struct"])
+@pytest.mark.parametrize(
+    "kind", ["callable module", pytest.param("callable struct", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
     "name", ["taylor", "fisher", "fisher_ema", "movement", "magnitude_increase"]
 )
@@ -262,7 +274,12 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("kind", PARTS)
+QUICK_PARTS = ("one pruner, prefix labels", "two pruners, one of them packed")
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[] if k in QUICK_PARTS else pytest.mark.slow) for k in PARTS]
+)
 def test_masks_of_parts_of_the_params_go_everywhere(kind, tmp_path):
     tx = PARTS[kind]()
     _, state = jax.jit(tx.update)(NETWORK, tx.init(NETWORK), NETWORK)

@@ -114,7 +114,8 @@ def zeros_under_dense_masks(part: Params) -> list[str]:
     return [
         f"The masks keep all weights, but the params hold zeros at {shown}{more}, which training "
         "would fill. If they were pruned before, hold them: "
-        "`jp.hold(inner, masks=jp.masks_from_zeros)`, or put masks in with `jp.with_masks`."
+        "`jp.hold(inner, masks=jp.masks_from_zeros)`, or put masks in with `jp.with_masks`. "
+        "Kernels that start as an identity are fine."
     ]
 
 

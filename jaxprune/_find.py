@@ -46,7 +46,15 @@ from jaxprune.scopes._rank import keep_largest
 from jaxprune.scopes._spread import is_tree
 from jaxprune.scopes._windows import Windows
 
-SETTINGS = ("criterion", "pattern", "scope", "where", "within", "rounds")  # of find_masks
+SETTINGS = (
+    "sparsity",
+    "criterion",
+    "pattern",
+    "scope",
+    "where",
+    "within",
+    "rounds",
+)  # of find_masks
 
 
 @readable

@@ -213,6 +213,7 @@ W = {"w": jnp.arange(1.0, 9.0).reshape(2, 4)}
         ({"seed": 0}, "key"),
         ({"grad": W}, "grads"),
         ({"patern": jp.patterns.Weights()}, "pattern"),
+        ({"sparsity_": 0.5}, "sparsity"),
     ],
 )
 def test_a_misspelled_keyword_is_told_the_nearest_setting(given, want):

@@ -47,8 +47,8 @@ from jaxprune.scopes._spread import is_tree
 from jaxprune.scopes._windows import Windows
 
 SETTINGS = (
-    "sparsity",
     "criterion",
+    "sparsity",
     "pattern",
     "scope",
     "where",

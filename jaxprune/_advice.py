@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._event import PruneState, is_packed, without_variables
+from jaxprune._states import pruners
 from jaxprune._tree import leaves_with_path, list_paths
-from jaxprune._types import Params, Schedule
 from jaxprune._values import constant_of, is_concrete, zero_shares
 from jaxprune._where import name_of
 from jaxprune.schedules._cyclic import Cyclic
 from jaxprune.schedules._schedule import Schedule as Ramp
-from jaxprune.states import pruners
+from jaxprune.typing import Params, Schedule
 
 # A schedule of somebody else's is asked about so many updates.
 _PROBE = 100_000

@@ -16,6 +16,7 @@ from jaxprune._evidence import check_evidence, check_names, criterion_name, requ
 from jaxprune._find import check_scope, find, fit_parts, rank
 from jaxprune._frozen import Moving, frozen, without
 from jaxprune._help import schedule_for
+from jaxprune._masks import Packed, check_masks, pack, unpack
 from jaxprune._mesh import bare, lay_out, true_over
 from jaxprune._serial import serialize_tuple
 from jaxprune._tree import (
@@ -28,12 +29,11 @@ from jaxprune._tree import (
     prunable,
     wide_dtype,
 )
-from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 from jaxprune._where import by_default
 from jaxprune.criteria import magnitude
-from jaxprune.masks import Packed, check_masks, pack, unpack
 from jaxprune.patterns import Coupled
 from jaxprune.scopes._count import settle
+from jaxprune.typing import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 
 
 class PruneState(NamedTuple):

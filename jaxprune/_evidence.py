@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxprune import criteria
-from jaxprune._types import Criterion
+from jaxprune.typing import Criterion
 
 # What people call a setting elsewhere.
 _OTHER_NAMES = {"seed": "key", "rng": "key", "mask": "within", "masks": "within", "loss": "loss_fn"}

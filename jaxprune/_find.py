@@ -18,7 +18,9 @@ from jaxprune._evidence import (
     is_function,
     required_evidence,
 )
+from jaxprune._groups import Groups
 from jaxprune._help import readable
+from jaxprune._masks import apply_masks, check_masks
 from jaxprune._mesh import in_auto_mode, is_explicit, lay_out
 from jaxprune._tree import (
     fill,
@@ -33,11 +35,8 @@ from jaxprune._tree import (
     prunable,
     split_static,
 )
-from jaxprune._types import Criterion, Masks, Params, Pattern, Scope, Scores, Sparsity, Where
 from jaxprune._where import refuses
 from jaxprune.criteria import magnitude
-from jaxprune.groups import Groups
-from jaxprune.masks import apply_masks, check_masks
 from jaxprune.patterns import Channels, Coupled, Weights
 from jaxprune.scopes import across, per_leaf
 from jaxprune.scopes._count import fix, is_fixed, is_number
@@ -45,6 +44,7 @@ from jaxprune.scopes._deferred import Deferred, on_weights, stored
 from jaxprune.scopes._rank import keep_largest
 from jaxprune.scopes._spread import is_tree
 from jaxprune.scopes._windows import Windows
+from jaxprune.typing import Criterion, Masks, Params, Pattern, Scope, Scores, Sparsity, Where
 
 SETTINGS = (
     "criterion",

@@ -11,8 +11,8 @@ import optax
 from jax.extend import core
 
 from jaxprune._tree import leaves_with_path, list_paths, prunable
-from jaxprune._types import Params, Where
 from jaxprune._where import by_default
+from jaxprune.typing import Params, Where
 
 # Zero where all operands are; the predicate of `select_n` is left out before.
 _KEEP_ZERO = frozenset(

@@ -9,6 +9,10 @@ import numpy as np
 import optax
 
 from jaxprune._event import PruneState, is_packed, searches, without_variables
+from jaxprune._masks import Packed, pack, unpack
+from jaxprune._shrink import cut_leaf, cut_list, cut_tree, read_cut
+from jaxprune._states import is_pruner, pruners
+from jaxprune._straight_through import StraightThroughState
 from jaxprune._tree import (
     Slot,
     is_array,
@@ -18,11 +22,7 @@ from jaxprune._tree import (
     map_with_path,
     slots,
 )
-from jaxprune._types import Masks, Params
-from jaxprune.masks import Packed, pack, unpack
-from jaxprune.shrink import cut_leaf, cut_list, cut_tree, read_cut
-from jaxprune.states import is_pruner, pruners
-from jaxprune.straight_through import StraightThroughState
+from jaxprune.typing import Masks, Params
 
 
 def shrink_state(

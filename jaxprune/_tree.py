@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune._types import Params, Where
 from jaxprune._where import is_array, is_floating, is_matrix, matches, regexes_of
+from jaxprune.typing import Params, Where
 
 Keys = tuple[str, ...]
 

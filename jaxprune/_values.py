@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree import leaves_with_path, map_with_path
-from jaxprune._types import Masks, Params
+from jaxprune.typing import Masks, Params
 
 
 def is_concrete(tree: Any) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._types import Where
+from jaxprune.typing import Where
 
 # What a leaf is called whose zero is no zero of the network, or that no matrix product reads, in
 # the libraries that users bring: flax, haiku, equinox, haliax, Keras, PyTorch, numpyro, HGQ.

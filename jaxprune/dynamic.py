@@ -29,17 +29,17 @@ from jaxprune._event import (
 from jaxprune._find import find, living
 from jaxprune._frozen import moving
 from jaxprune._help import readable
+from jaxprune._masks import check_masks, unpack
 from jaxprune._mesh import in_auto_mode
 from jaxprune._tree import is_hole, is_matrix, map_leaves, narrow, prunable
-from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
 from jaxprune._where import by_default
 from jaxprune.criteria import magnitude, random
-from jaxprune.masks import check_masks, unpack
 from jaxprune.patterns import Coupled, Weights
 from jaxprune.schedules._schedule import as_step
 from jaxprune.scopes import erk, per_leaf
 from jaxprune.scopes._rank import count_true, keep_largest
 from jaxprune.scopes._spread import is_tree
+from jaxprune.typing import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
 
 __all__ = ("rigl", "set")
 

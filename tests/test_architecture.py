@@ -19,23 +19,23 @@ EXTRAS = {"checkpoint": {"orbax"}}
 FILES_ARE_ITS_BUSINESS = {"checkpoint", "export"}
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
-    ("_types", "_serial", "_where", "_tree", "_mesh", "_errors", "_help", "_values"),
-    ("groups", *PARTS),
-    ("masks", "_evidence", "_find", "report", "graph"),
+    ("typing", "_serial", "_where", "_tree", "_mesh", "_errors", "_help", "_values"),
+    ("_groups", *PARTS),
+    ("_masks", "_evidence", "_find", "_report", "graph"),
     (
         "_frozen",
         "_event",
-        "states",
+        "_states",
         "_advice",
-        "optim",
+        "_prune",
         "dynamic",
-        "straight_through",
-        "check",
-        "shrink",
+        "_straight_through",
+        "_check",
+        "_shrink",
         "_shrink_state",
-        "distill",
+        "_distill",
     ),
-    ("rewind", "search", "checkpoint", "export"),
+    ("_imp", "_find_sparsity", "checkpoint", "export"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 

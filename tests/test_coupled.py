@@ -11,7 +11,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import scopes
-from jaxprune.groups import Group, Groups, Member
+from jaxprune._groups import Group, Groups, Member
 from jaxprune.patterns import Coupled
 from tests.helpers import assert_trees_equal, slow_keep
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune.groups import Group, Groups, Member, expand, kept_indices
+from jaxprune._groups import Group, Groups, Member, expand, kept_indices
 from tests.helpers import assert_trees_equal
 
 

@@ -10,8 +10,8 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from jaxprune._masks import Packed
 from jaxprune._tree import Slot, check_paths, is_hole, slots
-from jaxprune.masks import Packed
 
 NUMBERS = (bool, int, float, complex)
 

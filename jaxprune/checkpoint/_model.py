@@ -8,8 +8,8 @@ from typing import Any, BinaryIO, NamedTuple
 import jax
 import numpy as np
 
+from jaxprune._masks import check_masks, unpack
 from jaxprune._tree import is_hole, list_paths, map_leaves
-from jaxprune._types import Masks, Params
 from jaxprune.checkpoint._frame import (
     Tensor,
     check_size,
@@ -38,7 +38,7 @@ from jaxprune.checkpoint._leaves import (
     to_bits,
     words,
 )
-from jaxprune.masks import check_masks, unpack
+from jaxprune.typing import Masks, Params
 
 Keys = tuple[str | int, ...]
 

@@ -7,7 +7,7 @@ import jax
 
 from jaxprune._errors import check_loss
 from jaxprune._tree import wide
-from jaxprune._types import Params, Scores
+from jaxprune.typing import Params, Scores
 
 
 def grasp(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_: Any) -> Scores:

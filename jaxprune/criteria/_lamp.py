@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune._types import Params, Scores
+from jaxprune.typing import Params, Scores
 
 
 def lamp(params: Params, **_: Any) -> Scores:

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._types import Params, Scores
+from jaxprune.typing import Params, Scores
 
 
 def magnitude(params: Params, **_: Any) -> Scores:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree import mirrored
-from jaxprune._types import Params, Scores
+from jaxprune.typing import Params, Scores
 
 
 def magnitude_increase(params: Params, *, params_init: Params, **_: Any) -> Scores:

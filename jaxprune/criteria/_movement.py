@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree import mirrored, wide
-from jaxprune._types import Params, Scores
+from jaxprune.typing import Params, Scores
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._mesh import true_over
-from jaxprune._types import Params, Scores
+from jaxprune.typing import Params, Scores
 
 
 def random(params: Params, *, key: jax.Array, **_: Any) -> Scores:

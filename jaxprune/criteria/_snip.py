@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxprune._errors import check_loss
 from jaxprune._tree import wide
-from jaxprune._types import Params, Scores
+from jaxprune.typing import Params, Scores
 
 
 def snip(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_: Any) -> Scores:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree import is_floating
-from jaxprune._types import Params, Scores
+from jaxprune.typing import Params, Scores
 
 
 def synflow(params: Params, *, apply_fn: Callable[..., Any], batch: Any, **_: Any) -> Scores:

@@ -1,8 +1,8 @@
 """Masks made part of the parameters."""
 
+from jaxprune._masks import apply_masks, unpack
 from jaxprune._tree import leaves_by_path, list_paths, map_with_path
-from jaxprune._types import Masks, Params
-from jaxprune.masks import apply_masks, unpack
+from jaxprune.typing import Masks, Params
 
 
 def bake(params: Params, masks: Masks) -> Params:

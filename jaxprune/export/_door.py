@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxprune._masks import unpack
 from jaxprune._tree import leaves_with_path
-from jaxprune._types import Params
 from jaxprune.graph._network import is_array, join_static, split_static
-from jaxprune.masks import unpack
+from jaxprune.typing import Params
 
 
 def check_path(user: str, path: Any, what: str = "path") -> None:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune._types import Masks, Params
 from jaxprune.export._biases import merge_biases
 from jaxprune.export._compare import compare
 from jaxprune.export._culprits import culprits
@@ -25,6 +24,7 @@ from jaxprune.export._program import Program, cpu, draw, make_program, names, tr
 from jaxprune.export._report import Report, describe, in_place
 from jaxprune.export._session import Session, measure
 from jaxprune.export._sizes import sized, symbols
+from jaxprune.typing import Masks, Params
 
 LIMIT = 2**31 - 2**20  # bytes of a protobuf message, with some room for all but the weights
 

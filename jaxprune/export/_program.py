@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree import is_array, join_static, leaves_with_path, list_paths, split_static
-from jaxprune._types import Masks, Params
 from jaxprune.export._bake import bake
 from jaxprune.export._door import check_call, explain
 from jaxprune.export._sizes import (
@@ -19,6 +18,7 @@ from jaxprune.export._sizes import (
     solve,
     symbols,
 )
+from jaxprune.typing import Masks, Params
 
 
 class Program(NamedTuple):

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxprune._types import Masks, Params
 from jaxprune.export._compare import compare
 from jaxprune.export._culprits import culprits
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._program import Program, cpu, make_program, names, trials
 from jaxprune.export._report import Report, describe, in_place
+from jaxprune.typing import Masks, Params
 
 
 def stablehlo(

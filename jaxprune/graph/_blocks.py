@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
+from jaxprune._groups import Group, Groups, Member
 from jaxprune._tree import list_paths
-from jaxprune._types import Params
 from jaxprune.graph._analysis import Frame, Rule, Site
 from jaxprune.graph._calls import clocks, scan_sizes
 from jaxprune.graph._carry import Carry
@@ -16,7 +16,7 @@ from jaxprune.graph._collectives import MOVES, SUMS
 from jaxprune.graph._elementwise import ELEMENTWISE, stays_zero
 from jaxprune.graph._groups import layer_roots, owned
 from jaxprune.graph._network import Network, check_call, mirrored_outputs, network
-from jaxprune.groups import Group, Groups, Member
+from jaxprune.typing import Params
 
 
 def find_blocks(

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune._types import Params, Where
+from jaxprune._groups import Group, Groups, Member
 from jaxprune.graph._analysis import Rule
 from jaxprune.graph._carry import Carry
 from jaxprune.graph._network import Network, check_call, network
-from jaxprune.groups import Group, Groups, Member
+from jaxprune.typing import Params, Where
 
 
 def find_groups(

@@ -21,12 +21,12 @@ from jaxprune._tree import (
     list_paths,
     split_static,
 )
-from jaxprune._types import Where
 from jaxprune.graph._analysis import Analysis, Axes, Frame, Rule
 from jaxprune.graph._captured import hold_captured
 from jaxprune.graph._carry import Carry, carry_pairs
 from jaxprune.graph._lean import lean
 from jaxprune.graph._rules import RULES
+from jaxprune.typing import Where
 
 
 class Network(NamedTuple):

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree import map_with_path
-from jaxprune._types import Masks, Params, Scores, Units
 from jaxprune.patterns._reduce import check_reduce, reduce_scores
+from jaxprune.typing import Masks, Params, Scores, Units
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._errors import check_sparsity
+from jaxprune._groups import Group, Groups, expand
 from jaxprune._tree import leaves_by_path, list_paths, wide
-from jaxprune._types import Masks, Params, Scores, Units
 from jaxprune._where import compile_regex
-from jaxprune.groups import Group, Groups, expand
 from jaxprune.patterns._reduce import check_reduce
+from jaxprune.typing import Masks, Params, Scores, Units
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from jaxprune._types import Masks, Params, Scores, Units
+from jaxprune.typing import Masks, Params, Scores, Units
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 
-from jaxprune._types import Sparsity
 from jaxprune.schedules._schedule import Schedule, ramp
+from jaxprune.typing import Sparsity
 
 
 def cosine(final: Sparsity, begin: int, end: int, every: int, initial: float = 0.0) -> Schedule:

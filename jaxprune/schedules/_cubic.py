@@ -1,7 +1,7 @@
 """Fast at first, slow at the end."""
 
-from jaxprune._types import Sparsity
 from jaxprune.schedules._schedule import Schedule, ramp
+from jaxprune.typing import Sparsity
 
 
 def cubic(final: Sparsity, begin: int, end: int, every: int, initial: float = 0.0) -> Schedule:

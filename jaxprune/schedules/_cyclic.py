@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxprune._errors import check_sparsity
-from jaxprune._types import Sparsity
 from jaxprune.schedules._schedule import as_step, check_range, spell
+from jaxprune.typing import Sparsity
 
 
 @dataclasses.dataclass(frozen=True)

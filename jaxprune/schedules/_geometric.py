@@ -5,8 +5,8 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxprune._errors import check_sparsity
-from jaxprune._types import Sparsity
 from jaxprune.schedules._schedule import Schedule, as_step
+from jaxprune.typing import Sparsity
 
 
 def geometric(rate: Sparsity, begin: int, end: int, every: int) -> Schedule:

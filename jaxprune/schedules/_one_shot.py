@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jaxprune._types import Sparsity
 from jaxprune.schedules._schedule import Schedule, as_step
+from jaxprune.typing import Sparsity
 
 
 def one_shot(final: Sparsity, at: int) -> Schedule:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxprune._errors import check_sparsity, short, whole
-from jaxprune._types import Sparsity
+from jaxprune.typing import Sparsity
 
 
 @dataclasses.dataclass(frozen=True)

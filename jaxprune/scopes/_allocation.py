@@ -16,8 +16,8 @@ from jaxprune._tree import (
     map_with_path,
     prunable,
 )
-from jaxprune._types import Params, Sparsity, Where
 from jaxprune._where import compile_regex, matches
+from jaxprune.typing import Params, Sparsity, Where
 
 
 @readable

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 
-from jaxprune._types import Sparsity, Units
 from jaxprune.scopes._count import removed
 from jaxprune.scopes._rank import keep_largest
 from jaxprune.scopes._shards import AxisName, shards
 from jaxprune.scopes._spread import check_units, spread
+from jaxprune.typing import Sparsity, Units
 
 
 def per_leaf(

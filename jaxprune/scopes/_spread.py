@@ -5,8 +5,8 @@ from typing import Any
 import jax
 
 from jaxprune._tree import Keys, is_hole, leaves_by_keys, list_paths, slots
-from jaxprune._types import Sparsity
 from jaxprune.scopes._count import MOST_UNITS, is_fixed
+from jaxprune.typing import Sparsity
 
 
 def is_tree(sparsity: Sparsity) -> bool:

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxprune._tree import leaves_with_path, map_with_path
-from jaxprune._types import Sparsity, Units
 from jaxprune.scopes._count import is_number, removed
 from jaxprune.scopes._rank import image
 from jaxprune.scopes._spread import spread
+from jaxprune.typing import Sparsity, Units
 
 
 @dataclasses.dataclass(frozen=True)

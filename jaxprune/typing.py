@@ -21,20 +21,25 @@ Criterion: TypeAlias = Callable[..., Scores]
 class Pattern(Protocol):
     """Says what is removed together. Frozen, hashable, holds no arrays."""
 
-    def pool(self, scores: Scores) -> Units: ...
+    def pool(self, scores: Scores) -> Units:
+        """Make one score for each unit; leaves keep their rank, with axes of size 1."""
 
-    def expand(self, keep: Any, *, like: Params) -> Masks: ...
+    def expand(self, keep: Any, *, like: Params) -> Masks:
+        """Turn bools of units into masks that broadcast over the weights."""
 
 
 class Scope(Protocol):
     """Says who competes with whom. Units outside ``within`` rank below every other."""
 
-    def __call__(self, units: Units, sparsity: Sparsity, *, within: Any = None) -> Any: ...
+    def __call__(self, units: Units, sparsity: Sparsity, *, within: Any = None) -> Any:
+        """Say which units stay: bools like ``units``."""
 
 
 class Schedule(Protocol):
     """Says how much and when, in one object, so that the two cannot disagree."""
 
-    def __call__(self, step: ArrayLike) -> Any: ...
+    def __call__(self, step: ArrayLike) -> Any:
+        """Give the sparsity at a step, counted from 0."""
 
-    def due(self, step: ArrayLike) -> Any: ...
+    def due(self, step: ArrayLike) -> Any:
+        """Say whether masks are found again at this update."""

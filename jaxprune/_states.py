@@ -9,9 +9,9 @@ import optax
 
 from jaxprune._errors import check_living
 from jaxprune._event import PruneState, is_packed, without_variables
+from jaxprune._masks import check_masks, pack, unpack
 from jaxprune._tree import align, is_hole, leaves_by_keys, list_paths
-from jaxprune._types import Masks
-from jaxprune.masks import check_masks, pack, unpack
+from jaxprune.typing import Masks
 
 
 def get_masks(opt_state: optax.OptState) -> Masks:

@@ -19,14 +19,14 @@ from jaxprune._event import (
     storage,
 )
 from jaxprune._help import readable, scheduled
+from jaxprune._masks import check_masks, unpack
 from jaxprune._serial import serialize_tuple
+from jaxprune._states import get_masks
 from jaxprune._tree import is_matrix, map_leaves, prunable
-from jaxprune._types import Criterion, Params, Pattern, Schedule, Scope, Where
 from jaxprune.criteria import magnitude
-from jaxprune.masks import check_masks, unpack
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
-from jaxprune.states import get_masks
+from jaxprune.typing import Criterion, Params, Pattern, Schedule, Scope, Where
 
 
 class StraightThroughState(NamedTuple):

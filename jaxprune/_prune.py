@@ -27,13 +27,13 @@ from jaxprune._event import (
 )
 from jaxprune._frozen import moving
 from jaxprune._help import readable, scheduled
+from jaxprune._masks import check_masks, dense_masks, unpack
 from jaxprune._tree import is_matrix, map_leaves, narrow
-from jaxprune._types import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 from jaxprune._where import by_default
 from jaxprune.criteria import magnitude
-from jaxprune.masks import check_masks, dense_masks, unpack
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
+from jaxprune.typing import Criterion, Masks, Params, Pattern, Schedule, Scope, Where
 
 
 @scheduled

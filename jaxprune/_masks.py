@@ -20,7 +20,7 @@ from jaxprune._tree import (
     map_with_path,
     prunable,
 )
-from jaxprune._types import Masks, Params, Where
+from jaxprune.typing import Masks, Params, Where
 
 
 def apply_masks(params: Params, masks: Masks) -> Params:

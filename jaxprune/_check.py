@@ -12,12 +12,12 @@ import optax
 from jaxprune._advice import becomes_due, overlaps, zeros_under_dense_masks
 from jaxprune._errors import whole
 from jaxprune._event import PruneState, without_variables
+from jaxprune._masks import check_masks, unpack
+from jaxprune._states import pruners
+from jaxprune._straight_through import StraightThroughState
 from jaxprune._tree import narrow
-from jaxprune._types import Masks, Params, Schedule
 from jaxprune._values import count_revived, is_concrete
-from jaxprune.masks import check_masks, unpack
-from jaxprune.states import pruners
-from jaxprune.straight_through import StraightThroughState
+from jaxprune.typing import Masks, Params, Schedule
 
 
 @dataclasses.dataclass(frozen=True)

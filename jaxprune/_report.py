@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxprune._masks import check_masks, count_kept
 from jaxprune._tree import align, is_array, leaves_with_path, map_with_path
-from jaxprune._types import Masks, Params
 from jaxprune._values import count_revived, is_concrete
 from jaxprune._where import why_not
-from jaxprune.masks import check_masks, count_kept
+from jaxprune.typing import Masks, Params
 
 
 class Row(NamedTuple):

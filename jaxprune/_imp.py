@@ -9,6 +9,7 @@ from jaxprune._errors import check_parts, check_sparsity
 from jaxprune._evidence import check_evidence, check_names, required_evidence
 from jaxprune._find import SETTINGS, find_compiled, fit_parts, rank
 from jaxprune._help import readable
+from jaxprune._masks import apply_masks, check_masks
 from jaxprune._serial import serialize_tuple
 from jaxprune._tree import (
     align,
@@ -18,12 +19,11 @@ from jaxprune._tree import (
     map_with_path,
     prunable,
 )
-from jaxprune._types import Criterion, Masks, Params, Pattern, Scope, Where
 from jaxprune._where import compile_regex, matches
 from jaxprune.criteria import magnitude
-from jaxprune.masks import apply_masks, check_masks
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
+from jaxprune.typing import Criterion, Masks, Params, Pattern, Scope, Where
 
 
 class Level(NamedTuple):

@@ -9,15 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._errors import check_living
+from jaxprune._groups import Cut, Groups, is_dropped, kept_indices
+from jaxprune._masks import apply_masks
 from jaxprune._tree import is_array, leaves_by_path, leaves_with_path, list_paths, map_with_path
-from jaxprune._types import Masks, Params
 from jaxprune.graph import Rule
 from jaxprune.graph._carry import Carry
 from jaxprune.graph._network import check_call, spec_of
 from jaxprune.graph._shrunk import Surgery, small_function
 from jaxprune.graph._take import take
-from jaxprune.groups import Cut, Groups, is_dropped, kept_indices
-from jaxprune.masks import apply_masks
+from jaxprune.typing import Masks, Params
 
 
 def shrink(

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxprune._errors import check_living
 from jaxprune._tree import leaves_by_path, leaves_with_path, list_paths, map_with_path
-from jaxprune._types import Masks, Params
+from jaxprune.typing import Masks, Params
 
 Cut = dict[str, dict[int, list[int]]]  # path: axis: indices that stay
 Kept = dict[str, list[np.ndarray | None]]  # path: for each axis indices that stay, None for all

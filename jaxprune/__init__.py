@@ -20,8 +20,9 @@ from jaxprune._find_sparsity import find_sparsity as find_sparsity
 from jaxprune._groups import Group as Group
 from jaxprune._groups import Groups as Groups
 from jaxprune._groups import Member as Member
-from jaxprune._imp import Level as Level
 from jaxprune._imp import imp as imp
+from jaxprune._level import Level as Level
+from jaxprune._level import next_level as next_level
 from jaxprune._masks import Packed as Packed
 from jaxprune._masks import apply_masks as apply_masks
 from jaxprune._masks import combine_masks as combine_masks
@@ -96,6 +97,7 @@ __all__ = (
     "make_masks",
     "masks_from_zeros",
     "masks_within_budget",
+    "next_level",
     "overlap",
     "pack",
     "patterns",

@@ -1,54 +1,18 @@
 """Iterative pruning with rewinding: the search for lottery tickets, as a generator."""
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 
-from jaxprune._errors import check_parts, check_sparsity
-from jaxprune._evidence import check_evidence, check_names, required_evidence
-from jaxprune._find import SETTINGS, find_compiled, fit_parts, rank
+from jaxprune._evidence import check_evidence
 from jaxprune._help import readable
-from jaxprune._masks import apply_masks, check_masks
-from jaxprune._serial import serialize_tuple
-from jaxprune._tree import (
-    align,
-    check_regexes_match,
-    copy_arrays,
-    is_matrix,
-    map_with_path,
-    prunable,
-)
-from jaxprune._where import compile_regex, matches
+from jaxprune._level import Evidence, Level, Restart, Rules, after, check_level, rewind_to_init
+from jaxprune._tree import align, copy_arrays, is_matrix
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
 from jaxprune.typing import Criterion, Masks, Params, Pattern, Scope, Where
-
-
-class Level(NamedTuple):
-    """One level of iterative pruning.
-
-    Attributes:
-      index: number of rounds so far; 0 is the dense network.
-      masks: masks of this level.
-      ticket: masked params that this level started from.
-      trained: what ``fit`` made of the ticket.
-    """
-
-    index: int  # type: ignore[assignment]  # tuple.index, which nobody calls here
-    masks: Masks
-    ticket: Params
-    trained: Params
-
-
-serialize_tuple(Level)
-
-
-def rewind_to_init(init: Params, trained: Params) -> Params:
-    """Start every level from the initial params."""
-    del trained
-    return init
 
 
 @readable
@@ -63,9 +27,9 @@ def imp(
     pattern: Pattern = Weights(),
     scope: Scope = per_leaf,
     where: Where = is_matrix,
-    evidence: Callable[[Level], dict[str, Any]] | None = None,
-    restart: Callable[[Params, Params], Params] = rewind_to_init,
-    start: tuple[int, Masks, Params] | None = None,
+    evidence: Evidence | None = None,
+    restart: Restart = rewind_to_init,
+    start: Level | tuple[int, Masks, Params] | None = None,
 ) -> Iterator[Level]:
     """Train, prune, rewind, and again: iterative magnitude pruning.
 
@@ -76,6 +40,8 @@ def imp(
       the same with the params of step k as ``params_init``, in a ``fit`` that goes on from k.
     - fine-tuning: ``restart=lambda init, trained: trained`` with a short ``fit``.
     - learning-rate rewinding: the same ``restart`` with a ``fit`` that runs the full schedule.
+
+    This is a loop around ``next_level``, for who wants to write it.
 
     Args:
       params_init: where every level starts. Copied: donating it does no harm.
@@ -90,7 +56,8 @@ def imp(
       evidence: from the level just trained to what the criterion asks for, such as ``grads``.
         ``params_init`` is offered without it.
       restart: from initial and trained params to what the next level starts from.
-      start: ``(index, masks, trained)`` of a finished level: goes on with the next one.
+      start: a finished ``Level``, or its ``(index, masks, trained)`` if ``evidence`` can do
+        without the ticket: goes on with the next one.
 
     Returns:
       An iterator of ``Level``. Keep ``trained`` intact until the next level has been asked for:
@@ -114,95 +81,35 @@ def imp(
       2019. Renda et al., `Comparing Rewinding and Fine-tuning
       <https://arxiv.org/abs/2003.02389>`_, 2020.
     """
-    check_parts("imp", criterion=criterion, pattern=pattern, scope=scope, where=where)
-    check_sparsity(rate, "imp(rate)")
-    check_sparsity(dict(rates or {}), "imp(rates)")
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"`imp` got rounds={rounds!r}. Use an integer from 0 on, such as 16.")
-    asks_for_start = "params_init" in required_evidence(criterion)
+    rules = Rules(
+        "imp", rate, dict(rates or {}), criterion, pattern, scope, where, evidence, restart
+    ).settled(params_init)
     if evidence is None:
-        check_evidence(criterion, {"params_init": params_init} if asks_for_start else {})
-    pattern, where = fit_parts(pattern, where, params_init)
-    part = prunable(params_init, where=where)
-    rules = dict(rates or {})
-    for regex in rules:
-        compile_regex(regex, "imp(rates)")
-    check_regexes_match(tuple(rules), part, "imp(rates)")
-
-    def sparsity(index: int) -> Any:
-        """The ladder: what is gone after ``index`` rounds, as a number or one a leaf."""
-
-        def of_leaf(path: str, _: Any) -> float:
-            chosen = next((r for regex, r in rules.items() if matches(regex, path)), rate)
-            return 1.0 - (1.0 - chosen) ** index
-
-        return map_with_path(of_leaf, part) if rules else 1.0 - (1.0 - rate) ** index
-
-    def first_masks(p: Params) -> Masks:
-        return rank(p, sparsity(0), pattern=pattern, scope=scope, within=None)
-
-    jax.eval_shape(first_masks, part)  # what does not fit is told before anything trains
-    if start is not None:
-        _check_start(start, params_init)
+        check_evidence(criterion, rules.own_evidence(params_init))
+    rules.check_fit(params_init)  # before anything trains
+    level = None if start is None else _started(start, params_init)
     init = copy_arrays(params_init)
-    own = {"params_init": init} if asks_for_start else {}
 
-    def levels() -> Iterator[Level]:
-        if start is None:
-            level = train(0, find(init, 0, None, {}), init)
-            yield level
-        else:
-            index, masks, trained = start
-            level = Level(index, masks, trained, trained)
-        while level.index < rounds:
-            found = own | (_read_evidence(evidence(level), criterion) if evidence else {})
-            masks = find(level.trained, level.index + 1, level.masks, found)
-            begin = restart(copy_arrays(init), level.trained)
-            level = train(level.index + 1, masks, begin)
+    def levels(level: Level | None) -> Iterator[Level]:
+        while level is None or level.index < rounds:
+            level = _train(after(level, init, rules), fit)
             yield level
 
-    def find(params: Params, index: int, within: Masks | None, found: dict[str, Any]) -> Masks:
-        return find_compiled(
-            params,
-            sparsity(index),
-            found,
-            # Nothing is removed at level 0, whatever the scores: no evidence needed.
-            criterion=criterion if index else magnitude,
-            pattern=pattern,
-            scope=scope,
-            where=where,
-            within=within,
-        )
-
-    def train(index: int, masks: Masks, begin: Params) -> Level:
-        ticket = apply_masks(begin, masks)
-        # `fit` gets a copy of its own: it may donate it.
-        trained = fit(copy_arrays(ticket), masks)
-        _check_trained(trained, ticket)
-        return Level(index, masks, ticket, trained)
-
-    return levels()
+    return levels(level)
 
 
-def _read_evidence(found: Any, criterion: Criterion) -> dict[str, Any]:
-    """What the user's function found for the criterion, by name."""
-    if not isinstance(found, Mapping):
-        raise TypeError(
-            f"`imp(evidence=...)` returned {type(found).__name__}. Return a dict of what the "
-            "criterion asks for, such as `{'grads': grads}`."
-        )
-    check_names("imp(evidence=...)", criterion, found, SETTINGS[-1:])
-    return dict(found)
-
-
-def _check_trained(trained: Any, ticket: Params) -> None:
-    """Refuse what ``fit`` returned if it is not the params, as soon as it has."""
-    if align(trained, ticket) is None:
+def _train(level: Level, fit: Callable[[Params, Masks], Params]) -> Level:
+    # `fit` gets a copy of its own: it may donate it.
+    trained = fit(copy_arrays(level.ticket), level.masks)
+    if align(trained, level.ticket) is None:
         what = "None" if trained is None else f"{type(trained).__name__} {_shape_of(trained)}"
         raise TypeError(
             f"`imp` got {what} from `fit`, wanted trained params like the ticket. Let "
             "`fit(ticket, masks)` return the params alone; keep metrics outside, by a closure."
         )
+    return level._replace(trained=trained)
 
 
 def _shape_of(tree: Any) -> str:
@@ -210,20 +117,14 @@ def _shape_of(tree: Any) -> str:
     return shown if len(shown) <= 120 else f"of {len(jax.tree.leaves(tree))} leaves"
 
 
-def _check_start(start: tuple[int, Masks, Params], params: Params) -> None:
-    if len(start) != 3:
-        raise ValueError(
-            f"`imp(start=...)` got {len(start)} values. Pass the `(index, masks, trained)` of the "
-            "last finished level."
-        )
-    index, masks, trained = start
-    if not isinstance(index, int) or index < 0:
-        raise ValueError(
-            f"`imp(start=...)` got level {index!r}. Pass the index of the last finished level."
-        )
-    check_masks(masks, params, "start masks")
-    if align(trained, params) is None:
-        raise ValueError(
-            f"`imp(start=...)` got trained params {jax.tree.structure(trained)}, but the initial "
-            f"ones are {jax.tree.structure(params)}. Pass those of the same network."
-        )
+def _started(start: Any, params: Params) -> Level:
+    """The level that a resumed search goes on from."""
+    if not isinstance(start, Level):
+        if len(start) != 3:
+            raise ValueError(
+                f"`imp(start=...)` got {len(start)} values. Pass the last finished level, or its "
+                "`(index, masks, trained)`."
+            )
+        index, masks, trained = start
+        start = Level(index, masks, None, trained)
+    return check_level(start, params, "imp(start=...)", "start masks")

@@ -35,7 +35,7 @@ LAYERS = (
         "_shrink_state",
         "_distill",
     ),
-    ("_imp", "_find_sparsity", "checkpoint", "export"),
+    ("_level", "_imp", "_find_sparsity", "checkpoint", "export"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 

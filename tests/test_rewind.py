@@ -1,4 +1,4 @@
-"""Tests of imp: train, prune, rewind, and again."""
+"""Tests of imp and its step: train, prune, rewind, and again."""
 
 import itertools
 
@@ -240,6 +240,94 @@ def test_a_level_read_back_as_numpy_resumes_identically(key):
     saved = jax.tree.map(np.asarray, (whole[1].masks, whole[1].trained))
     (level,) = jp.imp(params, fit, rounds=2, start=(1, *saved))
     assert_trees_equal(level, whole[2])
+
+
+def test_a_resumed_level_has_a_ticket_only_where_it_is_known(key):
+    params, seen = tree_of_weights(key), []
+
+    def evidence(level):
+        seen.append(level.ticket)
+        return {}
+
+    whole = list(jp.imp(params, fit, rounds=2))
+    index, masks, _, trained = whole[1]
+    for start in (whole[1], (index, masks, trained)):
+        (last,) = jp.imp(params, fit, rounds=2, start=start, evidence=evidence)
+        assert_trees_equal(last, whole[2])
+    assert_trees_equal(seen[0], whole[1].ticket)
+    assert seen[1] is None
+
+
+# The pure step.
+
+SETTINGS = {
+    "rates": {"rate": 0.3, "rates": {"Dense_1/kernel": 0.1}},
+    "across": {"rate": 0.3, "scope": scopes.across},
+    "fine-tuning": {"rate": 0.5, "restart": lambda init, trained: trained},
+    "evidence": {
+        "criterion": criteria.taylor,
+        "evidence": lambda level: {"grads": jax.tree.map(jnp.cos, level.trained)},
+    },
+    "the start as evidence": {"criterion": criteria.magnitude_increase, "rate": 0.5},
+    "channels": {"pattern": patterns.Channels(), "rate": 0.5, "where": jp.by_path("Dense_0/.*")},
+}
+
+
+@pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+def test_a_loop_around_next_level_is_imp(key, settings):
+    params, level = tree_of_weights(key), None
+    for want in jp.imp(params, fit, rounds=2, **settings):
+        level = jp.next_level(level, params, **settings)
+        assert_trees_equal(level, want._replace(trained=None))
+        level = level._replace(trained=fit(level.ticket, level.masks))
+        assert_trees_equal(level, want)
+
+
+def test_next_level_goes_on_from_what_a_file_held(key):
+    params = tree_of_weights(key)
+    whole = list(jp.imp(params, fit, rounds=3, rate=0.3))
+    index, masks, _, trained = jax.tree.map(np.asarray, whole[2])
+    level = jp.next_level(jp.Level(index, masks, None, trained), params, rate=0.3)
+    assert_trees_equal(level, whole[3]._replace(trained=None))
+
+
+def test_a_ticket_that_is_donated_takes_nothing_along(key):
+    params, level = tree_of_weights(key), None
+    kept = jax.tree.map(np.array, params)
+    burn = jax.jit(lambda p: jax.tree.map(lambda x: x * 1.5, p), donate_argnums=0)
+    for _ in range(2):
+        level = jp.next_level(level, params)
+        level = level._replace(trained=burn(level.ticket))
+    assert_trees_equal(params, kept)
+
+
+def test_next_level_says_which_of_its_settings_is_wrong(key):
+    params = tree_of_weights(key)
+    with pytest.raises(ValueError, match=r"`next_level\(rate\)` got 1.2, outside"):
+        jp.next_level(None, params, rate=1.2)
+    with pytest.raises(ValueError, match=r"`next_level\(rates\)` got 'out'.*matches no"):
+        jp.next_level(None, params, rates={"out": 0.1})
+    level = jp.next_level(None, params)._replace(trained=params)
+    with pytest.raises(TypeError, match=r"criterion `taylor` needs `grads`"):
+        jp.next_level(level, params, criterion=criteria.taylor)
+    with pytest.raises(TypeError, match=r"`next_level\(evidence=...\)` returned list"):
+        jp.next_level(level, params, evidence=lambda level: [])
+
+
+def test_next_level_refuses_what_is_no_trained_level_of_these_params(key):
+    params = tree_of_weights(key)
+    level = jp.next_level(None, params)
+    with pytest.raises(ValueError, match=r"got level 0 without trained.*level._replace\(trained="):
+        jp.next_level(level, params)
+    level = level._replace(trained=params)
+    with pytest.raises(TypeError, match=r"`next_level` got level=.*jp.Level\(index, masks, None"):
+        jp.next_level(tuple(level), params)
+    with pytest.raises(ValueError, match=r"`next_level` got level 0.5. Pass the index"):
+        jp.next_level(level._replace(index=0.5), params)
+    with pytest.raises(ValueError, match=r"`level masks` is not a tree like the params"):
+        jp.next_level(level._replace(masks=level.masks["Dense_0"]), params)
+    with pytest.raises(ValueError, match=r"`next_level` got trained params .*same network"):
+        jp.next_level(level._replace(trained=params["Dense_0"]), params)
 
 
 def test_imp_finds_a_ticket_with_a_real_optimizer(key):

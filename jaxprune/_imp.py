@@ -3,12 +3,10 @@
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import jax
-
 from jaxprune._evidence import check_evidence
 from jaxprune._help import readable
 from jaxprune._level import Evidence, Level, Restart, Rules, after, check_level, rewind_to_init
-from jaxprune._tree import align, copy_arrays, is_matrix
+from jaxprune._tree import copy_arrays, is_matrix, match
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
@@ -103,18 +101,12 @@ def imp(
 def _train(level: Level, fit: Callable[[Params, Masks], Params]) -> Level:
     # `fit` gets a copy of its own: it may donate it.
     trained = fit(copy_arrays(level.ticket), level.masks)
-    if align(trained, level.ticket) is None:
-        what = "None" if trained is None else f"{type(trained).__name__} {_shape_of(trained)}"
-        raise TypeError(
-            f"`imp` got {what} from `fit`, wanted trained params like the ticket. Let "
-            "`fit(ticket, masks)` return the params alone; keep metrics outside, by a closure."
-        )
+    step = (
+        "Let `fit(ticket, masks)` return the trained params alone; keep metrics outside, by a "
+        "closure."
+    )
+    match(trained, level.ticket, "fit(ticket, masks)", of="the ticket", gaps="holes", step=step)
     return level._replace(trained=trained)
-
-
-def _shape_of(tree: Any) -> str:
-    shown = str(jax.tree.structure(tree))
-    return shown if len(shown) <= 120 else f"of {len(jax.tree.leaves(tree))} leaves"
 
 
 def _started(start: Any, params: Params) -> Level:
@@ -127,4 +119,4 @@ def _started(start: Any, params: Params) -> Level:
             )
         index, masks, trained = start
         start = Level(index, masks, None, trained)
-    return check_level(start, params, "imp(start=...)", "start masks")
+    return check_level(start, params, "imp(start=...)", "start")

@@ -13,11 +13,11 @@ from jaxprune._help import readable
 from jaxprune._masks import apply_masks, check_masks
 from jaxprune._serial import serialize_tuple
 from jaxprune._tree import (
-    align,
     check_regexes_match,
     copy_arrays,
     is_matrix,
     map_with_path,
+    match,
     prunable,
 )
 from jaxprune._where import compile_regex, matches
@@ -118,7 +118,7 @@ def next_level(
     rules = Rules(
         "next_level", rate, dict(rates or {}), criterion, pattern, scope, where, evidence, restart
     ).settled(params_init)
-    before = None if level is None else check_level(level, params_init, "next_level", "level masks")
+    before = None if level is None else check_level(level, params_init, "next_level", "level")
     return after(before, params_init, rules)
 
 
@@ -235,10 +235,7 @@ def check_level(level: Any, params: Params, user: str, name: str) -> Level:
             f"`{user}` got level {index} without trained params, by which weights are ranked. "
             "Train its ticket, and pass `level._replace(trained=...)`."
         )
-    check_masks(level.masks, params, name)
-    if align(level.trained, params) is None:
-        raise ValueError(
-            f"`{user}` got trained params {jax.tree.structure(level.trained)}, but the initial "
-            f"ones are {jax.tree.structure(params)}. Pass those of the same network."
-        )
+    check_masks(level.masks, params, f"{name} masks")
+    step = "Pass those of the same network."
+    match(level.trained, params, f"{name} trained params", gaps="holes", step=step)
     return level._replace(index=index)

@@ -1,5 +1,6 @@
 """Masks: applied to params, compared, counted and packed into bits."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,9 +16,9 @@ from jaxprune._tree import (
     is_hole,
     is_matrix,
     leaves_with_path,
-    list_paths,
     map_leaves,
     map_with_path,
+    match,
     prunable,
 )
 from jaxprune.typing import Masks, Params, Where
@@ -75,17 +76,12 @@ def combine_masks(*masks: Masks) -> Masks:
     for one in masks:
         check_living(one)
     first, *others = masks
-    for other in others:
-        mirror = align(other, first)
-        if mirror is None:
-            one, two = (
-                list_paths([path for path, _ in leaves_with_path(m)]) for m in (first, other)
-            )
-            raise ValueError(
-                f"`combine_masks` got masks of {one} and of {two}. Pass masks of one tree; None "
-                "stands for a leaf without a mask."
-            )
-        first = jax.tree.map(_both, first, mirror, is_leaf=is_hole)
+    step = "Pass `combine_masks` masks of one tree; None stands for a leaf without a mask."
+    for i, other in enumerate(others, start=1):
+        same = match(
+            other, first, f"masks[{i}]", of="`masks[0]`", gaps="holes", fits=None, step=step
+        )
+        first = jax.tree.map(_both, first, same, is_leaf=is_hole)
     return first
 
 
@@ -297,35 +293,30 @@ def _unpack_bits(packed: Packed) -> jax.Array:
 def check_masks(masks: Masks, params: Params, name: str) -> Masks:
     """Give masks the structure of ``params``, or say how they differ: all that is wrong at once."""
     check_living(masks, name)
-    mirror = align(masks, params)
-    if mirror is None:
-        mine = [path for path, _ in leaves_with_path(params)]
-        theirs = [path for path, _ in leaves_with_path(masks)]
-        unknown = [path for path in theirs if path not in mine]
-        detail = (
-            f"it has {list_paths(unknown)}, the params have {list_paths(mine)}"
-            if unknown
-            else f"got {jax.tree.structure(masks)}, want {jax.tree.structure(params)}"
-        )
-        raise ValueError(
-            f"`{name}` is not a tree like the params: {detail}. Make it with `jp.find_masks` or "
-            "`jp.dense_masks`, with None where a leaf is not prunable."
-        )
-    kinds: list[str] = []
-    shapes: list[str] = []
+    if align(masks, params) is None:
+        _refuse_state(masks, name)
+    step = (
+        "Make it with `jp.find_masks` or `jp.dense_masks`, with None where a leaf is not prunable."
+    )
+    mirror = match(masks, params, name, gaps="holes", fits=None, step=step)
+    _check_bool(mirror, params, name)
+    step = "A mask has the rank of its parameter, each axis full or 1."
+    return lay_out(match(mirror, params, name, gaps="holes", fits=_broadcasts, step=step), params)
 
-    def visit(path: str, p: Any, m: Any) -> None:
-        if m is None:
-            return
-        if getattr(m, "dtype", None) != jnp.bool_:
-            kinds.append(f"{path!r} is {getattr(m, 'dtype', type(m).__name__)}")
-        elif len(m.shape) != len(p.shape) or any(
-            a not in (1, b) for a, b in zip(m.shape, p.shape, strict=True)
-        ):
-            shapes.append(f"{path!r} has shape {m.shape} for a parameter of shape {p.shape}")
 
-    map_with_path(visit, params, mirror)
-    if kinds:
+def _broadcasts(mask: tuple[int, ...], leaf: tuple[int, ...]) -> bool:
+    return len(mask) == len(leaf) and all(m in (1, n) for m, n in zip(mask, leaf, strict=True))
+
+
+def _check_bool(masks: Masks, params: Params, name: str) -> None:
+    """Refuse masks that are not bool; masks and params have one structure."""
+    is_bool = lambda m: getattr(m, "dtype", None) == jnp.bool_  # noqa: E731
+    if not all(map(is_bool, jax.tree.leaves(masks))):
+        kinds = [
+            f"{path!r} is {getattr(m, 'dtype', type(m).__name__)}"
+            for path, m in leaves_with_path(masks)
+            if not is_bool(m)
+        ]
         first = jax.tree.leaves(params)[:1]
         step = (
             "The other tree is bool: were the two swapped?"
@@ -333,9 +324,24 @@ def check_masks(masks: Masks, params: Params, name: str) -> Masks:
             else "Convert with `mask.astype(bool)`; True keeps a weight."
         )
         raise TypeError(f"`{name}` holds masks that are not bool: {', '.join(kinds)}. {step}")
-    if shapes:
+
+
+def _refuse_state(tree: Any, name: str) -> None:
+    """Say of an optimizer state in the place of masks whether there are masks in it."""
+    if not _nodes(tree, lambda node: type(node).__name__.endswith("State")):
+        return
+    if _nodes(tree, lambda node: "masks" in node._fields):
         raise ValueError(
-            f"`{name}` does not fit: {', '.join(shapes)}. A mask has the rank of its parameter, "
-            "each axis full or 1."
+            f"`{name}` is an optimizer state, no tree of masks. Take the masks out of it with "
+            "`jp.get_masks(opt_state)`."
         )
-    return lay_out(mirror, params)
+    raise ValueError(
+        f"`{name}` is an optimizer state, and there is no pruner in this state that would hold "
+        "masks. Wrap the optimizer by `jp.prune`, `jp.hold` and the like, or pass masks."
+    )
+
+
+def _nodes(tree: Any, wanted: Callable[[Any], bool]) -> list[Any]:
+    """The named tuples of a tree that are wanted, the outermost of those that are nested."""
+    is_one = lambda node: isinstance(node, tuple) and hasattr(node, "_fields") and wanted(node)  # noqa: E731
+    return [node for node in jax.tree.leaves(tree, is_leaf=is_one) if is_one(node)]

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._masks import check_masks, count_kept
-from jaxprune._tree import align, is_array, leaves_with_path, map_with_path
+from jaxprune._tree import is_array, map_leaves, map_with_path, match
 from jaxprune._values import count_revived, is_concrete
 from jaxprune._where import why_not
 from jaxprune.typing import Masks, Params
@@ -237,30 +237,19 @@ def overlap(masks_a: Masks, masks_b: Masks) -> Overlap:
       >>> overlap({"w": jnp.array([True, True, False])}, {"w": jnp.array([False, True, True])})
       Overlap(leaves={'w': 0.3333333333333333}, total=0.3333333333333333)
     """
-    paths_a = [path for path, _ in leaves_with_path(masks_a)]
-    paths_b = [path for path, _ in leaves_with_path(masks_b)]
-    mirror = align(masks_b, masks_a)
-    if mirror is None or paths_a != paths_b:
-        different = sorted(set(paths_a) ^ set(paths_b))
-        raise ValueError(
-            f"`overlap` got masks of two different trees; they differ in {different}. Compare "
-            "masks of the same network, found with the same `where`."
-        )
+    step = "Compare masks of the same network, found with the same `where`."
+    same_rank = lambda a, b: len(a) == len(b)  # noqa: E731
+    mirror = match(masks_b, masks_a, "masks_b", of="`masks_a`", fits=same_rank, step=step)
     both = either = 0
 
-    def jaccard(path: str, a: jax.Array, b: jax.Array) -> float:
+    def jaccard(a: jax.Array, b: jax.Array) -> float:
         nonlocal both, either
-        if a.ndim != b.ndim:
-            raise ValueError(
-                f"`overlap` got masks of shapes {a.shape} and {b.shape} at {path!r}. Compare "
-                "masks of the same network."
-            )
         shared = int(jnp.sum(a & b, dtype=jnp.int32))
         union = int(jnp.sum(a | b, dtype=jnp.int32))
         both, either = both + shared, either + union
         return shared / union if union else 1.0
 
-    leaves = map_with_path(jaccard, masks_a, mirror)
+    leaves = map_leaves(jaccard, masks_a, mirror)
     return Overlap(leaves, both / either if either else 1.0)
 
 

@@ -1,9 +1,10 @@
 """Trees of parameters: what leaves are called, holes, and trees that mirror one another."""
 
 import collections
+import operator
 import re
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jaxprune._where import is_array, is_floating, is_matrix, matches, regexes_o
 from jaxprune.typing import Params, Where
 
 Keys = tuple[str, ...]
+Shape = tuple[int, ...]
 
 
 class Slot(NamedTuple):
@@ -213,26 +215,95 @@ def align(tree: Any, like: Any) -> Any | None:
     """
     if same_structure(tree, like):
         return tree
-    given = {slot.keys: slot.leaf for slot in slots(tree)}
-    holes = {keys for keys, leaf in given.items() if is_hole(leaf) and keys}
+    leaves, unknown = _beside(tree, slots(like))
+    return None if unknown or any(x is _Hole for x in leaves) else _built(like, leaves)
+
+
+def _beside(tree: Any, wanted: list[Slot]) -> tuple[list[Any], list[str]]:
+    """What ``tree`` has for each wanted slot, ``_Hole`` where it says nothing; what else it has.
+
+    A hole covers what lies below it: in ``{"a": None}`` beside ``{"a": {"b": x, "c": y}}`` both
+    leaves are None, and in ``{"a": {"b": x}}`` beside ``{"a": None}`` nothing is left over.
+    """
+    given = {slot.keys: slot for slot in slots(tree)}
+    holes = {keys for keys, slot in given.items() if is_hole(slot.leaf) and keys}
     left, leaves = set(given), []
-    for keys, _, leaf, _ in slots(like):
+    for keys, _, leaf, _ in wanted:
         over = next((keys[:n] for n in range(1, len(keys)) if keys[:n] in holes), None)
-        below = {k for k in left if k[: len(keys)] == keys} if is_hole(leaf) else None
-        if keys in given:
-            leaves.append(given[keys])
-            left.discard(keys)
-        elif over is not None:
-            leaves.append(None)
-            left.discard(over)
-        elif below and keys:
-            leaves.append(None)
-            left -= below
-        else:
-            return None
-    if left - holes:
-        return None
+        below = {k for k in left if k[: len(keys)] == keys} if is_hole(leaf) and keys else set()
+        found = keys in given
+        leaves.append(given[keys].leaf if found else None if over or below else _Hole)
+        left -= {keys} if found else {over} if over else below
+    return leaves, [slot.path for keys, slot in given.items() if keys in left - holes]
+
+
+def _leaves(tree: Any) -> list[Any]:
+    return jax.tree.leaves(tree, is_leaf=is_hole)
+
+
+def _built(like: Any, leaves: list[Any]) -> Any:
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_hole), leaves)
+
+
+def match(
+    tree: Any,
+    like: Any,
+    name: str,
+    *,
+    step: str,
+    of: str = "the params",
+    gaps: Literal["none", "holes", "any"] = "none",
+    fits: Callable[[Shape, Shape], bool] | None = operator.eq,
+) -> Any:
+    """Give ``tree`` the structure of ``like``, or say by path all that differs.
+
+    Args:
+      tree: what somebody passed; its containers may be others, as for ``align``.
+      like: what it has to mirror.
+      name: what the reader calls ``tree``.
+      step: what to do about a difference; a sentence.
+      of: what the reader calls ``like``.
+      gaps: what may be where ``like`` has a leaf: nothing but a leaf, a hole too, or no node at
+        all (which makes a hole).
+      fits: from the shape of a leaf and that of its counterpart, whether the two go together; None
+        where any do.
+
+    Raises:
+      ValueError: leaves are missing or unknown, or shapes do not fit.
+    """
+    wanted = slots(like)
+    same = same_structure(tree, like)
+    leaves, unknown = (_leaves(tree), []) if same else _beside(tree, wanted)
+    missing, shapes = [], []
+    for (_, path, leaf, _), mine in zip(wanted, leaves, strict=True):
+        if mine is _Hole:
+            missing += [path] if gaps != "any" else []
+        elif is_hole(mine) or is_hole(leaf):
+            if gaps == "none" and is_hole(mine) != is_hole(leaf):
+                (missing if is_hole(mine) else unknown).append(path)
+        elif fits and not fits(_shape(mine), _shape(leaf)):
+            shapes.append(f"{path!r} has shape {_shape(mine)}, in {of} {_shape(leaf)}")
+    if missing or unknown or shapes:
+        differs = _differences(tree, missing, unknown, [slot.path for slot in wanted])
+        raise ValueError(
+            f"`{name}` is not a tree like {of}: {'; '.join(differs + shapes[:12])}. {step}"
+        )
+    return _built(like, [None if mine is _Hole else mine for mine in leaves])
+
+
+def _differences(tree: Any, missing: list[str], unknown: list[str], wanted: list[str]) -> list[str]:
+    """Say what is missing and what nobody knows; the paths that there are, unless all are named."""
+    words = [f"nothing at {list_paths(missing)}"] if missing else []
+    if unknown == [""]:  # no tree at all
+        return [f"got {'None' if tree is None else type(tree).__name__}", *words]
+    if unknown:
+        known = "" if missing else f" (its paths are {list_paths(wanted)})"
+        words.append(f"unknown {list_paths(unknown)}{known}")
+    return words
+
+
+def _shape(leaf: Any) -> Shape:
+    return tuple(getattr(leaf, "shape", ()))
 
 
 def narrow(tree: Any, part: Params) -> Any:
@@ -255,25 +326,8 @@ def wide_dtype(dtype: Any) -> Any:
 
 def mirrored(tree: Any, params: Params, name: str) -> Any:
     """Give evidence the structure of ``params``, or say by path how it differs from them."""
-    mirror = align(tree, params)
-    given = tree if mirror is None else mirror
-    want, got = leaves_by_keys(params), leaves_by_keys(given)
-    missing = ["/".join(keys) for keys in want if keys not in got]
-    unknown = ["/".join(keys) for keys in got if keys not in want]
-    shapes = [
-        f"{'/'.join(keys)!r} has shape {jnp.shape(got[keys])}, the weights {jnp.shape(want[keys])}"
-        for keys in want
-        if keys in got and jnp.shape(got[keys]) != jnp.shape(want[keys])
-    ]
-    if mirror is None or missing or unknown or shapes:
-        differs = [f"nothing at {list_paths(missing)}"] if missing else []
-        differs += [f"unknown {list_paths(unknown)}"] if unknown else []
-        differs += shapes or ([] if differs else [f"got {jax.tree.structure(tree)}"])
-        raise ValueError(
-            f"`{name}` is not a tree like the params: {'; '.join(differs)}. Pass one array for "
-            "each weight array, in a tree of the same structure."
-        )
-    return mirror
+    step = "Pass one array for each weight array, in a tree of the same structure."
+    return match(tree, params, name, step=step)
 
 
 def copy_arrays(tree: Any) -> Any:
@@ -300,7 +354,7 @@ def join_static(arrays: Any, static: Any) -> Any:
 
 
 class _Hole:
-    """Where an array was."""
+    """Where something else was, or would be: an array, a leaf that a tree lacks."""
 
 
 def _name(f: Any) -> str:

@@ -310,6 +310,8 @@ def test_check_refuses_a_schedule_without_a_step_and_steps_that_are_none():
         jp.check(PRUNED, HALF, schedule=ONCE, step=1.5)
     with pytest.raises(ValueError, match="`masks` is not a tree like the params"):
         jp.check(PRUNED, {"other": HALF["kernel"]})
+    with pytest.raises(ValueError, match="there is no pruner in this state"):
+        jp.check(PRUNED, optax.adam(0.1).init(PRUNED))
 
 
 # On many devices.

@@ -65,7 +65,9 @@ def test_bake_sets_to_zero_what_masks_remove_and_leaves_all_else(params):
 
 
 def test_bake_names_masks_that_the_params_lack(params):
-    with pytest.raises(ValueError, match=r"masks of 'u', which the params lack.*'b', 'v', 'w'"):
+    with pytest.raises(
+        ValueError, match=r"`bake\(masks\)` is not .*unknown 'u' \(its paths are 'b', 'v', 'w'\)"
+    ):
         jp.export.bake(params, {"u": jnp.ones(3, bool)})
 
 
@@ -489,7 +491,7 @@ def test_arguments_in_the_wrong_places_are_told(export, params, tmp_path):
     ):
         with pytest.raises(TypeError, match=words):
             export(*args)
-    with pytest.raises(ValueError, match=r"which the params lack.*`jp.get_masks` takes them"):
+    with pytest.raises(ValueError, match=r"unknown 'count', 'masks/v'.*`jp.get_masks` takes them"):
         export(path, mlp, params, X, masks=jp.PruneState(jnp.array(0), masks, (), (), None))
 
 

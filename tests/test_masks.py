@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxprune as jp
@@ -309,18 +310,41 @@ TAKERS = {
 @pytest.mark.parametrize("take", TAKERS)
 def test_masks_of_another_structure_are_refused(take):
     with pytest.raises(
-        ValueError, match=r"is not a tree like the params: it has 'scale'.*'kernel'"
+        ValueError, match=r"is not a tree like the params: nothing at 'bias'; unknown 'scale'"
     ):
         TAKERS[take](KERNEL, {"kernel": jnp.ones((2, 2), bool), "scale": jnp.ones(2, bool)})
     with pytest.raises(ValueError, match=r"is not a tree like the params.*jp.dense_masks"):
         TAKERS[take](KERNEL, {"kernel": jnp.ones((2, 2), bool)})
+    more = {"kernel": jnp.ones((2, 2), bool), "bias": None, "scale": jnp.ones(2, bool)}
+    with pytest.raises(ValueError, match=r"unknown 'scale' \(its paths are 'bias', 'kernel'\)"):
+        TAKERS[take](KERNEL, more)
+    with pytest.raises(
+        ValueError, match=r"the params: got None; nothing at 'bias', 'kernel'\. Make"
+    ):
+        jp.apply_masks(KERNEL, None)
+
+
+@pytest.mark.parametrize("take", TAKERS)
+def test_an_optimizer_state_in_the_place_of_masks_is_told_whether_masks_are_in_it(take):
+    plain = optax.chain(optax.clip(1.0), optax.sgd(0.1)).init(KERNEL)
+    with pytest.raises(ValueError, match=r"state, and there is no pruner in this state.*`jp.hold`"):
+        TAKERS[take](KERNEL, plain)
+    pruned = optax.MultiSteps(jp.hold(optax.adam(0.1)), 2).init(KERNEL)
+    with pytest.raises(ValueError, match=r"is an optimizer state, .*`jp.get_masks\(opt_state\)`"):
+        TAKERS[take](KERNEL, pruned)
+
+
+def test_masks_of_two_trees_are_not_combined():
+    words = r"`masks\[1\]` is not a tree like `masks\[0\]`: nothing at 'a'; unknown 'b'. Pass `comb"
+    with pytest.raises(ValueError, match=words):
+        jp.combine_masks({"a": jnp.ones(2, bool)}, {"b": jnp.ones(2, bool)})
 
 
 @pytest.mark.parametrize("take", TAKERS)
 @pytest.mark.parametrize("shape", [(2,), (3, 2), (1, 2, 2), ()])
 def test_masks_of_another_rank_or_shape_are_refused_by_path(take, shape):
     with pytest.raises(
-        ValueError, match=r"'kernel' has shape .* for a parameter of shape \(2, 2\)"
+        ValueError, match=r"'kernel' has shape .*, in the params \(2, 2\). A mask has the rank"
     ):
         TAKERS[take](KERNEL, {"kernel": jnp.ones(shape, bool), "bias": None})
 

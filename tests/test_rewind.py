@@ -326,7 +326,9 @@ def test_next_level_refuses_what_is_no_trained_level_of_these_params(key):
         jp.next_level(level._replace(index=0.5), params)
     with pytest.raises(ValueError, match=r"`level masks` is not a tree like the params"):
         jp.next_level(level._replace(masks=level.masks["Dense_0"]), params)
-    with pytest.raises(ValueError, match=r"`next_level` got trained params .*same network"):
+    with pytest.raises(
+        ValueError, match=r"`level trained params` is not.*unknown 'bias', .*same network"
+    ):
         jp.next_level(level._replace(trained=params["Dense_0"]), params)
 
 
@@ -405,8 +407,27 @@ def test_imp_refuses_a_start_that_does_not_fit(key):
         jp.imp(params, never, start=(-1, masks, params))
     with pytest.raises(ValueError, match=r"`start masks` is not a tree like the params"):
         jp.imp(params, never, start=(1, masks["Dense_0"], params))
-    with pytest.raises(ValueError, match=r"got trained params .*same network"):
+    with pytest.raises(
+        ValueError, match=r"`start trained params` is not.*unknown 'bias', .*same network"
+    ):
         jp.imp(params, never, start=(1, masks, params["Dense_0"]))
+
+
+@pytest.mark.parametrize(
+    "result, words",
+    [
+        (lambda p: None, "got None; nothing at 'Dense_0/bias'"),
+        (lambda p: (p, 0.5), r"unknown '0/Dense_0/bias', .*"),
+        (
+            lambda p: jax.tree.map(lambda x: x[:1], p),
+            r"'Dense_0/bias' has shape \(1,\), in the tick",
+        ),
+    ],
+)
+def test_imp_refuses_a_fit_that_returns_no_params(key, result, words):
+    message = rf"`fit\(ticket, masks\)` is not a tree like the ticket: .*{words}.*params alone"
+    with pytest.raises(ValueError, match=message):
+        next(jp.imp(tree_of_weights(key), lambda ticket, masks: result(ticket), rounds=1))
 
 
 def test_imp_tells_missing_evidence_before_anything_trains(key):

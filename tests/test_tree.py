@@ -19,6 +19,7 @@ from jaxprune._tree import (
     leaves_by_path,
     leaves_with_path,
     map_leaves,
+    match,
     narrow,
 )
 from tests.helpers import assert_trees_equal
@@ -234,3 +235,60 @@ def test_a_hole_may_stand_for_a_subtree(tree, like, want):
 )
 def test_other_trees_do_not_mirror_one_another(tree, like):
     assert align(tree, like) is None
+
+
+ONE, TWO = np.ones(1), np.ones(2)
+
+
+@pytest.mark.parametrize(
+    "tree, like, words",
+    [
+        ({"a": ONE}, {"a": ONE, "b": TWO}, "nothing at 'b'"),
+        ({"a": ONE, "b": None}, {"a": ONE, "b": TWO}, "nothing at 'b'"),
+        ({"a": ONE, "b": TWO}, {"a": ONE}, "unknown 'b' (its paths are 'a')"),
+        ({"a": ONE, "b": TWO}, {"a": ONE, "b": None}, "unknown 'b' (its paths are 'a', 'b')"),
+        ({"a": {"x": ONE}}, {"a": ONE}, "nothing at 'a'; unknown 'a/x'"),
+        ({"a": ONE}, {"a": TWO}, "'a' has shape (1,), in its like (2,)"),
+        (
+            {"a": ONE, "c": ONE},
+            {"a": TWO, "b": TWO},
+            "nothing at 'b'; unknown 'c'; 'a' has shape (1,), in its like (2,)",
+        ),
+        (None, {"a": ONE}, "got None; nothing at 'a'"),
+        (3.5, {"a": ONE}, "got float; nothing at 'a'"),
+    ],
+)
+def test_match_says_all_that_differs_in_one_wording(tree, like, words):
+    with pytest.raises(ValueError) as error:
+        match(tree, like, "it", of="its like", step="Do this.")
+    assert str(error.value) == f"`it` is not a tree like its like: {words}. Do this."
+
+
+def test_match_gives_the_structure_of_its_like():
+    like = FrozenDict({"a": Pair(ONE, TWO), "b": None})
+    got = match({"a": {"left": ONE, "right": TWO}, "b": None}, like, "it", step="")
+    assert jax.tree.structure(got) == jax.tree.structure(like)
+
+
+def test_match_lets_pass_the_gaps_that_are_allowed():
+    like = {"a": {"x": ONE, "y": TWO}, "b": TWO}
+    holes, nothing = {"a": HOLE, "b": TWO}, {"b": TWO}
+    want = {"a": {"x": None, "y": None}, "b": TWO}
+    for gaps, tree in (("holes", holes), ("any", holes), ("any", nothing)):
+        assert_trees_equal(match(tree, like, "it", gaps=gaps, step=""), want)
+    for gaps, tree in (("none", holes), ("none", nothing), ("holes", nothing)):
+        with pytest.raises(ValueError, match="nothing at 'a/x', 'a/y'"):
+            match(tree, like, "it", gaps=gaps, step="")
+    with pytest.raises(ValueError, match="unknown 'c'"):
+        match({"c": TWO}, like, "it", gaps="any", step="")
+
+
+def test_match_compares_shapes_as_it_is_told():
+    tree, like = {"a": np.ones((1, 2))}, {"a": np.ones((3, 2))}
+    assert_trees_equal(match(tree, like, "it", step="", fits=None), tree)
+    same_rank = lambda mine, its: len(mine) == len(its)
+    assert_trees_equal(match(tree, like, "it", step="", fits=same_rank), tree)
+    many = {str(i): ONE for i in range(20)}
+    with pytest.raises(ValueError) as error:
+        match(many, dict.fromkeys(many, TWO), "it", step="")
+    assert str(error.value).count("has shape") == 12

@@ -1,7 +1,7 @@
 """Masks made part of the parameters."""
 
 from jaxprune._masks import apply_masks, unpack
-from jaxprune._tree import leaves_by_path, list_paths, map_with_path
+from jaxprune._tree import match
 from jaxprune.typing import Masks, Params
 
 
@@ -28,13 +28,9 @@ def bake(params: Params, masks: Masks) -> Params:
       >>> bake(variables, {"params": {"w": jnp.array([True, False])}})
       {'params': {'w': Array([2., 0.], dtype=float32)}, 'steps': Array(7, dtype=int32...)}
     """
-    given = leaves_by_path(unpack(masks), "bake(masks)")
-    paths = list(leaves_by_path(params, "bake(params)"))
-    unknown = [path for path in given if path not in paths]
-    if unknown:
-        raise ValueError(
-            f"`bake` got masks of {list_paths(unknown)}, which the params lack; their paths are "
-            f"{list_paths(paths)}. Nest the masks as the params are; out of an optimizer's state "
-            "`jp.get_masks` takes them."
-        )
-    return apply_masks(params, map_with_path(lambda path, _: given.get(path), params))
+    step = (
+        "Nest the masks as the params are; out of an optimizer's state `jp.get_masks` takes them."
+    )
+    return apply_masks(
+        params, match(unpack(masks), params, "bake(masks)", gaps="any", fits=None, step=step)
+    )

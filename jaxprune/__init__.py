@@ -8,14 +8,13 @@ from jaxprune import graph as graph
 from jaxprune import patterns as patterns
 from jaxprune import schedules as schedules
 from jaxprune import scopes as scopes
+from jaxprune import typing as typing
 from jaxprune._advice import PruneWarning as PruneWarning
 from jaxprune._check import Check as Check
 from jaxprune._check import check as check
 from jaxprune._distill import distillation_loss as distillation_loss
 from jaxprune._distill import feature_loss as feature_loss
-from jaxprune._event import PruneState as PruneState
 from jaxprune._find import find_masks as find_masks
-from jaxprune._find import make_masks as make_masks
 from jaxprune._find_sparsity import find_sparsity as find_sparsity
 from jaxprune._groups import Group as Group
 from jaxprune._groups import Groups as Groups
@@ -23,6 +22,7 @@ from jaxprune._groups import Member as Member
 from jaxprune._imp import imp as imp
 from jaxprune._level import Level as Level
 from jaxprune._level import next_level as next_level
+from jaxprune._make import make_masks as make_masks
 from jaxprune._masks import Packed as Packed
 from jaxprune._masks import apply_masks as apply_masks
 from jaxprune._masks import combine_masks as combine_masks
@@ -43,6 +43,7 @@ from jaxprune._shrink import shrink as shrink
 from jaxprune._shrink import size_of as size_of
 from jaxprune._shrink import verify_shrink as verify_shrink
 from jaxprune._shrink_state import shrink_state as shrink_state
+from jaxprune._state import PruneState as PruneState
 from jaxprune._states import get_masks as get_masks
 from jaxprune._states import with_masks as with_masks
 from jaxprune._straight_through import StraightThroughState as StraightThroughState
@@ -55,6 +56,7 @@ from jaxprune._where import is_matrix as is_matrix
 from jaxprune.graph import count_flops as count_flops
 from jaxprune.graph import find_blocks as find_blocks
 from jaxprune.graph import find_groups as find_groups
+from jaxprune.typing import elementwise as elementwise
 
 __version__ = "0.1.0"
 
@@ -81,6 +83,7 @@ __all__ = (
     "dense_masks",
     "distillation_loss",
     "dynamic",
+    "elementwise",
     "exclude",
     "export",
     "feature_loss",
@@ -111,6 +114,7 @@ __all__ = (
     "sparsity",
     "straight_through",
     "summary",
+    "typing",
     "unpack",
     "verify_shrink",
     "with_masks",

@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._event import PruneState, is_packed, without_variables
+from jaxprune._errors import whole
+from jaxprune._state import PruneState, is_packed, without_variables
 from jaxprune._states import pruners
 from jaxprune._tree import leaves_with_path, list_paths
 from jaxprune._values import constant_of, is_concrete, zero_shares
 from jaxprune._where import name_of
-from jaxprune.schedules._cyclic import Cyclic
-from jaxprune.schedules._schedule import Schedule as Ramp
 from jaxprune.typing import Params, Schedule
 
 # A schedule of somebody else's is asked about so many updates.
@@ -86,8 +85,11 @@ def overlaps(state: Any) -> list[str]:
 
 
 def never_due(schedule: Schedule | None) -> list[str]:
-    """A schedule without an event; ours always have one."""
-    if schedule is None or isinstance(schedule, Ramp | Cyclic) or becomes_due(schedule, _PROBE):
+    """A schedule without an event; one that says where its last is has one there."""
+    if schedule is None:
+        return []
+    end = whole(getattr(schedule, "end", None))
+    if (end is not None and bool(schedule.due(end))) or becomes_due(schedule, _PROBE):
         return []
     return [
         f"The schedule {schedule!r} is due at none of the first {_PROBE:,} updates, so that "

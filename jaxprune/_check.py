@@ -11,8 +11,8 @@ import optax
 
 from jaxprune._advice import becomes_due, overlaps, zeros_under_dense_masks
 from jaxprune._errors import whole
-from jaxprune._event import PruneState, without_variables
 from jaxprune._masks import check_masks, unpack
+from jaxprune._state import PruneState, without_variables
 from jaxprune._states import pruners
 from jaxprune._straight_through import StraightThroughState
 from jaxprune._tree import narrow

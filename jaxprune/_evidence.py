@@ -94,6 +94,25 @@ def check_evidence(criterion: Criterion, evidence: Iterable[str]) -> None:
         )
 
 
+def split_functions(
+    user: str, criterion: Criterion, evidence: Mapping[str, Any]
+) -> tuple[tuple[tuple[str, Any], ...], dict[str, Any]]:
+    """Take evidence apart into functions of the params, which are static, and data."""
+    check_evidence(criterion, evidence)
+    functions = tuple((name, evidence[name]) for name in sorted(evidence) if is_function(name))
+    data = {name: value for name, value in evidence.items() if not is_function(name)}
+    check_data(data, user)
+    return functions, data
+
+
+def named_evidence(criterion: Criterion, offered: Iterable[str]) -> list[str]:
+    """What of the evidence a criterion asks for by name, or takes whatever its name."""
+    arguments = _arguments(criterion)
+    names = {p.name for p in arguments}
+    takes_all = any(p.kind is p.VAR_KEYWORD and p.name != "_" for p in arguments) or not arguments
+    return [name for name in offered if takes_all or name in names]
+
+
 def required_evidence(criterion: Criterion) -> list[str]:
     """Names of the keyword-only arguments without default."""
     return [

@@ -6,6 +6,7 @@ from typing import Any
 from jaxprune._evidence import check_evidence
 from jaxprune._help import readable
 from jaxprune._level import Evidence, Level, Restart, Rules, after, check_level, rewind_to_init
+from jaxprune._parts import Parts
 from jaxprune._tree import copy_arrays, is_matrix, match
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
@@ -81,9 +82,8 @@ def imp(
     """
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"`imp` got rounds={rounds!r}. Use an integer from 0 on, such as 16.")
-    rules = Rules(
-        "imp", rate, dict(rates or {}), criterion, pattern, scope, where, evidence, restart
-    ).settled(params_init)
+    parts = Parts("imp", criterion, pattern, scope, where)
+    rules = Rules(parts, rate, dict(rates or {}), evidence, restart).on(params_init)
     if evidence is None:
         check_evidence(criterion, rules.own_evidence(params_init))
     rules.check_fit(params_init)  # before anything trains

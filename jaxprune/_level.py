@@ -6,11 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxprune._errors import check_parts, check_sparsity, short, whole
+from jaxprune._errors import check_sparsity, short, whole
 from jaxprune._evidence import check_names, required_evidence
-from jaxprune._find import SETTINGS, find_compiled, fit_parts, rank
+from jaxprune._find import find, select
 from jaxprune._help import readable
 from jaxprune._masks import apply_masks, check_masks
+from jaxprune._parts import SETTINGS, Parts
 from jaxprune._serial import serialize_tuple
 from jaxprune._tree import (
     check_regexes_match,
@@ -18,7 +19,6 @@ from jaxprune._tree import (
     is_matrix,
     map_with_path,
     match,
-    prunable,
 )
 from jaxprune._where import compile_regex, matches
 from jaxprune.criteria import magnitude
@@ -115,48 +115,38 @@ def next_level(
       Frankle and Carbin, `The Lottery Ticket Hypothesis <https://arxiv.org/abs/1803.03635>`_,
       2019.
     """
-    rules = Rules(
-        "next_level", rate, dict(rates or {}), criterion, pattern, scope, where, evidence, restart
-    ).settled(params_init)
+    parts = Parts("next_level", criterion, pattern, scope, where)
+    rules = Rules(parts, rate, dict(rates or {}), evidence, restart).on(params_init)
     before = None if level is None else check_level(level, params_init, "next_level", "level")
     return after(before, params_init, rules)
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """The settings of a search, the same at every level, and the function they were given to."""
+    """The settings of a search, the same at every level; ``parts.user`` was given them."""
 
-    user: str
+    parts: Parts
     rate: float
     rates: Mapping[str, float]
-    criterion: Criterion
-    pattern: Pattern
-    scope: Scope
-    where: Where
     evidence: Evidence | None
     restart: Restart
 
-    @property
-    def parts(self) -> dict[str, Any]:
-        return {"pattern": self.pattern, "scope": self.scope}
-
-    def settled(self, params: Params) -> "Rules":
-        """Check the settings; give them with the pattern settled on these params."""
-        check_parts(self.user, criterion=self.criterion, **self.parts, where=self.where)
-        check_sparsity(self.rate, f"{self.user}(rate)")
-        check_sparsity(self.rates, f"{self.user}(rates)")
-        pattern, where = fit_parts(self.pattern, self.where, params)
+    def on(self, params: Params) -> "Rules":
+        """Check the settings; give them with the parts bound to these params."""
+        user = self.parts.user
+        check_sparsity(self.rate, f"{user}(rate)")
+        check_sparsity(self.rates, f"{user}(rates)")
+        parts = self.parts.bind(params)
         for regex in self.rates:
-            compile_regex(regex, f"{self.user}(rates)")
-        part = prunable(params, where=where)
-        check_regexes_match(tuple(self.rates), part, f"{self.user}(rates)")
-        return dataclasses.replace(self, pattern=pattern, where=where)
+            compile_regex(regex, f"{user}(rates)")
+        check_regexes_match(tuple(self.rates), parts.prunable(params), f"{user}(rates)")
+        return dataclasses.replace(self, parts=parts)
 
     def check_fit(self, params: Params) -> None:
         """Let pattern and scope say what does not fit, from shapes alone."""
         dense = self.sparsity(0, params)
-        part = prunable(params, where=self.where)
-        jax.eval_shape(lambda p: rank(p, dense, **self.parts, within=None), part)
+        part = self.parts.prunable(params)
+        jax.eval_shape(lambda p: select(self.parts, p, dense, None, like=p), part)
 
     def sparsity(self, index: int, params: Params) -> Sparsity:
         """The ladder: what is gone after ``index`` rounds, as a number or one a leaf.
@@ -171,11 +161,11 @@ class Rules:
 
         if not self.rates:
             return 1.0 - (1.0 - self.rate) ** index
-        return map_with_path(of_leaf, prunable(params, where=self.where))
+        return map_with_path(of_leaf, self.parts.prunable(params))
 
     def own_evidence(self, init: Params) -> dict[str, Any]:
         """What a criterion gets without asking the user."""
-        asked = "params_init" in required_evidence(self.criterion)
+        asked = "params_init" in required_evidence(self.parts.criterion)
         return {"params_init": init} if asked else {}
 
     def evidence_of(self, level: Level) -> dict[str, Any]:
@@ -183,26 +173,20 @@ class Rules:
         found = {} if self.evidence is None else self.evidence(level)
         if not isinstance(found, Mapping):
             raise TypeError(
-                f"`{self.user}(evidence=...)` returned {type(found).__name__}. Return a dict of "
-                "what the criterion asks for, such as `{'grads': grads}`."
+                f"`{self.parts.user}(evidence=...)` returned {type(found).__name__}. Return a "
+                "dict of what the criterion asks for, such as `{'grads': grads}`."
             )
-        check_names(f"{self.user}(evidence=...)", self.criterion, found, SETTINGS[-1:])
+        check_names(f"{self.parts.user}(evidence=...)", self.parts.criterion, found, SETTINGS[-1:])
         return dict(found)
 
     def find(
         self, params: Params, index: int, within: Masks | None, found: dict[str, Any]
     ) -> Masks:
         """Masks of level ``index``; the parts are settled."""
-        return find_compiled(
-            params,
-            self.sparsity(index, params),
-            found,
-            # Nothing is removed at level 0, whatever the scores: no evidence needed.
-            criterion=self.criterion if index else magnitude,
-            **self.parts,
-            where=self.where,
-            within=within,
-        )
+        # Nothing is removed at level 0, whatever the scores: no evidence needed.
+        criterion = self.parts.criterion if index else magnitude
+        parts = dataclasses.replace(self.parts, criterion=criterion)
+        return find(parts, params, self.sparsity(index, params), found, within=within)
 
 
 def after(level: Level | None, init: Params, rules: Rules) -> Level:

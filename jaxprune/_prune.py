@@ -1,6 +1,5 @@
 """Pruning around any optax optimizer: masks live in its state and act through its updates."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,28 +7,18 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune._advice import warn
+from jaxprune._checks import check_extra
+from jaxprune._enforce import enforce, live
 from jaxprune._errors import check_parts
-from jaxprune._event import (
-    PruneState,
-    Search,
-    check_extra,
-    check_grads,
-    check_inner,
-    check_start,
-    check_update,
-    enforce,
-    if_due,
-    is_placeholder,
-    live,
-    storage,
-    without_variables,
-)
 from jaxprune._frozen import moving
 from jaxprune._help import readable, scheduled
 from jaxprune._masks import check_masks, dense_masks, unpack
-from jaxprune._tree import is_matrix, map_leaves, narrow
+from jaxprune._parts import Parts
+from jaxprune._pruner import Pruner, remember
+from jaxprune._state import is_placeholder, without_variables
+from jaxprune._tree import is_matrix, map_leaves
 from jaxprune._where import by_default
+from jaxprune._wrap import Done, Inner, Step, Store, at_most_once, wrap
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
@@ -105,35 +94,33 @@ def prune(
       Array([[ 0. , -2. ],
              [ 1.5,  0. ]], dtype=float32)
     """
-    check_inner(inner, "prune")
-    parts = Search("prune", schedule, criterion, pattern, scope, where, key, inner)
-    store = storage(packed)
+    pruner = Pruner(Parts("prune", criterion, pattern, scope, where), schedule, key, inner)
 
-    def start(params: Params) -> tuple[Masks, Any]:
-        check_start("prune", params)
-        search = parts.on(params)
-        return search.first_masks(params), search.first_memory(params)
-
-    def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
-        now, search = state.count, parts.on(params, state.masks)
-        memory = search.remember(state.criterion_state, params, grads)
-        evidence = search.evidence(state, memory, grads, extra)
-        falls = search.falls(now)
+    def step(inner: Inner, now: Step, store: Store) -> Done:
+        bound, count = pruner.on(now.params, now.state.masks), now.state.count
+        memory = remember(criterion, now.state.criterion_state, bound.part, now.grads)
+        evidence = pruner.evidence(now, memory)
+        falls = bound.falls(count)
 
         def renew(stored: Masks) -> Masks:
             within = jax.tree.map(lambda m: m | falls, unpack(stored))
-            return store(search.find(now, params, within, evidence))
+            return store(bound.find(count, within, evidence))
 
-        stored = store(search.fit(state.masks, params))
-        return if_due(schedule.due(now), renew, stored), memory
+        stored = at_most_once(schedule.due(count), renew, store(bound.widened(now.state.masks)))
+        masks = check_masks(unpack(stored), now.params, "masks")
+        grads = live(now.grads, masks)
+        updates, inner_state = inner.update(grads, now.state.inner_state, now.params, **now.extra)
+        return Done(map_leaves(enforce, updates, now.params, masks), stored, inner_state, memory)
 
-    return _wrap(
+    return wrap(
+        "prune",
         inner,
-        start=start,
-        refresh=refresh,
-        advise=functools.partial(warn, "prune", schedule=schedule, by_default=parts.by_default),
+        first=pruner.first,
+        step=step,
         key=key,
         packed=packed,
+        schedule=schedule,
+        by_default=pruner.by_default,
     )
 
 
@@ -179,35 +166,36 @@ def hold(
       Array([[0.5, 0. ],
              [0.5, 0.5]], dtype=float32)
     """
-    check_inner(inner, "hold")
     check_parts("hold", where=where)
+    given_inner = inner
     # A module with masks in the place of its weights can be called as well.
     from_params = callable(masks) and not any(map(_is_mask, jax.tree.leaves(masks)))
 
-    def start(params: Params) -> tuple[Masks, Any]:
-        check_start("hold", params)
+    def first(params: Params) -> tuple[Masks, Any]:
         if is_placeholder(params):
             return params, ()
-        if masks is not None:
-            given = masks(params) if from_params else masks
-            mirror = check_masks(unpack(without_variables(given)), params, "masks")
-            return map_leaves(_as_params, params, mirror), ()
-        return dense_masks(params, where=moving(where, inner, params, "hold")), ()
+        if masks is None:
+            return dense_masks(params, where=moving(where, given_inner, params, "hold")), ()
+        given = masks(params) if from_params else masks
+        mirror = check_masks(unpack(without_variables(given)), params, "masks")
+        return map_leaves(_as_params, params, mirror), ()
 
-    def refresh(grads: Params, state: PruneState, params: Params, extra: dict[str, Any]) -> Any:
-        del grads, params
-        check_extra("hold", inner, extra)
-        return state.masks, state.criterion_state
+    def step(inner: Inner, now: Step, store: Store) -> Done:
+        del store
+        check_extra("hold", given_inner, now.extra)
+        grads, state = live(now.grads, now.masks), now.state
+        updates, inner_state = inner.update(grads, state.inner_state, now.params, **now.extra)
+        updates = map_leaves(enforce, updates, now.params, now.masks)
+        return Done(updates, state.masks, inner_state, state.criterion_state)
 
-    return _wrap(
+    return wrap(
+        "hold",
         inner,
-        start=start,
-        refresh=refresh,
-        advise=functools.partial(
-            warn, "hold", by_default=by_default(where) and masks is None, dense=masks is None
-        ),
-        key=None,
+        first=first,
+        step=step,
         packed=packed,
+        by_default=by_default(where) and masks is None,
+        dense=masks is None,
     )
 
 
@@ -219,53 +207,3 @@ def _as_params(param: jax.Array, mask: Any) -> Any:
 
 def _is_mask(leaf: Any) -> bool:
     return getattr(leaf, "dtype", None) in (jnp.bool_, jnp.uint8)
-
-
-def _wrap(
-    inner: optax.GradientTransformation,
-    *,
-    start: Callable[[Params], tuple[Masks, Any]],
-    refresh: Callable[..., Any],
-    advise: Callable[[PruneState, Params], None],
-    key: jax.Array | None,
-    packed: bool,
-) -> optax.GradientTransformationExtraArgs:
-    """Put masks around an optimizer.
-
-    ``start`` makes the first masks and what a criterion remembers; ``refresh`` says which masks
-    are in force at an update; ``advise`` warns of a new state.
-    """
-    inner = optax.with_extra_args_support(inner)
-    store = storage(packed)
-
-    def init(params: Params) -> PruneState:
-        masks, memory = start(params)
-        state = PruneState(
-            count=jnp.zeros([], jnp.int32),
-            masks=store(masks),
-            inner_state=inner.init(params),
-            criterion_state=memory,
-            key=None if key is None else jnp.copy(key),
-        )
-        if not is_placeholder(params):
-            advise(state, params)
-        return state
-
-    def update(
-        updates: optax.Updates, state: PruneState, params: Params | None = None, **extra: Any
-    ) -> tuple[optax.Updates, PruneState]:
-        check_update(state, params)
-        stored, criterion_state = refresh(updates, state, params, extra)
-        masks = check_masks(unpack(stored), params, "masks")
-        grads = live(check_grads(updates, params, narrow(params, masks)), masks)
-        updates, inner_state = inner.update(grads, state.inner_state, params, **extra)
-        new_state = PruneState(
-            count=optax.safe_increment(state.count),
-            masks=stored,
-            inner_state=inner_state,
-            criterion_state=criterion_state,
-            key=state.key,
-        )
-        return map_leaves(enforce, updates, params, masks), new_state
-
-    return optax.GradientTransformationExtraArgs(init, update)

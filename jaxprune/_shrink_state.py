@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune._event import PruneState, is_packed, searches, without_variables
 from jaxprune._masks import Packed, pack, unpack
+from jaxprune._pruner import pruners_in
 from jaxprune._shrink import cut_leaf, cut_list, cut_tree, read_cut
+from jaxprune._state import PruneState, is_packed, without_variables
 from jaxprune._states import is_pruner, pruners
 from jaxprune._straight_through import StraightThroughState
 from jaxprune._tree import (
@@ -97,7 +98,7 @@ def shrink_state(
 
 def _refuse_events(tx: optax.GradientTransformation, opt_state: optax.OptState) -> None:
     """Refuse a pruner that would prune again: its groups and shares are those of the whole."""
-    ends = [search.schedule.end for search in searches(tx) if hasattr(search.schedule, "end")]
+    ends = [pruner.schedule.end for pruner in pruners_in(tx) if hasattr(pruner.schedule, "end")]
     counts = [node.count for node in pruners(without_variables(opt_state))]
     done = min((int(jnp.min(jnp.asarray(count))) for count in counts), default=0)
     if ends and done <= max(ends):

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._errors import check_living
-from jaxprune._event import PruneState, is_packed, without_variables
 from jaxprune._masks import check_masks, pack, unpack
+from jaxprune._state import PruneState, is_packed, without_variables
 from jaxprune._tree import align, is_hole, leaves_by_keys, list_paths
 from jaxprune.typing import Masks
 

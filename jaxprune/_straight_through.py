@@ -6,23 +6,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxprune._advice import warn
-from jaxprune._event import (
-    PruneState,
-    Search,
-    check_grads,
-    check_inner,
-    check_start,
-    check_update,
-    if_due,
-    is_placeholder,
-    storage,
-)
+from jaxprune._checks import check_update
 from jaxprune._help import readable, scheduled
 from jaxprune._masks import check_masks, unpack
+from jaxprune._parts import Parts
+from jaxprune._pruner import Pruner, remember
 from jaxprune._serial import serialize_tuple
+from jaxprune._state import PruneState
 from jaxprune._states import get_masks
-from jaxprune._tree import is_matrix, map_leaves, prunable
+from jaxprune._tree import is_matrix, map_leaves
+from jaxprune._wrap import Done, Inner, Step, Store, at_most_once, wrap
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
@@ -104,24 +97,37 @@ def straight_through(
       <https://arxiv.org/abs/1308.3432>`_, 2013. Lin et al., `Dynamic Model Pruning with Feedback
       <https://arxiv.org/abs/2006.07253>`_, 2020.
     """
-    check_inner(inner, "straight_through")
-    parts = Search("straight_through", schedule, criterion, pattern, scope, where, key, inner)
-    inner = optax.with_extra_args_support(inner)
-    store = storage(packed)
+    user = "straight_through"
+    pruner = Pruner(Parts(user, criterion, pattern, scope, where), schedule, key, inner)
+
+    def step(inner: Inner, now: Step, store: Store) -> Done:
+        bound, count = pruner.on(now.params, now.state.masks), now.state.count
+        memory = remember(criterion, now.state.criterion_state, bound.part, now.grads)
+        evidence = pruner.evidence(now, memory)
+        stored = at_most_once(
+            schedule.due(count),
+            lambda _: store(bound.find(count, None, evidence)),
+            store(bound.widened(now.state.masks)),
+        )
+        # Weights are dense: neither gradients nor updates know of masks.
+        updates, inner_state = inner.update(
+            now.grads, now.state.inner_state, now.params, **now.extra
+        )
+        return Done(updates, stored, inner_state, memory)
+
+    masked = wrap(
+        user,
+        inner,
+        first=pruner.first,
+        step=step,
+        key=key,
+        packed=packed,
+        schedule=schedule,
+        by_default=pruner.by_default,
+    )
 
     def init(params: Params) -> StraightThroughState:
-        check_start("straight_through", params)
-        search = parts.on(params)
-        masked = PruneState(
-            count=jnp.zeros([], jnp.int32),
-            masks=store(search.first_masks(params)),
-            inner_state=inner.init(params),
-            criterion_state=search.first_memory(params),
-            key=None if key is None else jnp.copy(key),
-        )
-        if not is_placeholder(params):
-            warn(search.user, masked, params, schedule=schedule, by_default=parts.by_default)
-        return StraightThroughState(masked)
+        return StraightThroughState(masked.init(params))
 
     def update(
         grads: optax.Updates,
@@ -130,25 +136,7 @@ def straight_through(
         **extra: Any,
     ) -> tuple[optax.Updates, StraightThroughState]:
         check_update(state, params, StraightThroughState)
-        before = state.masked
-        search = parts.on(params, before.masks)
-        stored = store(search.fit(before.masks, params))
-        grads = check_grads(grads, params, prunable(params, where=search.where))
-        memory = search.remember(before.criterion_state, params, grads)
-        evidence = search.evidence(before, memory, grads, extra)
-        stored = if_due(
-            schedule.due(before.count),
-            lambda _: store(search.find(before.count, params, None, evidence)),
-            stored,
-        )
-        updates, inner_state = inner.update(grads, before.inner_state, params, **extra)
-        after = PruneState(
-            count=optax.safe_increment(before.count),
-            masks=stored,
-            inner_state=inner_state,
-            criterion_state=memory,
-            key=before.key,
-        )
+        updates, after = masked.update(grads, state.masked, params, **extra)
         return updates, StraightThroughState(after)
 
     return optax.GradientTransformationExtraArgs(init, update)

@@ -1,25 +1,79 @@
-"""The words of the library: what params, scores, masks and their parts are."""
+"""What params, scores, masks and the four parts are: all that the library asks of a part."""
 
 from collections.abc import Callable
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import jax
 from jax.typing import ArrayLike
+
+__all__ = (
+    "Bindable",
+    "Choosy",
+    "Counting",
+    "Criterion",
+    "CrossLeaf",
+    "ElementwiseCriterion",
+    "Masks",
+    "MemoryCriterion",
+    "Params",
+    "Pattern",
+    "Phased",
+    "Schedule",
+    "Scope",
+    "Scores",
+    "Settling",
+    "Sparsity",
+    "Units",
+    "Where",
+)
 
 Params: TypeAlias = Any  # pytree of float arrays
 Scores: TypeAlias = Any  # like Params; higher = keep; None where not prunable
 Units: TypeAlias = Any  # like Scores; one entry for what lives or dies together, the leaf's rank
 Masks: TypeAlias = Any  # like Scores; bool, broadcastable; True = kept
 Sparsity: TypeAlias = Any  # fraction removed in [0, 1]: one number, or one per prunable leaf
+Layout: TypeAlias = Any  # what each axis means; nothing makes one yet
 Where: TypeAlias = Callable[[str, jax.Array], bool]  # ("Dense_0/kernel", array) -> prunable?
 
-# Says how much each weight is worth. Takes params and, by keyword, the evidence that it names;
-# swallows the rest. One with memory also has `init(params)` and `update(state, params, grads)`.
-Criterion: TypeAlias = Callable[..., Scores]
+# What has to be there is in `Criterion`, `Pattern`, `Scope` and `Schedule`. The other protocols are
+# what a part *may* have as well: the library asks by the name of the method, so that a part of
+# one's own is as good as one of ours.
+
+
+class Criterion(Protocol):
+    """Says how much each weight is worth. A plain function does."""
+
+    def __call__(self, params: Params, *args: Any, **evidence: Any) -> Scores:
+        """Score the prunable leaves, higher = keep.
+
+        Evidence comes by keyword: what a criterion needs it names by keyword-only arguments, the
+        rest it swallows with ``**_``. There are no further ``args``.
+        """
+
+
+class MemoryCriterion(Criterion, Protocol):
+    """A criterion that remembers training; its state reaches it as ``state=``."""
+
+    def init(self, params: Params) -> Any:
+        """Make the memory of the start, from the prunable leaves."""
+
+    def update(self, state: Any, params: Params, grads: Params) -> Any:
+        """Take one step of training into the memory."""
+
+
+class ElementwiseCriterion(Criterion, Protocol):
+    """A criterion marked with ``jp.elementwise``."""
+
+    elementwise: bool
 
 
 class Pattern(Protocol):
-    """Says what is removed together. Frozen, hashable, holds no arrays."""
+    """Says what is removed together. Frozen, hashable, holds no arrays.
+
+    It may say ``neighbours = False``: its units do not lie side by side along the axes of a leaf,
+    so that no scope can rank them in windows. A ``pool`` that is marked ``jp.elementwise`` gives
+    back the scores as they are.
+    """
 
     def pool(self, scores: Scores) -> Units:
         """Make one score for each unit; leaves keep their rank, with axes of size 1."""
@@ -28,11 +82,64 @@ class Pattern(Protocol):
         """Turn bools of units into masks that broadcast over the weights."""
 
 
+PartT_co = TypeVar("PartT_co", covariant=True)
+
+
+class Bindable(Protocol[PartT_co]):
+    """A pattern or a scope that has to see the params before it can say what it does."""
+
+    def bind(self, params: Params, *, where: Where, layout: Layout = None) -> PartT_co:
+        """Give the part settled on these params: what it covers, which axes it means."""
+
+
+class Settling(Pattern, Protocol):
+    """A pattern that has a say in how many units stay."""
+
+    def settle(self, units: Units, keep: Units, alive: Units) -> Units:
+        """Correct what a scope kept. ``alive`` are bools like ``units``, or None where all are."""
+
+
+class CrossLeaf(Pattern, Protocol):
+    """A pattern whose units own parts of several leaves, biases and scales among them."""
+
+    def owns(self, path: str, array: jax.Array) -> bool:
+        """Say whether a leaf takes part, in the place of ``where``."""
+
+    def of_units(self, sparsity: Sparsity) -> Sparsity:
+        """Give the sparsities of its units out of a tree of numbers, or say what is missing."""
+
+
 class Scope(Protocol):
-    """Says who competes with whom. Units outside ``within`` rank below every other."""
+    """Says who competes with whom. A plain function does.
+
+    ``sparsity`` is a number of Python where it is known, so that there is one program for each
+    number, and a float32 inside of ``prune``. With ``lazy = True`` its units may be ``Lazy``:
+    scores that are computed where they are read.
+    """
 
     def __call__(self, units: Units, sparsity: Sparsity, *, within: Any = None) -> Any:
-        """Say which units stay: bools like ``units``."""
+        """Say which units stay: bools like ``units``. Those outside ``within`` never do."""
+
+
+class Counting(Scope, Protocol):
+    """A scope that can say beforehand how many units it keeps.
+
+    Counts of known numbers are made by Python, exactly, and travel as integers: one program for
+    all numbers.
+    """
+
+    def counts(self, units: Units, sparsity: Sparsity) -> Any:
+        """Give what the scope takes in the place of ``sparsity``. Of ``units`` shapes suffice."""
+
+
+class Choosy(Scope, Protocol):
+    """A scope that does not go with every pattern, or with every sparsity."""
+
+    def refuses(self, pattern: Pattern) -> str | None:
+        """Say why a pattern cannot be ranked, and what can; None where it can."""
+
+    def check_sparsity(self, sparsity: Sparsity, *, exact: bool) -> None:
+        """Raise for a sparsity that makes no sense, or, if ``exact``, that cannot be met."""
 
 
 class Schedule(Protocol):
@@ -43,3 +150,50 @@ class Schedule(Protocol):
 
     def due(self, step: ArrayLike) -> Any:
         """Say whether masks are found again at this update."""
+
+
+class Phased(Schedule, Protocol):
+    """What a schedule can say beside.
+
+    Attributes:
+      final: the sparsity that it arrives at, as it was asked for; counts are exact from there on.
+      end: step of the last event.
+    """
+
+    final: Sparsity
+    end: int
+
+    def before(self, step: ArrayLike) -> Any:
+        """Give the step of the last event before one at ``step``: has sparsity fallen since?"""
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def elementwise(f: F) -> F:
+    """Mark a criterion whose score of a weight needs the evidence of that weight only.
+
+    Its scores are then computed where a ranking reads them, and never lie in memory. Evidence
+    that mirrors the params reaches it leaf by leaf, all other evidence whole; so it maps over its
+    arguments with ``jax.tree.map`` and looks at nothing else.
+
+    Args:
+      f: a criterion, or the ``__call__`` of one.
+
+    Returns:
+      The same function with ``elementwise = True`` on it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> @jp.elementwise
+      ... def closeness(params, *, target, **_):
+      ...     return jax.tree.map(lambda w, t: -jnp.abs(w - t), params, target)
+      >>> params = {"w": jnp.array([[1.0, 2.0], [3.0, 4.0]])}
+      >>> target = {"w": jnp.array([[1.0, 0.0], [3.5, 4.0]])}
+      >>> jp.find_masks(params, 0.25, criterion=closeness, target=target)["w"]
+      Array([[ True, False],
+             [ True,  True]], dtype=bool)
+    """
+    f.elementwise = True  # type: ignore[attr-defined]
+    return f

@@ -19,14 +19,29 @@ EXTRAS = {"checkpoint": {"orbax"}}
 FILES_ARE_ITS_BUSINESS = {"checkpoint", "export"}
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
-    ("typing", "_serial", "_where", "_tree", "_mesh", "_errors", "_help", "_values"),
+    (
+        "typing",
+        "_serial",
+        "_where",
+        "_tree",
+        "_mesh",
+        "_numbers",
+        "_errors",
+        "_help",
+        "_values",
+        "_ranking",
+    ),
     ("_groups", *PARTS),
-    ("_masks", "_evidence", "_find", "_report", "graph"),
+    ("_evidence", "_parts", "_score", "_masks", "_amount", "_find", "_make", "_report", "graph"),
     (
         "_frozen",
-        "_event",
+        "_state",
+        "_enforce",
+        "_checks",
         "_states",
         "_advice",
+        "_wrap",
+        "_pruner",
         "_prune",
         "dynamic",
         "_straight_through",
@@ -66,6 +81,38 @@ def test_a_file_imports_only_from_the_layers_above_it(file):
         assert not (mine in PARTS and rest[0] in PARTS), f"{mine} imports {name}"
 
 
+def names_of_parts(tree):
+    """What a file imports from the four folders."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[1:2] in [[p] for p in PARTS]:
+            yield from (alias.asname or alias.name for alias in node.names)
+
+
+def asked_by_name(tree):
+    """Names that a file compares with something, or asks whether something is made by."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "isinstance",
+            "issubclass",
+        ):
+            asked = node.args[1:]
+        else:
+            continue
+        yield from (n.id for part in asked for n in ast.walk(part) if isinstance(n, ast.Name))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_part_is_known_by_name_outside_of_its_folder(file):
+    if module_of(file) in PARTS:
+        return
+    tree = ast.parse(file.read_text())
+    private = [n for n in imports(file) if n.split(".")[1:2] in [[p] for p in PARTS] and "._" in n]
+    assert not private, "a part is what its folder exports; let it declare what it can do"
+    assert not set(names_of_parts(tree)) & set(asked_by_name(tree))
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
 def test_extras_are_imported_by_nobody_at_the_top(file):
     at_the_top = imports(file, ast.parse(file.read_text()).body)
@@ -98,6 +145,8 @@ def public():
     """Every public name, families opened."""
     for name in jp.__all__:
         value = getattr(jp, name)
+        if value is jp.typing:  # words, not things
+            continue
         if isinstance(value, types.ModuleType):
             yield from ((f"{name}.{n}", getattr(value, n)) for n in value.__all__)
         else:

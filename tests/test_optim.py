@@ -628,5 +628,5 @@ def test_gradients_of_another_structure_or_shape_are_named_by_path(wrap):
     state = tx.init(params)
     with pytest.raises(ValueError, match="`grads` is not a tree like the params: nothing at 'b'"):
         tx.update({"a": jnp.ones((2, 2))}, state, params)
-    with pytest.raises(ValueError, match=r"'b' has shape \(4,\), the weights \(2, 2\)"):
+    with pytest.raises(ValueError, match=r"'b' has shape \(4,\), in the params \(2, 2\)"):
         tx.update({"a": jnp.ones((2, 2)), "b": jnp.ones(4)}, state, params)

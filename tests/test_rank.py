@@ -1,4 +1,6 @@
-"""Tests of scopes/_rank.py: the exact top-k against a slow loop that anyone can read."""
+"""Tests of _ranking: the exact top-k against a slow loop that anyone can read."""
+
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -7,12 +9,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxprune.scopes._rank import _count_in_bytes, image, keep_largest
+from jaxprune._ranking import Lazy, keep_largest, order_key
+from jaxprune._ranking._shards import Shard
+from jaxprune._ranking._tally import _count_in_bytes
 from tests.helpers import slow_keep
 
 # Few shapes, so that few programs are compiled; together they hold 18 units.
 SHAPES = ((3, 4), (4,), (), (0,), (1,))
 SIZES = [int(np.prod(shape)) for shape in SHAPES]
+WHOLE = tuple(range(len(SHAPES)))
 SPECIAL = (0.0, -0.0, 1.0, -1.0, 1.5, np.inf, -np.inf, np.nan)
 
 
@@ -181,9 +186,9 @@ def test_large_leaves_keep_the_first_k_of_a_stable_sort(name, fraction):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_images_have_the_order_of_the_numbers(dtype):
     numbers = jnp.array([np.nan, -np.inf, -2.0, -1.0, 0.0, 1.0, 2.0, np.inf], dtype)
-    images = np.asarray(image(numbers)).astype(np.int64)
+    images = np.asarray(order_key(numbers)).astype(np.int64)
     assert (np.diff(images) > 0).all() and images[0] > 0
-    dead = image(numbers, jnp.zeros(8, bool))
+    dead = order_key(numbers, jnp.zeros(8, bool))
     assert not dead.any()
 
 
@@ -229,3 +234,69 @@ def test_many_small_vectors_are_ranked_as_if_they_were_counted():
         large = keep_largest([x[None] for x in leaves], counts, rankings, [a[None] for a in alive])
         for a, b in zip(small, large, strict=True):
             np.testing.assert_array_equal(a, b[0])
+
+
+# Counts that broadcast over a leaf of this shape give each of their entries a competition.
+STACK = (3, 4, 5)
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (1, 1, 5), (1, 4, 5), (3, 1, 5), (1, 1, 1)])
+@pytest.mark.parametrize("with_dead", [False, True])
+def test_counts_that_broadcast_over_a_leaf_rank_each_of_its_parts_alone(shape, with_dead):
+    rng = np.random.default_rng(sum(shape) + with_dead)
+    scores = rng.choice([0.0, -0.0, 1.0, 1.5, -2.0, np.inf, np.nan], STACK).astype(np.float32)
+    alive = rng.random(STACK) < 0.7 if with_dead else None
+    size = int(np.prod(STACK) // np.prod(shape))
+    counts = rng.integers(0, size + 1, shape)
+    beside = jnp.asarray(rng.normal(size=7), jnp.float32)  # another ranking, of the plain kind
+    keep, other = jax.jit(
+        lambda c: keep_largest(
+            [jnp.asarray(scores), beside],
+            [c, 3],
+            ((0,), (1,)),
+            None if alive is None else [jnp.asarray(alive), None],
+        )
+    )(jnp.asarray(counts))
+    for place in np.ndindex(*shape):
+        part = tuple(slice(None) if n == 1 else i for i, n in zip(place, shape, strict=True))
+        want = slow_keep(scores[part], counts[place], None if alive is None else alive[part])
+        np.testing.assert_array_equal(np.asarray(keep)[part], want)
+    np.testing.assert_array_equal(other, slow_keep(beside, 3))
+
+
+def test_layers_of_a_stack_rank_as_each_of_them_does_alone():
+    scores = jax.random.normal(jax.random.key(0), (6, 30, 20)).astype(jnp.bfloat16)  # many ties
+    counts = jnp.array([0, 1, 60, 300, 599, 600]).reshape(6, 1, 1)
+    together = keep_largest([scores], [counts], ((0,),))[0]
+    alone = [
+        keep_largest([s], [int(n)], ((0,),))[0] for s, n in zip(scores, counts.ravel(), strict=True)
+    ]
+    np.testing.assert_array_equal(together, np.stack(alone))
+
+
+def test_parts_of_a_leaf_that_devices_share_are_refused():
+    shards, counts = [Shard(("x",), (("x",), ()))], [jnp.ones((1, 4), jnp.int32)]
+    with pytest.raises(NotImplementedError, match="not ranked over its devices"):
+        keep_largest([jnp.ones((8, 4))], counts, ((0,),), shards=shards)
+
+
+@settings(max_examples=20, deadline=None)
+@given(flat=many_floats, k=st.integers(0, sum(SIZES)))
+def test_lazy_scores_rank_as_if_they_were_stored(flat, k):
+    weights = split(flat, jnp.float32)
+    signs = [jnp.where(jnp.arange(w.size).reshape(w.shape) % 2 == 0, 1.0, -1.0) for w in weights]
+    stored = keep_largest([w * s for w, s in zip(weights, signs, strict=True)], [k], (WHOLE,))
+    lazy = [
+        Lazy((w, s), operator.mul, jnp.dtype(jnp.float32))
+        for w, s in zip(weights, signs, strict=True)
+    ]
+    for a, b in zip(keep_largest(lazy, [k], (WHOLE,)), stored, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_lazy_scores_are_never_stored():
+    w = jnp.ones((1000, 1000))
+    lazy = [Lazy((w, w), operator.mul, jnp.dtype(jnp.float32))]
+    search = jax.jit(lambda leaves: keep_largest(leaves, [9], ((0,),)))
+    memory = search.lower(lazy).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < w.nbytes / 2  # bytes of digits, not scores of four

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprune import scopes
-from jaxprune.scopes._count import MOST_UNITS
-from jaxprune.scopes._spread import check_units
+from jaxprune.scopes._count import MOST_UNITS, check_units
 from tests.helpers import assert_trees_equal, slow_keep
 
 UNITS = {

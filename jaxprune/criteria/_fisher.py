@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree import mirrored, wide
-from jaxprune.typing import Params, Scores
+from jaxprune.typing import Params, Scores, elementwise
 
 
+@elementwise
 def fisher(
     params: Params, *, grads: Params | None = None, second_moment: Params | None = None, **_: Any
 ) -> Scores:
@@ -75,6 +76,7 @@ class FisherEma:
 
         return jax.tree.map(average, state, mirrored(grads, params, "grads"))
 
+    @elementwise
     def __call__(self, params: Params, *, state: Params, **_: Any) -> Scores:
         return fisher(params, second_moment=state)
 

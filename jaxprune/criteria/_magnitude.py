@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.typing import Params, Scores
+from jaxprune.typing import Params, Scores, elementwise
 
 
+@elementwise
 def magnitude(params: Params, **_: Any) -> Scores:
     r"""Score a weight by its size :math:`|w|`.
 

@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree import mirrored
-from jaxprune.typing import Params, Scores
+from jaxprune.typing import Params, Scores, elementwise
 
 
+@elementwise
 def magnitude_increase(params: Params, *, params_init: Params, **_: Any) -> Scores:
     r"""Score a weight by the growth of its size :math:`|w| - |w_0|`.
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree import mirrored, wide
-from jaxprune.typing import Params, Scores
+from jaxprune.typing import Params, Scores, elementwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +61,7 @@ class Movement:
 
         return jax.tree.map(add, state, params, mirrored(grads, params, "grads"))
 
+    @elementwise
     def __call__(self, params: Params, *, state: Params, **_: Any) -> Scores:
         return mirrored(state, params, "state")
 

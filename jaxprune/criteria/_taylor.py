@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree import mirrored, wide
-from jaxprune.typing import Params, Scores
+from jaxprune.typing import Params, Scores, elementwise
 
 
+@elementwise
 def taylor(params: Params, *, grads: Params, **_: Any) -> Scores:
     r"""Estimate how much the loss moves if a weight is set to zero.
 

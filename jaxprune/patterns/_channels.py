@@ -1,6 +1,7 @@
 """Whole channels along one axis."""
 
 import dataclasses
+from typing import ClassVar
 
 import jax
 
@@ -32,6 +33,7 @@ class Channels:
 
     axis: int = -1
     reduce: str = "mean"
+    neighbours: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.axis, int) or isinstance(self.axis, bool):

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ import numpy as np
 
 from jaxprune._errors import check_sparsity
 from jaxprune._groups import Group, Groups, expand
+from jaxprune._ranking import keep_largest
 from jaxprune._tree import leaves_by_path, list_paths, wide
-from jaxprune._where import compile_regex
+from jaxprune._where import compile_regex, refuses
 from jaxprune.patterns._reduce import check_reduce
-from jaxprune.typing import Masks, Params, Scores, Units
+from jaxprune.typing import Layout, Masks, Params, Scores, Sparsity, Units, Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Coupled:
     round_to: int = 1
     max_sparsity: float = 1.0
     normalize: bool = False
+    neighbours: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         groups = self.groups
@@ -84,6 +86,62 @@ class Coupled:
         """Score each unit over all its members: for each group a vector of its size, by name."""
         leaves = leaves_by_path(scores, "Coupled")
         return {group.name: self._pool(group, leaves) for group in self.groups}
+
+    def bind(self, params: Params, *, where: Where, layout: Layout = None) -> "Coupled":
+        """Keep the groups that may go: those of which ``where`` refuses no member.
+
+        The default ``where`` lets all of them go, biases and scales too.
+        """
+        del layout
+        leaves = leaves_by_path(params, "Coupled")
+        for group in self.groups:
+            missing = [m.path for m in group.members if m.path not in leaves]
+            if missing:
+                raise ValueError(
+                    f"The params have nothing at {list_paths(missing)}, which the group "
+                    f"{group.name!r} owns a part of; their paths are {list_paths(list(leaves))}. "
+                    "Use the groups of these params: `groups.at(params)`, or `groups.at(prefix)` "
+                    "for a subtree of flax variables."
+                )
+        free = [
+            group
+            for group in self.groups
+            if not any(refuses(where, m.path, leaves[m.path]) for m in group.members)
+        ]
+        if not free:
+            raise ValueError(
+                f"`where` refuses a member of each of the {len(self.groups)} groups, so that "
+                "nothing could be removed. Let it take all members of a group, biases and scales "
+                "too."
+            )
+        return dataclasses.replace(self, groups=Groups(free, self.groups.frozen))
+
+    def settle(self, units: Units, keep: Units, alive: Units) -> Units:
+        """Let each group keep as many units as it needs, the best of those alive.
+
+        A group keeps its last unit, ``max_sparsity`` and a multiple of ``round_to``. What the
+        scope kept is a number for each group; which units make up that number is ranked again.
+
+        Args:
+          units: scores by group, `[units]` each.
+          keep: bools like ``units``.
+          alive: bools like ``units``, or None where all are.
+
+        Returns:
+          Bools like ``units``.
+        """
+        names = sorted(units)
+        groups = {group.name: group for group in self.groups}
+        living = [None if alive is None else alive[name] for name in names]
+        counts = []
+        for name, here in zip(names, living, strict=True):
+            wanted = jnp.maximum(jnp.sum(keep[name], dtype=jnp.int32), self.least(groups[name]))
+            rounded = -(-wanted // self.round_to) * self.round_to
+            most = units[name].size if here is None else jnp.sum(here, dtype=jnp.int32)
+            counts.append(jnp.minimum(rounded, most))
+        each = tuple((i,) for i in range(len(names)))
+        best = keep_largest([units[name] for name in names], counts, each, living)
+        return dict(zip(names, best, strict=True))
 
     def expand(self, keep: Units, *, like: Params) -> Masks:
         """Masks that keep the given units; None for leaves that belong to no group."""
@@ -115,7 +173,7 @@ class Coupled:
         first = lambda name: (rules[r] for r, regex in compiled.items() if regex.fullmatch(name))  # noqa: E731
         return {name: next(first(name), default) for name in names}
 
-    def of_groups(self, sparsity: Any) -> dict[str, Any]:
+    def of_units(self, sparsity: Sparsity) -> dict[str, Any]:
         """The sparsity of each group out of a tree by the names of groups."""
         missing = [
             g.name for g in self.groups if not isinstance(sparsity, dict) or g.name not in sparsity

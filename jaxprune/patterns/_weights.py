@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 
-from jaxprune.typing import Masks, Params, Scores, Units
+from jaxprune.typing import Masks, Params, Scores, Units, elementwise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +17,7 @@ class Weights:
       {'w': Array([1., 2.], dtype=float32)}
     """
 
+    @elementwise
     def pool(self, scores: Scores) -> Units:
         """Return the scores: a unit is a weight."""
         return scores

@@ -4,13 +4,30 @@ from typing import Any
 
 import jax
 
-from jaxprune.scopes._count import is_fixed, removed
-from jaxprune.scopes._rank import keep_largest
-from jaxprune.scopes._shards import AxisName, shards
-from jaxprune.scopes._spread import check_units, is_tree
+from jaxprune._numbers import is_tree
+from jaxprune._ranking import AxisName, keep_largest, shards
+from jaxprune.scopes._count import Counts, counted_by, flat, kept
 from jaxprune.typing import Sparsity, Units
 
 
+def _counts(
+    units: Units, sparsity: Sparsity, *, axis_name: AxisName | None = None, specs: Any = None
+) -> Counts:
+    """How many units of the whole tree stay."""
+    if isinstance(sparsity, Counts):
+        return sparsity
+    if is_tree(sparsity):
+        raise ValueError(
+            "`across` ranks all leaves together and takes one sparsity, but got a tree of "
+            f"{len(jax.tree.leaves(sparsity))} of them. Pass a number, or rank with "
+            "`scope=jp.scopes.per_leaf`."
+        )
+    parts = shards(units, axis_name, specs, "across")
+    n = sum(part.whole(leaf) for part, leaf in zip(parts, flat(units)[0], strict=True))
+    return kept([n], [sparsity], "across")
+
+
+@counted_by(_counts)
 def across(
     units: Units,
     sparsity: Sparsity,
@@ -53,17 +70,9 @@ def across(
       >>> across({"a": jnp.array([1.0, 4.0]), "b": jnp.array([3.0, 2.0])}, 0.25)
       {'a': Array([False,  True], dtype=bool), 'b': Array([ True,  True], dtype=bool)}
     """
-    if is_tree(sparsity):
-        raise ValueError(
-            "`across` ranks all leaves together and takes one sparsity, but got a tree of "
-            f"{len(jax.tree.leaves(sparsity, is_leaf=is_fixed))} of them. Pass a number, or rank "
-            "with `scope=jp.scopes.per_leaf`."
-        )
-    leaves, treedef = jax.tree.flatten(units)
-    parts = shards(units, axis_name, specs, "across")
-    n = sum(part.whole(leaf) for part, leaf in zip(parts, leaves, strict=True))
-    check_units(n, "across")
+    leaves, treedef = flat(units)
     alive = None if within is None else jax.tree.leaves(within)
+    parts = shards(units, axis_name, specs, "across")
+    counts = _counts(units, sparsity, axis_name=axis_name, specs=specs)
     everyone = tuple(range(len(leaves)))
-    keep = keep_largest(leaves, [n - removed(sparsity, n)], (everyone,), alive, parts)
-    return jax.tree.unflatten(treedef, keep)
+    return jax.tree.unflatten(treedef, keep_largest(leaves, counts.kept, (everyone,), alive, parts))

@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
+from jaxprune._numbers import is_tree
+from jaxprune._ranking import keep_largest
 from jaxprune._tree import list_paths
-from jaxprune.scopes._count import is_fixed, removed
-from jaxprune.scopes._rank import keep_largest
-from jaxprune.scopes._spread import check_units, is_tree
+from jaxprune.scopes._count import Counts, check_units, kept
 from jaxprune.typing import Sparsity, Units
 
 
@@ -19,6 +19,28 @@ class Isomorphic:
     classes: tuple[tuple[str, str], ...]
 
     def __call__(self, units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
+        counts = self.counts(units, sparsity).kept
+        names, rankings = sorted(units), self._rankings(units)
+        leaves = [units[name] for name in names]
+        alive = None if within is None else [within[name] for name in names]
+        return dict(zip(names, keep_largest(leaves, counts, rankings, alive), strict=True))
+
+    def counts(self, units: Units, sparsity: Sparsity) -> Counts:
+        """How many units of each class stay."""
+        if isinstance(sparsity, Counts):
+            return sparsity
+        if is_tree(sparsity):
+            raise ValueError(
+                "`isomorphic` takes one sparsity for all classes, but got a tree of "
+                f"{len(jax.tree.leaves(sparsity))}. Pass a number."
+            )
+        rankings, names = self._rankings(units), sorted(units)
+        sizes = [sum(units[names[i]].size for i in ranking) for ranking in rankings]
+        check_units(sum(sizes), "isomorphic")
+        return kept(sizes, [sparsity] * len(sizes), "isomorphic")
+
+    def _rankings(self, units: Units) -> tuple[tuple[int, ...], ...]:
+        """Which groups, numbered in the order of their names, are of one class."""
         class_of = dict(self.classes)
         names = sorted(units) if isinstance(units, dict) else []
         unknown = [name for name in names if name not in class_of]
@@ -28,21 +50,10 @@ class Isomorphic:
                 "its groups do not name. Use it with `pattern=jp.patterns.Coupled(groups)` and the "
                 "same groups."
             )
-        if is_tree(sparsity):
-            raise ValueError(
-                "`isomorphic` takes one sparsity for all classes, but got a tree of "
-                f"{len(jax.tree.leaves(sparsity, is_leaf=is_fixed))}. Pass a number."
-            )
         classes = dict.fromkeys(class_of[name] for name in names)
-        rankings = tuple(
+        return tuple(
             tuple(i for i, name in enumerate(names) if class_of[name] == c) for c in classes
         )
-        leaves = [units[name] for name in names]
-        check_units(sum(leaf.size for leaf in leaves), "isomorphic")
-        sizes = [sum(leaves[i].size for i in ranking) for ranking in rankings]
-        counts = [n - removed(sparsity, n) for n in sizes]
-        alive = None if within is None else [within[name] for name in names]
-        return dict(zip(names, keep_largest(leaves, counts, rankings, alive), strict=True))
 
 
 def isomorphic(groups: Any) -> Isomorphic:

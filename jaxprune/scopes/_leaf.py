@@ -4,13 +4,23 @@ from typing import Any
 
 import jax
 
-from jaxprune.scopes._count import removed
-from jaxprune.scopes._rank import keep_largest
-from jaxprune.scopes._shards import AxisName, shards
-from jaxprune.scopes._spread import check_units, spread
+from jaxprune._ranking import AxisName, keep_largest, shards
+from jaxprune.scopes._count import Counts, counted_by, flat, kept, one_each
 from jaxprune.typing import Sparsity, Units
 
 
+def _counts(
+    units: Units, sparsity: Sparsity, *, axis_name: AxisName | None = None, specs: Any = None
+) -> Counts:
+    """How many units of each leaf stay."""
+    if isinstance(sparsity, Counts):
+        return sparsity
+    parts = shards(units, axis_name, specs, "per_leaf")
+    sizes = [part.whole(leaf) for part, leaf in zip(parts, flat(units)[0], strict=True)]
+    return kept(sizes, one_each(units, sparsity, "per_leaf"), "per_leaf")
+
+
+@counted_by(_counts)
 def per_leaf(
     units: Units,
     sparsity: Sparsity,
@@ -44,13 +54,9 @@ def per_leaf(
       >>> per_leaf({"a": jnp.array([1.0, 4.0]), "b": jnp.array([3.0, 2.0])}, 0.5)
       {'a': Array([False,  True], dtype=bool), 'b': Array([ True, False], dtype=bool)}
     """
-    leaves, treedef = jax.tree.flatten(units)
+    leaves, treedef = flat(units)
     alive = None if within is None else jax.tree.leaves(within)
     parts = shards(units, axis_name, specs, "per_leaf")
-    sizes = [part.whole(leaf) for part, leaf in zip(parts, leaves, strict=True)]
-    for n in sizes:
-        check_units(n, "per_leaf")
-    sparsities = spread(units, sparsity, "per_leaf")
-    counts = [n - removed(s, n) for n, s in zip(sizes, sparsities, strict=True)]
-    keep = keep_largest(leaves, counts, tuple((i,) for i in range(len(leaves))), alive, parts)
-    return jax.tree.unflatten(treedef, keep)
+    counts = _counts(units, sparsity, axis_name=axis_name, specs=specs)
+    each = tuple((i,) for i in range(len(leaves)))
+    return jax.tree.unflatten(treedef, keep_largest(leaves, counts.kept, each, alive, parts))

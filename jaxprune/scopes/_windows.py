@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune._numbers import is_number
+from jaxprune._ranking import order_key
 from jaxprune._tree import leaves_with_path, map_with_path
-from jaxprune.scopes._count import is_number, removed
-from jaxprune.scopes._rank import image
-from jaxprune.scopes._spread import spread
-from jaxprune.typing import Sparsity, Units
+from jaxprune.scopes._count import Counts, one_each, removed
+from jaxprune.typing import Pattern, Sparsity, Units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,19 +26,39 @@ class Windows:
         return f"windows({self.m})" if self.axis == -2 else f"windows({self.m}, axis={self.axis})"
 
     def __call__(self, units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
-        self._check(units)
-        self.check_sparsity(sparsity)
+        counts = self.counts(units, sparsity).kept
         leaves, treedef = jax.tree.flatten(units)
         alive = [None] * len(leaves) if within is None else jax.tree.leaves(within)
-        sparsities = spread(units, sparsity, f"windows(m={self.m})")
         keep = [
-            _keep(u, self.m - removed(s, self.m), a, self.m, self.axis % u.ndim)
-            for u, s, a in zip(leaves, sparsities, alive, strict=True)
+            _keep(u, n, a, self.m, self.axis % u.ndim)
+            for u, n, a in zip(leaves, counts, alive, strict=True)
         ]
         return jax.tree.unflatten(treedef, keep)
 
-    def check_sparsity(self, sparsity: Sparsity) -> None:
-        """Refuse a sparsity short of 1 that rounds to whole windows; traced ones pass unseen."""
+    def counts(self, units: Units, sparsity: Sparsity) -> Counts:
+        """How many units of each window of a leaf stay."""
+        self._check(units)
+        if isinstance(sparsity, Counts):
+            return sparsity
+        self.check_sparsity(sparsity)
+        each = one_each(units, sparsity, f"windows(m={self.m})")
+        return Counts(tuple(self.m - removed(s, self.m) for s in each))
+
+    def refuses(self, pattern: Pattern) -> str | None:
+        """Refuse patterns whose units have no neighbours along an axis."""
+        if getattr(pattern, "neighbours", True):
+            return None
+        return (
+            f"`windows(m={self.m})` ranks neighbours along an axis, and "
+            f"`{type(pattern).__name__}` leaves no neighbours to rank. Use it with `Weights` or "
+            "`Blocks`, or rank channels with `per_leaf` or `across`."
+        )
+
+    def check_sparsity(self, sparsity: Sparsity, *, exact: bool = False) -> None:
+        """Refuse a sparsity short of 1 that rounds to whole windows; traced ones pass unseen.
+
+        If ``exact``, for masks found in one shot, also one that no window of m can have.
+        """
         bad = [
             f"{s:g}{f' at {path!r}' if path else ''}"
             for path, s in leaves_with_path(sparsity)
@@ -49,9 +69,10 @@ class Windows:
                 f"`windows(m={self.m})` would keep none of {self.m} at a sparsity of "
                 f"{', '.join(bad)}. Use at most {1 - 1 / self.m:g}, which keeps one, or a larger m."
             )
+        if exact:
+            self._check_exact(sparsity)
 
-    def check_exact(self, sparsity: Sparsity) -> None:
-        """Refuse a known sparsity that no window of m can have, for masks found in one shot."""
+    def _check_exact(self, sparsity: Sparsity) -> None:
         bad = [
             f"{s:g}{f' at {path!r}' if path else ''} (there are {math.floor(s * self.m) / self.m:g}"
             f" and {math.ceil(s * self.m) / self.m:g})"
@@ -93,7 +114,7 @@ def _keep(
     if not units.size:
         return jnp.ones(units.shape, bool)
     split = (*units.shape[:axis], -1, m, *units.shape[axis + 1 :])
-    codes = image(units, alive).reshape(split)
+    codes = order_key(units, alive).reshape(split)
     place = lax.broadcasted_iota(jnp.int32, codes.shape, axis + 1)
 
     def outranked(j: jax.Array, rank: jax.Array) -> jax.Array:

@@ -11,8 +11,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxprune._mesh import names_of
-from jaxprune._tree import leaves_with_path
-from jaxprune.scopes._deferred import stored
+from jaxprune._ranking._lazy import is_lazy, stored
+from jaxprune._tree import is_hole, slots
 
 AxisName: TypeAlias = str | tuple[str, ...]  # of a mesh, of pmap or of vmap
 
@@ -50,7 +50,8 @@ class Shard:
 
 def shards(units: Any, axis_name: AxisName | None, specs: Any, user: str) -> list[Shard]:
     """Say for each leaf how it is cut over ``axis_name``."""
-    leaves = leaves_with_path(units)
+    found = slots(units, lambda x: is_hole(x) or is_lazy(x))
+    leaves = [(slot.path, slot.leaf) for slot in found if not is_hole(slot.leaf)]
     if axis_name is None:
         if specs is not None:
             raise ValueError(
@@ -82,7 +83,7 @@ def _shard(path: str, leaf: Any, spec: Any, names: tuple[str, ...], user: str) -
 
 def _specs(units: Any, specs: Any, user: str) -> list[Any]:
     try:
-        return jax.tree.leaves(jax.tree.broadcast(specs, units))
+        return jax.tree.leaves(jax.tree.broadcast(specs, units, is_leaf=is_lazy))
     except ValueError as error:
         raise ValueError(
             f"`{user}` got specs that are no tree like the units: {error}. Pass one PartitionSpec "

@@ -1,0 +1,117 @@
+"""How much goes: a sparsity, counts of it, or one that is still on its way to another."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxprune._masks import apply_masks, check_masks
+from jaxprune._mesh import lay_out
+from jaxprune._numbers import is_known, plain
+from jaxprune._parts import Parts
+from jaxprune._tree import map_leaves
+from jaxprune._values import is_concrete
+from jaxprune.typing import Masks, Params, Sparsity, Units
+
+Amount: TypeAlias = Any  # a Sparsity, what a scope made of one by `counts`, or OnTheWay
+
+
+class OnTheWay(NamedTuple):
+    """A sparsity that grows to a number that is known: exact from when it has arrived.
+
+    Attributes:
+      arrived: bool `[]`.
+      final: where it goes, numbers or counts.
+      now: where it is, float32 each.
+    """
+
+    arrived: jax.Array
+    final: Any
+    now: Sparsity
+
+
+class Counted(NamedTuple):
+    """What a scope counted before the program runs, and the sparsity that it stands for.
+
+    Attributes:
+      counts: integers, as the scope declares.
+      sparsity: float32 each, for rounds that lead there.
+    """
+
+    counts: Any
+    sparsity: Sparsity
+
+
+def counted(parts: Parts, params: Params, sparsity: Sparsity) -> Amount:
+    """Let the scope count outside of the program, where Python multiplies in double precision.
+
+    The counts travel as arrays: one program for all sparsities. Inside of somebody's trace a known
+    number stays one, and is counted there; so does that of a scope that cannot count.
+    """
+    sparsity = parts.of_units(plain(sparsity))
+    part = parts.prunable(params)
+    if not (parts.can_count and is_known(sparsity) and is_concrete(part)):
+        return sparsity
+    counts = parts.counts(parts.units_of(part), sparsity)
+    to = lambda dtype: lambda x: np.asarray(x, dtype)  # noqa: E731
+    return Counted(jax.tree.map(to(np.int32), counts), jax.tree.map(to(np.float32), sparsity))
+
+
+def resolved(parts: Parts, amount: Amount, units: Units) -> Any:
+    """What the scope takes in the place of a sparsity, now that its units are there."""
+    if isinstance(amount, Counted):
+        return amount.counts
+    if not isinstance(amount, OnTheWay):
+        return amount
+    final, now = (
+        side.counts if isinstance(side, Counted) else parts.counts(units, side)
+        for side in (amount.final, amount.now)
+    )
+    return jax.tree.map(lambda f, n: jnp.where(amount.arrived, f, n), final, now)
+
+
+def in_rounds(
+    once: Callable[[Params, Amount, Masks | None], Any],
+    params: Params,
+    amount: Amount,
+    within: Masks | None,
+    *,
+    rounds: int,
+) -> Any:
+    """Find masks in one go, or again and again on the masked params.
+
+    Round i brings the sparsity ``1 - (1 - sparsity)**(i / rounds)``, geometric in what is kept,
+    and the last one exactly the whole.
+
+    Args:
+      once: from params, amount and earlier masks to masks, and for each leaf a bool `[]`.
+      params: all of them.
+      amount: of the last round.
+      within: masks from before the first.
+      rounds: from 1 on.
+
+    Returns:
+      Masks, and which leaves were fine in all rounds.
+    """
+    if rounds == 1:
+        return once(params, amount, within)
+    whole = amount.sparsity if isinstance(amount, Counted) else amount
+
+    def share(s: Any, i: jax.Array) -> jax.Array:
+        return -jnp.expm1(i / rounds * jnp.log1p(-jnp.asarray(s, jnp.float32)))
+
+    def again(i: jax.Array, found: tuple[Masks, Any]) -> tuple[Masks, Any]:
+        masks, fine = found
+        now = OnTheWay(i == rounds, amount, jax.tree.map(lambda s: share(s, i), whole))
+        masks, still = once(apply_masks(params, masks), now, masks)
+        return masks, jax.tree.map(jnp.logical_and, fine, still)
+
+    shapes = jax.eval_shape(once, params, amount, within)
+    masks, fine = jax.tree.map(lambda s: jnp.ones(s.shape, bool), shapes)
+    masks = lay_out(masks, params)
+    if within is not None:
+        masks = map_leaves(jnp.logical_and, masks, check_masks(within, masks, "within"))
+    return lax.fori_loop(1, rounds + 1, again, (masks, fine))

@@ -1,0 +1,241 @@
+"""The parts of a wrapper that finds masks while it trains: on which leaves, how much, and when."""
+
+import dataclasses
+import functools
+import inspect
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxprune._amount import Amount, OnTheWay
+from jaxprune._checks import check_extra
+from jaxprune._errors import check_key, short
+from jaxprune._evidence import check_evidence, criterion_name, required_evidence
+from jaxprune._find import select
+from jaxprune._frozen import Moving, frozen, without
+from jaxprune._help import schedule_for
+from jaxprune._masks import check_masks, unpack
+from jaxprune._mesh import bare, lay_out, true_over
+from jaxprune._numbers import plain
+from jaxprune._parts import Parts, ability
+from jaxprune._score import score
+from jaxprune._state import is_packed, is_placeholder
+from jaxprune._tree import leaves_with_path, list_paths, map_leaves, narrow
+from jaxprune._where import by_default
+from jaxprune._wrap import Step
+from jaxprune.typing import Criterion, Masks, Params, Pattern, Schedule
+
+
+@dataclasses.dataclass(frozen=True)
+class Pruner:
+    """Parts with a schedule, as a public wrapper was given them.
+
+    Attributes:
+      parts: not bound to params yet; ``parts.user`` is the wrapper, for messages.
+      schedule: how much, and when.
+      key: for criteria that ask for one.
+      inner: the wrapped optimizer, which may freeze leaves.
+    """
+
+    parts: Parts
+    schedule: Schedule
+    key: jax.Array | None
+    inner: optax.GradientTransformation
+
+    def __post_init__(self) -> None:
+        user, criterion = self.parts.user, self.parts.criterion
+        if not callable(self.schedule) or not hasattr(self.schedule, "due"):
+            raise TypeError(
+                f"`{user}` got schedule={short(self.schedule)}, which cannot say when it is "
+                f"due. {schedule_for(user, self.schedule)}"
+            )
+        check_key(user, self.key)
+        if self.key is None and "key" in required_evidence(criterion):
+            raise TypeError(
+                f"The criterion `{criterion_name(criterion)}` needs a random key and there "
+                f"is no default. Pass `key=jax.random.key(...)` to `{user}`."
+            )
+        final = getattr(self.schedule, "final", None)
+        check = ability(self.parts.scope, "check_sparsity")
+        if check:
+            check(final, exact=False)
+
+    @property
+    def by_default(self) -> bool:
+        """True if leaves are chosen by the default ``where`` alone."""
+        return by_default(self.parts.where) and not self.parts.crosses_leaves
+
+    def first(self, params: Params) -> tuple[Masks, Any]:
+        """Make masks that keep all, and what the criterion remembers at the start."""
+        criterion: Any = self.parts.criterion
+        start = getattr(criterion, "init", lambda _: ())
+        if is_placeholder(params):
+            return params, start(params)
+        bound = self.on(params)
+        return bound.first_masks(), start(bound.part)
+
+    def on(self, params: Params, stored: Masks | None = None) -> "Bound":
+        """Settle what is pruned of these params, at ``init`` or with the masks of the state.
+
+        What the inner optimizer freezes is left out by default. It is ``init`` that finds out,
+        and masks say so from then on; only where they lack a leaf, it is looked at again.
+        """
+        bound = self._over(params, self.parts)
+        missing = [] if stored is None else _paths_beside(bound.part, stored)
+        if not by_default(self.parts.where) or not (stored is None or missing):
+            return bound
+        paths = frozen(self.inner, params)
+        base = bound.parts.where if self.parts.crosses_leaves else self.parts.where
+        out = missing if paths is None else paths
+        where = without(base, out, params, self.parts.user)
+        return self._over(params, dataclasses.replace(self.parts, where=where)) if out else bound
+
+    def evidence(self, now: Step, memory: Any) -> dict[str, Any]:
+        """Collect all that a criterion may ask for at this step, and see that it is enough."""
+        criterion, state = self.parts.criterion, now.state
+        check_extra(self.parts.user, self.inner, now.extra, criterion)
+        evidence = {"grads": now.grads, **now.extra}
+        if hasattr(criterion, "init"):
+            evidence["state"] = memory
+        if state.key is not None:
+            evidence["key"] = jax.random.fold_in(state.key, state.count)
+        check_evidence(criterion, evidence)
+        return evidence
+
+    def _over(self, params: Params, parts: Parts) -> "Bound":
+        bound = parts.bind(params)
+        return Bound(bound, self.schedule, params, bound.prunable(params))
+
+
+def _paths_beside(part: Params, stored: Masks) -> list[str]:
+    """What would be pruned, but masks say nothing of it."""
+    marks = jax.tree.map(lambda _: True, stored, is_leaf=is_packed)
+    have = dict(leaves_with_path(marks))
+    return [path for path, _ in leaves_with_path(part) if path not in have]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """A pruner on the params of one trace.
+
+    Attributes:
+      parts: bound to the params.
+      schedule: how much, and when.
+      params: all of them.
+      part: the prunable leaves, None elsewhere.
+    """
+
+    parts: Parts
+    schedule: Schedule
+    params: Params
+    part: Params
+
+    def first_masks(self) -> Masks:
+        """Make masks that keep all, of the shape that events find."""
+        # The shapes say all that can go wrong: which masks come out, and whether any do.
+        found = jax.eval_shape(
+            lambda p: select(self.parts, p, self.amount(0), None, like=p), bare(self.part)
+        )
+        return map_leaves(lambda p, mask: true_over(p, mask.shape), self.part, found)
+
+    def amount(self, step: Any) -> Amount:
+        """How much goes at a step: exactly what was asked for from when the schedule is there."""
+        now, final = self.schedule(step), getattr(self.schedule, "final", None)
+        if isinstance(self.parts.where, Moving):  # a tree may have numbers for frozen leaves, too
+            now, final = narrow(now, self.part), narrow(final, self.part)
+        if final is None:
+            return self.parts.of_units(now)
+        there = jax.tree.map(
+            lambda n, f: jnp.all(n == jnp.asarray(f, jnp.result_type(n))), now, final
+        )
+        arrived = jnp.all(jnp.stack(jax.tree.leaves(there)))
+        return OnTheWay(arrived, self.parts.of_units(plain(final)), self.parts.of_units(now))
+
+    def falls(self, step: Any) -> jax.Array:
+        """Say whether the schedule falls at an event, by more than the rounding of a float32."""
+        before = ability(self.schedule, "before")
+        last = before(step) if before else step - 1
+        drops = jax.tree.map(
+            lambda now, then: jnp.any(now < then - 1e-6),
+            self.schedule(step),
+            self.schedule(jnp.maximum(last, 0)),
+        )
+        return jnp.any(jnp.stack(jax.tree.leaves(drops)))
+
+    def find(self, step: Any, within: Masks | None, evidence: dict[str, Any]) -> Masks:
+        """Find the masks of an event."""
+        scores = score(self.parts, self.part, self.params, evidence)
+        return select(self.parts, scores, self.amount(step), within, like=self.part)
+
+    def widened(self, stored: Masks) -> Masks:
+        """Widen masks of somebody else's pattern to what this one finds."""
+        masks = leaves_with_path(check_masks(unpack(stored), self.params, "masks"))
+        wanted, held = ([path for path, _ in tree] for tree in (leaves_with_path(self.part), masks))
+        if wanted != held:
+            raise ValueError(
+                f"`{self.parts.user}` finds masks for {list_paths(wanted)}, but its state holds "
+                f"masks for {list_paths(held)}. Put masks for all of them in with "
+                "`jp.with_masks` (True keeps a weight), or leave leaves out with `where`."
+            )
+        return widen(stored, self.part, self.parts.pattern)
+
+
+def remember(criterion: Criterion, memory: Any, part: Params, grads: Params) -> Any:
+    """Take one step into the memory of a criterion, if it has one."""
+    update = getattr(criterion, "update", None)
+    return update(memory, part, narrow(grads, part)) if update else memory
+
+
+def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:
+    """Widen masks to the shape of those that a pattern finds among the prunable part.
+
+    Masks that were put in may be full where the pattern makes `[1, channels]`; in the loop of an
+    event both have to be alike.
+    """
+    keep = lambda p: jax.tree.map(lambda unit: unit > 0, pattern.pool(p))  # noqa: E731
+    found = jax.eval_shape(lambda p: pattern.expand(keep(p), like=p), bare(part))
+    shapes = [m.shape for m in jax.tree.leaves(stored, is_leaf=is_packed)]
+    if shapes == [f.shape for f in jax.tree.leaves(found)]:
+        return stored
+    wide = map_leaves(
+        lambda m, f: jnp.broadcast_to(m, jnp.broadcast_shapes(m.shape, f.shape)),
+        check_masks(unpack(stored), part, "masks"),
+        found,
+    )
+    return lay_out(wide, part)
+
+
+def pruners_in(tx: Any) -> list[Pruner]:
+    """Find the pruners of an optimizer, however deep they are nested.
+
+    An optax transformation is a pair of functions, so they lie in what those have closed over.
+    """
+    found: dict[int, Pruner] = {}
+    seen: set[int] = set()
+    left = [tx]
+    while left:
+        part = left.pop()
+        if id(part) in seen:
+            continue
+        seen.add(id(part))
+        if isinstance(part, Pruner):
+            found[id(part)] = part
+        left += _inside(part)
+    return list(found.values())
+
+
+def _inside(part: Any) -> list[Any]:
+    """What a function, a container or an object of optax holds."""
+    if isinstance(part, list | tuple):
+        return list(part)
+    if isinstance(part, dict):
+        return list(part.values())
+    if isinstance(part, functools.partial):
+        return [part.func, *part.args, *part.keywords.values()]
+    if inspect.ismethod(part):
+        return [part.__func__, part.__self__]
+    if inspect.isfunction(part):
+        return list(inspect.getclosurevars(part).nonlocals.values())
+    return list(vars(part).values()) if type(part).__module__.startswith("optax") else []

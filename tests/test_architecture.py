@@ -16,7 +16,7 @@ CORE = {"jax", "optax", "numpy", "jaxprune", *sys.stdlib_module_names}
 PARTS = ("criteria", "patterns", "scopes", "schedules")
 # What a module may use beyond the core: extras inside its functions, files.
 EXTRAS = {"checkpoint": {"orbax"}}
-FILES_ARE_ITS_BUSINESS = {"checkpoint", "export"}
+FILES_ARE_ITS_BUSINESS = {"_atomic", "checkpoint", "export"}
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
     ("typing", "_serial", "_where", "_tree", "_mesh", "_errors", "_help", "_values"),
@@ -35,7 +35,7 @@ LAYERS = (
         "_shrink_state",
         "_distill",
     ),
-    ("_level", "_imp", "_find_sparsity", "checkpoint", "export"),
+    ("_level", "_imp", "_find_sparsity", "_atomic", "checkpoint", "export"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 

@@ -1,11 +1,8 @@
 """The frame of a model file: a safetensors head under a seal, and files whole or absent."""
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxprune
+from jaxprune._atomic import in_place, told
 
 FORMAT = 1
 MOST = 100_000_000  # bytes of a head; what the safetensors library accepts
@@ -162,23 +160,10 @@ def check_format(found: Any, path: str, user: str) -> None:
         )
 
 
-def put(path: Path, chunks: Iterable[Any], user: str) -> None:
+def put(path: Path, chunks: Iterable[bytes | memoryview], user: str) -> None:
     """Write a file in one stroke: who is killed or fails on the way leaves the old one, or none."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("xb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"`{user}` cannot write {str(path)!r}: {error.strerror}. What was there is as it was; "
-            "choose a path that can be written",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+    advice = "What was there is as it was; choose a path that can be written"
+    cannot = f"`{user}` cannot write {str(path)!r}"
+    # The file is closed before `in_place` moves it.
+    with told(cannot, advice), in_place(path) as written, written.open("xb") as file:
+        file.writelines(chunks)

@@ -137,7 +137,7 @@ def save(path: str | os.PathLike[str], params: Params, masks: Masks | None = Non
     entries = [entry for entry, _ in stored]
     chunks = {name: chunk for _, parts in stored for name, chunk in parts.items()}
     head = make_head(_tensors(entries), [entry.record() for entry in entries])
-    put(Path(path), [head, *(chunks[name] for name in layout(_tensors(entries)))], "save")
+    put(Path(path), [head, *(chunks[name].data for name in layout(_tensors(entries)))], "save")
 
 
 def load(path: str | os.PathLike[str], like: Params | None = None) -> tuple[Params, Masks]:

@@ -18,9 +18,9 @@ from jaxprune.export._compare import compare
 from jaxprune.export._culprits import culprits
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
-from jaxprune.export._fold import equations, fold, is_known
+from jaxprune.export._fold import equations, fold
 from jaxprune.export._pools import free_pools
-from jaxprune.export._products import is_narrow
+from jaxprune.export._products import is_known, is_narrow
 from jaxprune.export._program import Program, cpu, draw, make_program, names, trials
 from jaxprune.export._report import Report, describe
 from jaxprune.export._session import Session, measure

@@ -6,6 +6,19 @@ from typing import Any, Protocol, TypeAlias
 import jax
 from jax.typing import ArrayLike
 
+__all__ = (
+    "Criterion",
+    "Masks",
+    "Params",
+    "Pattern",
+    "Schedule",
+    "Scope",
+    "Scores",
+    "Sparsity",
+    "Units",
+    "Where",
+)
+
 Params: TypeAlias = Any  # pytree of float arrays
 Scores: TypeAlias = Any  # like Params; higher = keep; None where not prunable
 Units: TypeAlias = Any  # like Scores; one entry for what lives or dies together, the leaf's rank

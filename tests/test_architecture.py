@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import re
 import sys
 import types
 from pathlib import Path
@@ -16,7 +17,7 @@ CORE = {"jax", "optax", "numpy", "jaxprune", *sys.stdlib_module_names}
 PARTS = ("criteria", "patterns", "scopes", "schedules")
 # What a module may use beyond the core: extras inside its functions, files.
 EXTRAS = {"checkpoint": {"orbax"}}
-FILES_ARE_ITS_BUSINESS = {"checkpoint", "export"}
+FILES_ARE_ITS_BUSINESS = {"_atomic", "checkpoint", "export"}
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
     (
@@ -50,7 +51,7 @@ LAYERS = (
         "_shrink_state",
         "_distill",
     ),
-    ("_level", "_imp", "_find_sparsity", "checkpoint", "export"),
+    ("_level", "_imp", "_find_sparsity", "_atomic", "checkpoint", "export"),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 
@@ -139,6 +140,75 @@ def test_every_file_is_short_and_says_what_it_is_in_one_line(file):
     text = file.read_text()
     assert text.count("\n") <= 500
     assert len(ast.get_docstring(ast.parse(text)).splitlines()) == 1
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_a_module_is_private_or_lists_its_names(file):
+    names = {
+        target.id
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    private = file.stem.startswith("_") and file.stem != "__init__"
+    assert private or "__all__" in names
+
+
+MOST_LINES = 60
+# Functions that are longer, to be split; nothing is to be added.
+STILL_LONGER = {
+    "dynamic.py _drop_and_grow",
+    "graph/_network.py network",
+    "scopes/_rank.py _last_kept",
+}
+
+
+def lines_of_code(function, lines):
+    """Count the lines of a function without docstrings, comments and empty lines."""
+    strings = [
+        node.body[0]
+        for node in ast.walk(function)
+        if isinstance(node, ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node) is not None
+    ]
+    words = {n for node in strings for n in range(node.lineno, node.end_lineno + 1)}
+    code = set(range(function.lineno, function.end_lineno + 1)) - words
+    texts = [lines[n - 1].strip() for n in code]
+    return sum(bool(text) and not text.startswith("#") for text in texts)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda f: str(f.relative_to(ROOT)))
+def test_no_function_is_longer_than_a_screen(file):
+    text = file.read_text()
+    lines, name = text.splitlines(), file.relative_to(ROOT).as_posix()
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef)]
+    longer = {f"{name} {f.name}" for f in functions if lines_of_code(f, lines) > MOST_LINES}
+    assert longer <= STILL_LONGER
+
+
+def test_lines_of_code_are_those_that_run():
+    text = """def f(x):
+        'Words.'
+        # why
+
+        def g():
+            '''More
+            words.'''
+            return x
+        return g()
+    """
+    assert lines_of_code(ast.parse(text).body[0], text.splitlines()) == 4
+
+
+def test_the_table_of_layers_names_every_file_and_folder_in_the_order_of_the_layers():
+    table = re.findall(r"^\| \d, .*", (ROOT.parent / "CONTRIBUTING.md").read_text(), re.MULTILINE)
+    rows = [re.findall(r"`([\w/.]+)`", row.split("|")[2]) for row in table]
+    assert [[name.removesuffix(".py").strip("/") for name in row] for row in rows] == [
+        list(layer) for layer in LAYERS
+    ]
+    folders = {f"{path.name}/" for path in ROOT.iterdir() if (path / "__init__.py").is_file()}
+    files = {path.name for path in ROOT.glob("*.py")} - {"__init__.py"}
+    assert {name for row in rows for name in row} == files | folders
 
 
 def public():

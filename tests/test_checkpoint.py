@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from jax.sharding import AxisType, NamedSharding, PartitionSpec, SingleDeviceSharding
 
 import jaxprune as jp
+from jaxprune import _atomic
 from jaxprune.checkpoint import _frame, load, save
 from tests.helpers import assert_trees_equal, tree_of_weights
 
@@ -586,7 +587,7 @@ def test_a_failed_save_leaves_the_old_file_and_no_draft(path, small, monkeypatch
     def full(_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(_frame.os, "fsync", full)
+    monkeypatch.setattr(_atomic.os, "fsync", full)
     with pytest.raises(OSError, match=r"cannot write .*No space left.*choose a path") as error:
         save(path, jax.tree.map(jnp.zeros_like, small[0]), small[1])
     assert error.value.errno == errno.ENOSPC

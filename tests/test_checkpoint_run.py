@@ -19,7 +19,7 @@ from flax.training.train_state import TrainState
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxprune as jp
-from jaxprune.checkpoint import _run, latest_step, restore_run, save_run
+from jaxprune.checkpoint import _step, latest_step, restore_run, save_run
 from tests.helpers import TraceCount
 
 pytest.importorskip("orbax.checkpoint")
@@ -343,8 +343,8 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
 
 def test_a_newer_format_is_refused(tmp_path, monkeypatch):
     state = {"w": jnp.ones(2)}
-    seal = _run._seal
-    monkeypatch.setattr(_run, "_seal", lambda manifest: seal(manifest, 2))
+    seal = _step._seal
+    monkeypatch.setattr(_step, "_seal", lambda manifest: seal(manifest, 2))
     save_run(tmp_path, 1, state)
     monkeypatch.undo()
     message = r"written by a newer jaxprune \(format 2, this one reads 1\): upgrade"
@@ -396,10 +396,10 @@ def test_a_damaged_step_is_refused_or_comes_back_whole(tmp_path, kind):
 def test_arrays_that_changed_on_disk_are_named_by_path(tmp_path, monkeypatch):
     state = {"w": jnp.arange(3.0), "mask": jnp.array([True, False]), "v": jnp.ones(2)}
     save_run(tmp_path, 1, state)
-    read = _run._read_state
+    read = _step._read_arrays
     monkeypatch.setattr(
-        _run,
-        "_read_state",
+        _step,
+        "_read_arrays",
         lambda *a: {**read(*a), "w": np.zeros(3, np.float32), "mask": np.uint8([0])},
     )
     with pytest.raises(

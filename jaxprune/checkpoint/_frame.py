@@ -1,11 +1,8 @@
 """The frame of a model file: a safetensors head under a seal, and files whole or absent."""
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import uuid
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +10,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import jaxprune
+from jaxprune._atomic import in_place, told
+
+# Why the frame is written by hand, though the safetensors library writes the same: it checks no
+# byte of the data (a flipped bit comes back without a word), has no float8 or int4 of NumPy's
+# (0.8), and wants all tensors in memory at once; and a model is to be read where NumPy is all there
+# is. The library reads what is written here, which a test sees to.
+
+Manifest = dict[str, Any]  # in JSON: what the file is, and a record of each leaf
+Places = dict[str, dict[str, Any]]  # in JSON: dtype, shape and offsets of each tensor
 
 FORMAT = 1
 MOST = 100_000_000  # bytes of a head; what the safetensors library accepts
@@ -54,9 +60,10 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def layout(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Any]]:
+def layout(tensors: Mapping[str, Tensor]) -> Places:
     """Lay tensors out one behind the other: wide elements first, so that all are aligned."""
-    places, end = {}, 0
+    places: Places = {}
+    end = 0
     for name, t in sorted(tensors.items(), key=lambda item: (-item[1].dtype.itemsize, item[0])):
         code = CODES.get(t.dtype.name)
         start, end = end, end + t.size
@@ -76,7 +83,7 @@ def make_head(tensors: Mapping[str, Tensor], leaves: list[dict[str, Any]]) -> by
     return head.replace(NO_SEAL.encode(), _seal(head).encode(), 1)
 
 
-def _json(value: Any) -> str:
+def _json(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False)
 
 
@@ -85,7 +92,7 @@ def _seal(head: bytes) -> str:
     return hashlib.sha256(head).hexdigest()
 
 
-def read_head(path: Path, user: str) -> tuple[dict[str, Any], dict[str, Any], int]:
+def read_head(path: Path, user: str) -> tuple[Manifest, Places, int]:
     """Read and check the head of a model file: its manifest, its tensors, where their data starts.
 
     Raises:
@@ -115,7 +122,7 @@ def check_size(path: Path, end: int, user: str) -> None:
         raise ValueError(f"`{user}` got {str(path)!r}, which {state}. Copy it again.")
 
 
-def _open_head(head: bytes, path: Path, user: str) -> tuple[dict[str, Any], dict[str, Any]]:
+def _open_head(head: bytes, path: Path, user: str) -> tuple[Manifest, Places]:
     """Take a head apart, after its checksum."""
     try:
         places = json.loads(head[8:].decode())
@@ -146,14 +153,14 @@ def _what(head: bytes, start: int, size: int) -> str:
     return "is empty" if not head else "is no model of `jp.checkpoint.save`, or damaged"
 
 
-def damaged(path: Any, user: str, what: str) -> ValueError:
+def damaged(path: Path, user: str, what: str) -> ValueError:
     """Say that a file is not what was written."""
     return ValueError(
         f"`{user}` got {str(path)!r}, which is damaged: {what}. Copy it again, or save it anew."
     )
 
 
-def check_format(found: Any, path: str, user: str) -> None:
+def check_format(found: object, path: str, user: str) -> None:
     """Refuse what a newer jaxprune wrote."""
     if found != FORMAT:
         raise ValueError(
@@ -162,23 +169,10 @@ def check_format(found: Any, path: str, user: str) -> None:
         )
 
 
-def put(path: Path, chunks: Iterable[Any], user: str) -> None:
+def put(path: Path, chunks: Iterable[bytes | memoryview], user: str) -> None:
     """Write a file in one stroke: who is killed or fails on the way leaves the old one, or none."""
-    draft = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.draft")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with draft.open("xb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.replace(path)
-    except OSError as error:
-        raise OSError(
-            error.errno,
-            f"`{user}` cannot write {str(path)!r}: {error.strerror}. What was there is as it was; "
-            "choose a path that can be written",
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            draft.unlink()
+    advice = "What was there is as it was; choose a path that can be written"
+    cannot = f"`{user}` cannot write {str(path)!r}"
+    # The file is closed before `in_place` moves it.
+    with told(cannot, advice), in_place(path) as written, written.open("xb") as file:
+        file.writelines(chunks)

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from jaxprune._masks import Packed
 from jaxprune._tree import Slot, check_paths, is_hole, slots
+
+# An array, its shape, a packed mask, random keys, a number of Python; None for a hole.
+Leaf: TypeAlias = Any
 
 NUMBERS = (bool, int, float, complex)
 
@@ -38,12 +41,12 @@ def is_leaf(node: Any) -> bool:
     return is_hole(node) or isinstance(node, Packed)
 
 
-def is_static(leaf: Any) -> bool:
+def is_static(leaf: Leaf) -> bool:
     """True for functions and strings, which modules hold among their arrays."""
     return callable(leaf) or isinstance(leaf, str)
 
 
-def named(tree: Any, user: str) -> dict[str, Any]:
+def named(tree: Any, user: str) -> dict[str, Leaf]:
     """List the leaves by path; refuse what has no name of its own or cannot be stored.
 
     Holes are None, and so are functions and strings: the code has them, not the disk.
@@ -65,7 +68,7 @@ def named(tree: Any, user: str) -> dict[str, Any]:
     return leaves
 
 
-def _refuse_uneven_parts(leaves: dict[str, Any], user: str) -> None:
+def _refuse_uneven_parts(leaves: dict[str, Leaf], user: str) -> None:
     """Refuse shapes that a mesh does not divide; an array that has one cannot be."""
     bad = []
     for path, leaf in leaves.items():
@@ -89,7 +92,7 @@ def every_slot(tree: Any) -> list[Slot]:
     return slots(tree, is_leaf)
 
 
-def fill_in(like: Any, leaves: Mapping[str, Any]) -> Any:
+def fill_in(like: Any, leaves: Mapping[str, Leaf]) -> Any:
     """Give a tree like ``like`` with these leaves, by path; holes and functions stay."""
     structure = jax.tree.structure(like, is_leaf=is_leaf)
     return jax.tree.unflatten(
@@ -101,11 +104,11 @@ def fill_in(like: Any, leaves: Mapping[str, Any]) -> Any:
     )
 
 
-def _what(leaf: Any) -> str:
+def _what(leaf: Leaf) -> str:
     return str(getattr(leaf, "dtype", None) or f"of type {type(leaf).__name__}")
 
 
-def kind_of(leaf: Any) -> Kind | None:
+def kind_of(leaf: Leaf) -> Kind | None:
     """Describe an array, a shape, a packed mask or a number; None for all else."""
     if isinstance(leaf, Packed):
         return Kind("bool", (*_stack(leaf), *leaf.shape))
@@ -120,12 +123,12 @@ def kind_of(leaf: Any) -> Kind | None:
     return Kind(dtype.name, tuple(leaf.shape)) if is_number(dtype) else None
 
 
-def is_key(leaf: Any) -> bool:
+def is_key(leaf: Leaf) -> bool:
     """True for typed random keys."""
     return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
-def _key_impl(keys: Any) -> str:
+def _key_impl(keys: Leaf) -> str:
     """Name the implementation of typed random keys, be they abstract."""
     names: list[str] = []
     jax.eval_shape(lambda k: names.append(str(jax.random.key_impl(k))), keys)
@@ -150,7 +153,7 @@ def differences(there: Mapping[str, Kind | None], like: Mapping[str, Kind | None
     ]
 
 
-def fits(a: Any, b: Any) -> bool:
+def fits(a: Kind | str | None, b: Kind | str | None) -> bool:
     """True for two of a kind; a number of Python goes with a scalar array of its sort."""
     if a == b:
         return True
@@ -192,7 +195,7 @@ def digest(*arrays: np.ndarray) -> str:
     return sha.hexdigest()
 
 
-def on_host(leaf: Any) -> np.ndarray:
+def on_host(leaf: Leaf) -> np.ndarray:
     """Bring what is to be stored of a leaf to the host: the words of keys, masks unpacked."""
     if isinstance(leaf, Packed):
         shape = leaf.shape or (1,)
@@ -206,7 +209,7 @@ def on_host(leaf: Any) -> np.ndarray:
     return np.asarray(array)
 
 
-def place(array: np.ndarray, like: Any = None, key: str | None = None) -> Any:
+def place(array: np.ndarray, like: Leaf = None, key: str | None = None) -> Leaf:
     """Turn what was read into what ``like`` is, where ``like`` is.
 
     That is a JAX array on its devices, a NumPy array, a packed mask or a number of Python. What JAX
@@ -228,22 +231,23 @@ def place(array: np.ndarray, like: Any = None, key: str | None = None) -> Any:
     return _put(array, like)
 
 
-def _put(array: Any, like: Any) -> jax.Array:
+def _put(array: np.ndarray, like: Leaf) -> jax.Array:
     """Move to where ``like`` is; committed to a device only if that is."""
-    if getattr(like, "weak_type", False) and not array.shape:
-        array = jnp.asarray(array.item())  # a strong type would trace the step anew
+    weak = getattr(like, "weak_type", False) and not array.shape
+    # A strong type would trace the step anew.
+    value = jnp.asarray(array.item()) if weak else array
     sharding = sharding_of(like)
-    return jnp.array(array) if sharding is None else jax.device_put(array, sharding)
+    return jnp.array(value) if sharding is None else jax.device_put(value, sharding)
 
 
-def sharding_of(like: Any) -> Sharding | None:
+def sharding_of(like: Leaf) -> Sharding | None:
     """Where a leaf has been put; None if it just happens to be somewhere."""
     if isinstance(like, jax.Array) and not like.committed:
         return None
     return getattr(like, "sharding", None)
 
 
-def sharding_of_mask(like: Any, shape: tuple[int, ...]) -> Sharding | None:
+def sharding_of_mask(like: Leaf, shape: tuple[int, ...]) -> Sharding | None:
     """Where a mask goes: with its parameter, an axis of size 1 to all of its devices."""
     sharding = sharding_of(like)
     if sharding is None or sharding.is_fully_replicated or shape == like.shape:

@@ -1,17 +1,18 @@
 """A finished sparse model in one file: kept values, mask bits, a manifest with checksums."""
 
-import math
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import jax
 import numpy as np
 
 from jaxprune._masks import check_masks, unpack
 from jaxprune._tree import is_hole, list_paths, map_leaves
+from jaxprune.checkpoint._entry import Entry, decode, encode, keys_of, read_entry, tensors_of
 from jaxprune.checkpoint._frame import (
-    Tensor,
+    Manifest,
+    Places,
     check_size,
     damaged,
     layout,
@@ -20,70 +21,19 @@ from jaxprune.checkpoint._frame import (
     read_head,
 )
 from jaxprune.checkpoint._leaves import (
-    Kind,
+    Leaf,
     differences,
     digest,
     every_slot,
     fill_in,
-    from_bits,
     is_key,
-    is_number,
     is_static,
     kind_of,
     list_lines,
     named,
     on_host,
-    place,
-    sharding_of_mask,
-    to_bits,
-    words,
 )
 from jaxprune.typing import Masks, Params
-
-Keys = tuple[str | int, ...]
-
-
-class Entry(NamedTuple):
-    """What the manifest says of one leaf.
-
-    Attributes:
-      keys: its key path; keys of dicts, fields, positions in sequences.
-      kind: dtype and shape; None for a hole.
-      mask: shape of its mask, None without one.
-      kept: how many of its elements are in the file, in C order.
-      sha256: checksum over kept values and mask bits.
-    """
-
-    keys: Keys
-    kind: Kind | None = None
-    mask: tuple[int, ...] | None = None
-    kept: int = 0
-    sha256: str = ""
-
-    @property
-    def path(self) -> str:
-        """The key path as the rest of the library writes it."""
-        return "/".join(map(str, self.keys))
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The stretches of the file that hold the leaf, by name."""
-        if self.kind is None:
-            return {}
-        dtype = np.dtype(self.kind.dtype)
-        if self.mask is None:
-            return {f"dense/{self.path}": Tensor(dtype, self.kind.shape)}
-        bits = Tensor(np.dtype(np.uint8), (-(-math.prod(self.mask) // 8),))
-        return {f"kept/{self.path}": Tensor(dtype, (self.kept,)), f"bits/{self.path}": bits}
-
-    def record(self) -> dict[str, Any]:
-        """The entry as JSON."""
-        if self.kind is None:
-            return {"path": self.keys}
-        key = {"key": self.kind.key} if self.kind.key else {}
-        mask = {} if self.mask is None else {"mask": self.mask, "kept": self.kept}
-        what = {"dtype": self.kind.dtype, "shape": self.kind.shape}
-        return {"path": self.keys, **what, **key, **mask, "sha256": self.sha256}
 
 
 def save(path: str | os.PathLike[str], params: Params, masks: Masks | None = None) -> None:
@@ -129,15 +79,15 @@ def save(path: str | os.PathLike[str], params: Params, masks: Masks | None = Non
     random = [path for path, leaf in leaves.items() if is_key(leaf) and mask_at[path] is not None]
     if random:
         raise TypeError(f"`save` got masks for random keys: {list_paths(random)}. Put None there.")
-    keys = [_keys(slot.key_path) for slot in every_slot(params)]
+    keys = [keys_of(slot.key_path) for slot in every_slot(params)]
     stored = [
-        _encode(key, leaf, mask_at[name])
+        encode(key, leaf, mask_at[name])
         for key, (name, leaf) in zip(keys, leaves.items(), strict=True)
     ]
     entries = [entry for entry, _ in stored]
     chunks = {name: chunk for _, parts in stored for name, chunk in parts.items()}
-    head = make_head(_tensors(entries), [entry.record() for entry in entries])
-    put(Path(path), [head, *(chunks[name] for name in layout(_tensors(entries)))], "save")
+    head = make_head(tensors_of(entries), [entry.record() for entry in entries])
+    put(Path(path), [head, *(chunks[name].data for name in layout(tensors_of(entries)))], "save")
 
 
 def load(path: str | os.PathLike[str], like: Params | None = None) -> tuple[Params, Masks]:
@@ -179,16 +129,16 @@ def load(path: str | os.PathLike[str], like: Params | None = None) -> tuple[Para
     path = Path(path)
     manifest, places, start = read_head(path, "load")
     entries = _entries(manifest, places, path)
-    check_size(path, start + sum(tensor.size for tensor in _tensors(entries).values()), "load")
+    check_size(path, start + sum(tensor.size for tensor in tensors_of(entries).values()), "load")
     goals = {} if like is None else _wanted(entries, like, path)
     bad: list[str] = []
-    leaves: dict[str, tuple[Any, Any]] = {}
+    leaves: dict[str, tuple[Leaf, Leaf]] = {}
     with path.open("rb") as file:
         for entry in entries:
             offsets = [places[name]["data_offsets"] for name in entry.tensors]
             parts = [_read(file, start + begin, end - begin) for begin, end in offsets]
             if entry.kind is None or digest(*parts) == entry.sha256:
-                pair = _decode(entry, parts, goals.get(entry.path))
+                pair = decode(entry, parts, goals.get(entry.path))
                 # Copies to a device run behind; waiting lets go of one leaf before the next.
                 leaves[entry.path] = jax.block_until_ready(pair)
             else:
@@ -201,89 +151,16 @@ def load(path: str | os.PathLike[str], like: Params | None = None) -> tuple[Para
     return fill_in(like, params), fill_in(map_leaves(_unless_static, like), masks)
 
 
-def _encode(keys: Keys, leaf: Any, mask: np.ndarray | None) -> tuple[Entry, dict[str, np.ndarray]]:
-    """Describe a leaf, and say what goes into the file: all values, or the kept ones and bits."""
-    if leaf is None:
-        return Entry(keys), {}
-    array = on_host(leaf)
-    if mask is None:
-        parts = [words(array)]
-    else:
-        parts = [words(array)[_flat(mask, array.shape)], to_bits(mask)]
-    shape = None if mask is None else mask.shape
-    entry = Entry(keys, kind_of(leaf), shape, len(parts[0]), digest(*parts))
-    return entry, dict(zip(entry.tensors, parts, strict=True))
-
-
-def _decode(entry: Entry, parts: list[np.ndarray], like: Any) -> tuple[Any, Any]:
-    """Put a leaf together again, and its mask."""
-    if entry.kind is None:
-        return None, None
-    dtype, shape = np.dtype(entry.kind.dtype), entry.kind.shape
-    if entry.mask is None:
-        value = place(parts[0].view(dtype).reshape(shape), like, entry.kind.key)
-        of_python = like is None and entry.kind.dtype in ("int", "float", "complex")
-        return value.item() if of_python else value, None
-    array, mask = np.zeros(shape, dtype), from_bits(parts[1], entry.mask)
-    words(array)[_flat(mask, shape)] = words(parts[0].view(dtype))  # through a view, into the array
-    return place(array, like), place(mask, _like_mask(like, mask))
-
-
-def _flat(mask: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-    """The mask over all elements, in C order."""
-    return np.broadcast_to(mask, shape).reshape(-1)
-
-
-def _unless_static(leaf: Any) -> Any:
-    """A leaf that may have a mask."""
-    return None if is_static(leaf) else leaf
-
-
-def _like_mask(like: Any, mask: np.ndarray) -> Any:
-    """Where a mask belongs: to its parameter."""
-    if isinstance(like, np.ndarray | np.generic):
-        return mask
-    return jax.ShapeDtypeStruct(mask.shape, bool, sharding=sharding_of_mask(like, mask.shape))
-
-
-def _mask(mask: Any) -> np.ndarray | None:
-    return None if is_hole(mask) else on_host(mask)
-
-
-def _keys(path: tuple[Any, ...]) -> Keys:
-    """A key path as plain strings and integers."""
-    parts = [jax.tree_util.keystr((key,), simple=True) for key in path]
-    plain = [getattr(key, "key", getattr(key, "idx", None)) for key in path]
-    return tuple(key if type(key) is int else part for key, part in zip(plain, parts, strict=True))
-
-
-def _entries(manifest: dict[str, Any], places: dict[str, Any], path: Path) -> list[Entry]:
+def _entries(manifest: Manifest, places: Places, path: Path) -> list[Entry]:
     """Read the leaves of a manifest, and see that it speaks of the data that are there."""
     try:
-        entries = [_entry(record) for record in manifest["leaves"]]
-        whole = layout(_tensors(entries)) == places
+        entries = [read_entry(record) for record in manifest["leaves"]]
+        whole = layout(tensors_of(entries)) == places
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise damaged(path, "load", "its manifest cannot be read") from error
     if not whole:
         raise damaged(path, "load", "its manifest does not describe its data")
     return entries
-
-
-def _entry(record: dict[str, Any]) -> Entry:
-    keys = tuple(record["path"])
-    if "dtype" not in record:
-        return Entry(keys)
-    kind = Kind(record["dtype"], tuple(record["shape"]), record.get("key"))
-    if not is_number(np.dtype(kind.dtype)):
-        raise TypeError(kind.dtype)
-    mask = tuple(record["mask"]) if "mask" in record else None
-    if mask is not None and np.broadcast_shapes(mask, kind.shape) != kind.shape:
-        raise ValueError(mask)
-    return Entry(keys, kind, mask, record.get("kept", 0), record["sha256"])
-
-
-def _tensors(entries: list[Entry]) -> dict[str, Tensor]:
-    return {name: tensor for entry in entries for name, tensor in entry.tensors.items()}
 
 
 def _read(file: BinaryIO, start: int, size: int) -> np.ndarray:
@@ -292,7 +169,7 @@ def _read(file: BinaryIO, start: int, size: int) -> np.ndarray:
     return np.fromfile(file, np.uint8, size)
 
 
-def _wanted(entries: list[Entry], like: Params, path: Path) -> dict[str, Any]:
+def _wanted(entries: list[Entry], like: Params, path: Path) -> dict[str, Leaf]:
     """The leaves of ``like``, once they are those of the file."""
     wanted = named(like, "load(like)")
     lines = differences(
@@ -307,9 +184,18 @@ def _wanted(entries: list[Entry], like: Params, path: Path) -> dict[str, Any]:
     return wanted
 
 
-def _nest(entries: list[Entry], leaves: dict[str, Any]) -> Any:
+def _unless_static(leaf: Leaf) -> Leaf:
+    """A leaf that may have a mask."""
+    return None if is_static(leaf) else leaf
+
+
+def _mask(mask: Leaf) -> np.ndarray | None:
+    return None if is_hole(mask) else on_host(mask)
+
+
+def _nest(entries: list[Entry], leaves: dict[str, Leaf]) -> Params:
     """Build nested dicts from key paths."""
-    root: dict[Any, Any] = {}
+    root: dict[str | int, Any] = {}
     for entry in entries:
         if not entry.keys:
             return leaves[entry.path]

@@ -6,11 +6,12 @@ from typing import Any
 import jax
 from jax.extend import core
 
-from jaxprune.export._fold import bind, equations
+from jaxprune.export._fold import equations
+from jaxprune.export._products import bind
 
 
 def culprits(
-    jaxpr: Any, attempt: Callable[[Callable[..., Any], Sequence[Any]], Any], error: Exception
+    jaxpr: core.Jaxpr, attempt: Callable[[Callable[..., Any], Sequence[Any]], Any], error: Exception
 ) -> str:
     """Name what ``attempt(fn, specs)`` fails for, and where it is called.
 
@@ -28,7 +29,7 @@ def culprits(
     return ", ".join(named or found.values()) or "this function"
 
 
-def _goes(eqn: Any, attempt: Callable[..., Any]) -> bool:
+def _goes(eqn: core.JaxprEqn, attempt: Callable[..., Any]) -> bool:
     free = [v for v in eqn.invars if isinstance(v, core.Var)]
 
     def alone(*values: Any) -> tuple[Any, ...]:

@@ -17,6 +17,8 @@ from jaxprune.typing import Params
 def check_path(user: str, path: Any, what: str = "path") -> None:
     """Refuse what is no path of a file."""
     if isinstance(path, str | os.PathLike):
+        if os.path.isdir(path):
+            raise ValueError(f"{os.fspath(path)!r} is a folder. Pass the path of a file.")
         return
     order = "path, source, calibration" if user == "quantize_onnx" else "path, fn, params, *inputs"
     raise TypeError(

@@ -1,7 +1,6 @@
 """A jaxpr evaluated as inference needs it: constants computed, norms taken into the weights."""
 
 import collections
-import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -12,8 +11,17 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-from jaxprune.export._operations import rewrite
-from jaxprune.export._products import cast, common_type, convolve, dot, is_narrow
+from jaxprune.export._held import Product, hold_back, merge
+from jaxprune.export._operations import Value, rewrite
+from jaxprune.export._products import (
+    PRODUCTS,
+    aval_of,
+    bind,
+    cast,
+    common_type,
+    is_known,
+    is_narrow,
+)
 from jaxprune.graph._calls import scan_sizes
 from jaxprune.graph._source import source_line
 
@@ -23,25 +31,6 @@ CALLS = {
     **dict.fromkeys(("core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
 }
 SMALL = 65536  # entries; a larger constant is only kept if it is no larger than what made it
-
-
-class Product(NamedTuple):
-    """A convolution or matrix product with constant weights, still open to scales and shifts.
-
-    Batch normalisation behind it is a scale and a shift of each feature. Inside of the weights it
-    costs nothing, and what comes next, such as a ReLU, can be fused with the product.
-
-    Attributes:
-      make: computes the product from weights and a shift.
-      weights: the weights.
-      shift: what is added to the product, of its rank; None for nothing.
-      place: for each axis of the result the axis of the weights that it comes from, or None.
-    """
-
-    make: Callable[[Any, Any], Any]
-    weights: Any
-    shift: Any
-    place: tuple[int | None, ...]
 
 
 class Empty(NamedTuple):
@@ -55,23 +44,24 @@ class Empty(NamedTuple):
     dtype: Any
 
 
-def fold(closed: Any, *inputs: Any) -> list[Any]:
+def fold(closed: core.ClosedJaxpr, *inputs: Value) -> list[Value]:
     """Evaluate a closed jaxpr on traced inputs, and all that depends on no input right away."""
     return _run(closed.jaxpr, closed.consts, inputs)
 
 
-def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+def _run(jaxpr: core.Jaxpr, consts: Sequence[Any], inputs: Sequence[Value]) -> list[Value]:
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *inputs], strict=True))
     read = [v for eqn in jaxpr.eqns for v in eqn.invars] + list(jaxpr.outvars)
     uses = collections.Counter(v for v in read if isinstance(v, core.Var))
 
-    def value(atom: Any) -> Any:
+    def value(atom: Any) -> Value:
         return env[atom] if isinstance(atom, core.Var) else atom.val
 
     for eqn in jaxpr.eqns:
         with eqn.ctx.manager:
             outs = _evaluate(eqn, [value(v) for v in eqn.invars])
-            # What is read twice is computed once, as it is.
+            # A product that is read twice is computed once, as it is: taking what follows into
+            # its weights would make two of it.
             outs = [
                 x if uses[v] == 1 or isinstance(x, Empty) else _value(x)
                 for v, x in zip(eqn.outvars, outs, strict=True)
@@ -80,17 +70,17 @@ def _run(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
     return [_value(value(v)) for v in jaxpr.outvars]
 
 
-def _evaluate(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+def _evaluate(eqn: core.JaxprEqn, operands: Sequence[Value]) -> list[Value]:
     name = eqn.primitive.name
     if not eqn.effects and all(_is_empty(v.aval) for v in eqn.outvars):
-        return [Empty(v.aval.shape, v.aval.dtype) for v in eqn.outvars]
+        return [Empty(aval_of(v).shape, aval_of(v).dtype) for v in eqn.outvars]
     if name == "concatenate":
         operands = [x for x in operands if not isinstance(x, Empty)]
-    merged = _merge(name, operands)
+    merged = merge(name, operands)
     return _compute(eqn, [_value(x) for x in operands]) if merged is None else [merged]
 
 
-def _compute(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def _compute(eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
     name = eqn.primitive.name
     if name in CALLS:
         inner = eqn.params[CALLS[name]]
@@ -100,7 +90,7 @@ def _compute(eqn: Any, values: Sequence[Any]) -> list[Any]:
             return bind(eqn, values)
     if name in LOOPS:
         return LOOPS[name](eqn.params, values)
-    if any(is_narrow(v.aval.dtype) for v in (*eqn.invars, *eqn.outvars)):
+    if any(is_narrow(aval_of(v).dtype) for v in (*eqn.invars, *eqn.outvars)):
         return _widened(eqn, values)
     return _apply(eqn, values)
 
@@ -109,7 +99,7 @@ def _is_empty(aval: Any) -> bool:
     return any(isinstance(n, int) and n == 0 for n in getattr(aval, "shape", ()))
 
 
-def _apply(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def _apply(eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
     """Evaluate an operation by the one that does best in a file."""
     wanted = common_type(eqn) if eqn.primitive.name in PRODUCTS else None
     if wanted is None:
@@ -119,27 +109,27 @@ def _apply(eqn: Any, values: Sequence[Any]) -> list[Any]:
     eqn = eqn.replace(params={**eqn.params, "preferred_element_type": wanted})
     other = _simpler(eqn, values)
     (out,) = bind(eqn, values) if other is None else [_value(other)]
-    return [cast(out, eqn.outvars[0].aval.dtype)]
+    return [cast(out, aval_of(eqn.outvars[0]).dtype)]
 
 
-def _widened(eqn: Any, values: Sequence[Any]) -> list[Any]:
+def _widened(eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
     """Compute in float32 what onnxruntime cannot compute, and round where JAX does."""
     wide = np.dtype("float32")
     values = [cast(x, wide) if is_narrow(x.dtype) else x for x in values]
     params = {k: wide if _is_narrow_type(v) else v for k, v in eqn.params.items()}
     outs = [_value(x) for x in _apply(eqn.replace(params=params), values)]
-    return [cast(x, v.aval.dtype) for x, v in zip(outs, eqn.outvars, strict=True)]
+    return [cast(x, aval_of(v).dtype) for x, v in zip(outs, eqn.outvars, strict=True)]
 
 
-def _is_narrow_type(value: Any) -> bool:
+def _is_narrow_type(value: Value) -> bool:
     return isinstance(value, np.dtype) and is_narrow(value)
 
 
-def _scan(params: Any, values: Sequence[Any]) -> list[Any]:
+def _scan(params: Any, values: Sequence[Value]) -> list[Value]:
     body, (n, k) = params["jaxpr"], scan_sizes(params)
     fixed, start, rows = values[:n], values[n : n + k], values[n + k :]
 
-    def step(carry: Any, row: Any) -> Any:
+    def step(carry: Any, row: Any) -> Value:
         outs = _run(body.jaxpr, body.consts, [*fixed, *carry, *row])
         return outs[:k], outs[k:]
 
@@ -151,7 +141,7 @@ def _scan(params: Any, values: Sequence[Any]) -> list[Any]:
     return [*carry, *map(turn, stacked)]
 
 
-def _while(params: Any, values: Sequence[Any]) -> list[Any]:
+def _while(params: Any, values: Sequence[Value]) -> list[Value]:
     test, body = params["cond_jaxpr"], params["body_jaxpr"]
     first = params["cond_nconsts"]
     second = first + params["body_nconsts"]
@@ -164,14 +154,14 @@ def _while(params: Any, values: Sequence[Any]) -> list[Any]:
     )
 
 
-def _cond(params: Any, values: Sequence[Any]) -> list[Any]:
+def _cond(params: Any, values: Sequence[Value]) -> list[Value]:
     """Compute all branches and choose: jax2onnx loses the constants of branches."""
     index, *operands = values
     results = [_run(b.jaxpr, b.consts, operands) for b in params["branches"]]
     return [_chosen(index, outs) for outs in zip(*results, strict=True)]
 
 
-def _chosen(index: Any, outs: Sequence[Any]) -> Any:
+def _chosen(index: Any, outs: Sequence[Value]) -> Value:
     first, *others = outs
     for i, other in enumerate(others, 1):
         first = jnp.where(index == i, other, first)
@@ -186,7 +176,7 @@ LOOPS: dict[str, Callable[[Any, Sequence[Any]], list[Any]]] = {
 }
 
 
-def _simpler(eqn: Any, values: Sequence[Any]) -> Any | None:
+def _simpler(eqn: core.JaxprEqn, values: Sequence[Value]) -> Value | None:
     """What goes into a file where the operation as it is does not, or is slower."""
     name = eqn.primitive.name
     if name == "max" and is_known(values[1]) and np.ndim(values[1]) == 0 and not values[1]:
@@ -194,7 +184,7 @@ def _simpler(eqn: Any, values: Sequence[Any]) -> Any | None:
     if name == "integer_pow" and eqn.params["y"] in (2, 3):
         x = values[0]
         return x * x if eqn.params["y"] == 2 else x * x * x
-    product = _product(eqn, values) if name in PRODUCTS else None
+    product = hold_back(eqn, values) if name in PRODUCTS else None
     if product is not None:
         return product
     if name in PRODUCTS:
@@ -202,11 +192,7 @@ def _simpler(eqn: Any, values: Sequence[Any]) -> Any | None:
     return rewrite(eqn, values)
 
 
-# How products are computed whose own form jax2onnx does not write, or as a slower operation.
-PRODUCTS = {"dot_general": dot, "conv_general_dilated": convolve}
-
-
-def equations(jaxpr: Any, caller: str | None = None) -> Iterator[tuple[Any, str | None]]:
+def equations(jaxpr: core.Jaxpr, caller: str | None = None) -> Iterator[tuple[Any, str | None]]:
     """All equations and the lines they are from, those inside of a call in place of the call."""
     for eqn in jaxpr.eqns:
         line = source_line(eqn) or caller  # what jax caches has lost who called it
@@ -217,18 +203,7 @@ def equations(jaxpr: Any, caller: str | None = None) -> Iterator[tuple[Any, str 
             yield eqn, line
 
 
-def bind(eqn: Any, values: Sequence[Any]) -> list[Any]:
-    """Evaluate an equation."""
-    out = eqn.primitive.bind(*values, **eqn.params)
-    return list(out) if eqn.primitive.multiple_results else [out]
-
-
-def is_known(value: Any) -> bool:
-    """True for what depends on no input."""
-    return not isinstance(value, jax.core.Tracer)
-
-
-def _is_small(eqn: Any) -> bool:
+def _is_small(eqn: core.JaxprEqn) -> bool:
     """Tell whether results are small enough to be kept in place of what computes them."""
     shapes = [getattr(v.aval, "shape", ()) for v in (*eqn.invars, *eqn.outvars)]
     if eqn.primitive.name == "dim_as_value":  # an axis of any size, as a number
@@ -240,90 +215,7 @@ def _is_small(eqn: Any) -> bool:
     return made <= max(SMALL, sum(sizes[: len(eqn.invars)]))
 
 
-def _product(eqn: Any, values: Sequence[Any]) -> Product | None:
-    """Hold a product with constant weights back, to see what follows it."""
-    out = eqn.outvars[0].aval
-    if is_known(values[0]) or not is_known(values[1]):
-        return None
-    if any(x.dtype != values[1].dtype or x.dtype not in (np.float32, np.float64) for x in values):
-        return None
-    make = functools.partial(_product_of, eqn, values[0])
-    place: list[int | None] = [None] * out.ndim
-    if eqn.primitive.name == "conv_general_dilated" and eqn.params["batch_group_count"] == 1:
-        spec = eqn.params["dimension_numbers"]
-        place[spec.out_spec[1]] = spec.rhs_spec[0]
-    elif eqn.primitive.name == "dot_general" and not eqn.params["dimension_numbers"][1][1]:
-        summed = eqn.params["dimension_numbers"][0][1]
-        free = [i for i in range(values[1].ndim) if i not in summed]
-        place[out.ndim - len(free) :] = free
-        if _is_matrix_product(eqn, values):
-            make = functools.partial(_matrix_product, eqn, values[0])
-    else:
-        return None
-    return Product(make, values[1], None, tuple(place))
-
-
-def _product_of(eqn: Any, x: Any, weights: Any, shift: Any) -> Any:
-    out = PRODUCTS[eqn.primitive.name](eqn, x, weights)
-    out = bind(eqn, [x, weights])[0] if out is None else out
-    return out if shift is None else out + shift
-
-
-def _is_matrix_product(eqn: Any, values: Sequence[Any]) -> bool:
-    """Tell whether the last axes of the input are summed with the first ones of the weights."""
-    (left, right), _ = eqn.params["dimension_numbers"]
-    ranks = [np.ndim(x) for x in values]
-    last = tuple(range(ranks[0] - len(left), ranks[0]))
-    ordered = tuple(left) == last and tuple(right) == tuple(range(len(right)))
-    return ordered and max(ranks) > 2
-
-
-def _matrix_product(eqn: Any, x: Any, weights: Any, shift: Any) -> Any:
-    """Multiply with a matrix: quantizers look for ``MatMul``, jax2onnx would write ``Einsum``."""
-    summed = len(eqn.params["dimension_numbers"][0][1])
-    rows, features = math.prod(weights.shape[:summed]), weights.shape[summed:]
-    out = jnp.matmul(
-        jnp.reshape(x, (*x.shape[: x.ndim - summed], rows)),
-        np.reshape(np.asarray(weights), (rows, -1)),
-        precision=eqn.params["precision"],
-    )
-    if shift is not None:
-        whole = np.broadcast_to(shift, (*np.shape(shift)[: out.ndim - 1], *features))
-        out = out + whole.reshape((1,) * (out.ndim - 1) + (-1,))
-    return jnp.reshape(out, eqn.outvars[0].aval.shape)
-
-
-def _merge(name: str, operands: Sequence[Any]) -> Product | None:
-    """Take a constant that varies along features alone into a product."""
-    if name not in ("add", "mul", "sub"):
-        return None
-    a, b = operands
-    if isinstance(b, Product) and name != "sub":
-        a, b = b, a
-    if not isinstance(a, Product) or isinstance(b, Product) or not is_known(b):
-        return None
-    c = np.asarray(b)
-    c = c.reshape(c.shape or (1,) * len(a.place))
-    if any(n > 1 and p is None for n, p in zip(c.shape, a.place, strict=True)):
-        return None
-    if name == "mul":
-        return _scaled(a, c)
-    c = -c if name == "sub" else c
-    return a._replace(shift=c if a.shift is None else a.shift + c)
-
-
-def _scaled(product: Product, c: np.ndarray) -> Product:
-    shape = [1] * np.ndim(product.weights)
-    for n, p in zip(c.shape, product.place, strict=True):
-        if p is not None:
-            shape[p] = n
-    weights = np.asarray(product.weights) * c.reshape(shape)
-    return product._replace(
-        weights=weights, shift=None if product.shift is None else product.shift * c
-    )
-
-
-def _value(x: Any) -> Any:
+def _value(x: Value) -> Value:
     """Compute a product that was held back."""
     if isinstance(x, Empty):
         return jnp.zeros(x.shape, x.dtype)

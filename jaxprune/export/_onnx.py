@@ -12,16 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune._atomic import in_place
 from jaxprune.export._biases import merge_biases
 from jaxprune.export._compare import compare
 from jaxprune.export._culprits import culprits
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
-from jaxprune.export._fold import equations, fold, is_known
+from jaxprune.export._fold import equations, fold
 from jaxprune.export._pools import free_pools
-from jaxprune.export._products import is_narrow
+from jaxprune.export._products import is_known, is_narrow
 from jaxprune.export._program import Program, cpu, draw, make_program, names, trials
-from jaxprune.export._report import Report, describe, in_place
+from jaxprune.export._report import Report, describe
 from jaxprune.export._session import Session, measure
 from jaxprune.export._sizes import sized, symbols
 from jaxprune.typing import Masks, Params
@@ -108,7 +109,7 @@ def onnx(
     program = make_program("onnx", fn, params, inputs, masks=masks, batch=batch, shapes=shapes)
     _check_types(program)
     labels = names(program.spec_tree, "input"), names(program.outputs, "output")
-    with in_place(path) as written:
+    with in_place(Path(path)) as written:
         with _named(program, opset):
             session = _write(written, program, opset, labels)
             got = [(session(values), values) for values in trials(program, seed)]

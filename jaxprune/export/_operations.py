@@ -3,17 +3,19 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core
 
-Rewritten = Any | None  # None where the operation may stay as it is
+Value: TypeAlias = Any  # of an operand: a traced array, or a constant, which NumPy may hold
+Rewritten = Value | None  # None where the operation may stay as it is
 
 
-def rewrite(eqn: Any, values: Sequence[Any]) -> Rewritten:
+def rewrite(eqn: core.JaxprEqn, values: Sequence[Value]) -> Rewritten:
     """Compute an operation with a single result by others, where it cannot stay as it is."""
     rule = RULES.get(eqn.primitive.name)
     return None if rule is None else rule(eqn, *values)
@@ -40,13 +42,13 @@ class Window(NamedTuple):
         return (self.size[axis], self.strides[axis], *self.padding[axis]) != (1, 1, 0, 0)
 
 
-def _pool(eqn: Any, x: Any) -> Any:
+def _pool(eqn: core.JaxprEqn, x: Value) -> Value:
     kind = eqn.primitive.name.removeprefix("reduce_window_")
     half = x.dtype == np.float16 and kind == "sum"  # jax2onnx mixes it with float32
     return pool(kind, x.astype(np.float32) if half else x, eqn.params).astype(x.dtype)
 
 
-def _pool_from(eqn: Any, x: Any, init: Any) -> Rewritten:
+def _pool_from(eqn: core.JaxprEqn, x: Value, init: Value) -> Rewritten:
     """A pool that starts from a value: every window has it as one entry more."""
     body = getattr(eqn.params["jaxpr"], "jaxpr", eqn.params["jaxpr"])
     kind = body.eqns[0].primitive.name if len(body.eqns) == 1 else ""
@@ -58,7 +60,7 @@ def _pool_from(eqn: Any, x: Any, init: Any) -> Rewritten:
 POOLS = {"max": lax.max, "min": lax.min, "add": lax.add, "sum": lax.add}
 
 
-def pool(kind: str, x: Any, params: Any) -> Any:
+def pool(kind: str, x: Value, params: Any) -> Value:
     """Pool over at most three axes, behind two others as ONNX has them: jax2onnx pools over all."""
     window = Window(
         params["window_dimensions"],
@@ -85,7 +87,7 @@ def _two(lead: Sequence[Any]) -> tuple[Any, Any]:
     return (1, 1) if not lead else (lead[0], math.prod(lead[1:]))
 
 
-def _pool_behind(kind: str, x: Any, window: Window) -> Any:
+def _pool_behind(kind: str, x: Value, window: Window) -> Value:
     """Pool ``[batch, channels, ...]`` over all but the first two axes."""
     if kind == "min":
         return -_pool_behind("max", -x, window)
@@ -100,7 +102,7 @@ def _pool_behind(kind: str, x: Any, window: Window) -> Any:
     )
 
 
-def _pool_by_entries(kind: str, x: Any, window: Window) -> Any:
+def _pool_by_entries(kind: str, x: Value, window: Window) -> Value:
     """Go through the window, for integers and for more axes than ONNX pools over."""
     x = pad(x, _neutral(kind, x.dtype), [(*both, 0) for both in window.padding])
     size, dilation = np.asarray(window.size), np.asarray(window.dilation)
@@ -113,7 +115,7 @@ def _pool_by_entries(kind: str, x: Any, window: Window) -> Any:
     return functools.reduce(POOLS[kind], parts)
 
 
-def _neutral(kind: str, dtype: Any) -> Any:
+def _neutral(kind: str, dtype: Any) -> Value:
     """What a pool may be padded with."""
     if kind == "sum":
         return np.zeros((), dtype)
@@ -127,13 +129,13 @@ def _neutral(kind: str, dtype: Any) -> Any:
 # Padding, shapes and indices
 
 
-def _pad(eqn: Any, x: Any, value: Any) -> Rewritten:
+def _pad(eqn: core.JaxprEqn, x: Value, value: Value) -> Rewritten:
     if isinstance(value, jax.core.Tracer):
         return None
     return pad(x, value, eqn.params["padding_config"])
 
 
-def pad(x: Any, value: Any, config: Sequence[tuple[int, int, int]]) -> Any:
+def pad(x: Value, value: Value, config: Sequence[tuple[int, int, int]]) -> Value:
     """Pad with a constant by ``jnp.pad``, for which jax2onnx knows axes of any size."""
     value = np.asarray(value)
     for axis, (_, _, interior) in enumerate(config):
@@ -146,7 +148,7 @@ def pad(x: Any, value: Any, config: Sequence[tuple[int, int, int]]) -> Any:
     return jnp.pad(x, wide, constant_values=value.item()) if any(map(any, wide)) else x
 
 
-def _spread(x: Any, value: np.ndarray, axis: int, interior: int) -> Any:
+def _spread(x: Value, value: np.ndarray, axis: int, interior: int) -> Value:
     """Put padding between the entries of an axis."""
     wide = [(0, 0)] * (x.ndim + 1)
     wide[axis + 1] = (0, interior)
@@ -156,7 +158,7 @@ def _spread(x: Any, value: np.ndarray, axis: int, interior: int) -> Any:
     return lax.slice_in_dim(x, 0, size - interior, axis=axis)
 
 
-def _gather(eqn: Any, x: Any, places: Any) -> Rewritten:
+def _gather(eqn: core.JaxprEqn, x: Value, places: Any) -> Rewritten:
     """Drop places along axes that are taken whole, where there is but one: the start."""
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
     mode = eqn.params["mode"]
@@ -172,7 +174,7 @@ def _gather(eqn: Any, x: Any, places: Any) -> Rewritten:
     return lax.gather(x, places, dims, sizes, mode=mode)
 
 
-def _cumprod(eqn: Any, x: Any) -> Any:
+def _cumprod(eqn: core.JaxprEqn, x: Value) -> Value:
     """Multiply with what lies 1, 2, 4, ... entries before: ONNX has but sums that run."""
     axis, reverse = eqn.params["axis"], eqn.params["reverse"]
     size, step, one = x.shape[axis], 1, np.ones((), x.dtype)

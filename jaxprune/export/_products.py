@@ -1,32 +1,34 @@
 """Matrix products and convolutions of all kinds, in the forms that jax2onnx writes right."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.extend import core
 
-from jaxprune.export._operations import pad
+from jaxprune.export._operations import Value, pad
 
 WHOLE = ("int32", "int64", "uint32", "uint64")  # integers that ONNX multiplies
 FLOATS = ("float16", "float32", "float64")
 
 
-def common_type(eqn: Any) -> np.dtype | None:
+def common_type(eqn: core.JaxprEqn) -> np.dtype | None:
     """The one type that a product may be computed in; None if that is how it is."""
-    out, *ins = (np.dtype(v.aval.dtype) for v in (*eqn.outvars, *eqn.invars))
+    out, *ins = (np.dtype(aval_of(v).dtype) for v in (*eqn.outvars, *eqn.invars))
     if out.kind == "c":
         return None
     if out.kind in "iub":
-        wanted = out if out.name in WHOLE else np.dtype("int32")
+        wanted: np.dtype = out if out.name in WHOLE else np.dtype("int32")
     else:
         half = out.name == "float16" and all(x == out for x in ins)
         wanted = out if half or out.name == "float64" else np.dtype("float32")
     return None if all(x == wanted for x in (out, *ins)) else wanted
 
 
-def dot(eqn: Any, x: Any, y: Any) -> Any | None:
+def dot(eqn: core.JaxprEqn, x: Value, y: Value) -> Value | None:
     """Multiply matrices; None where the operation may stay as it is."""
     (left, right), (many, _) = eqn.params["dimension_numbers"]
     if not left:
@@ -38,7 +40,7 @@ def dot(eqn: Any, x: Any, y: Any) -> Any | None:
     return _matmul(eqn, x, y)
 
 
-def _matmul(eqn: Any, x: Any, y: Any) -> Any:
+def _matmul(eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
     """Bring the axes into the order of ``MatMul``: ``Einsum`` is slower."""
     ((i,), (j,)), (left, right) = eqn.params["dimension_numbers"]
     (rows,) = set(range(np.ndim(x))) - {i, *left}
@@ -49,7 +51,7 @@ def _matmul(eqn: Any, x: Any, y: Any) -> Any:
     return jnp.matmul(x, y, precision=eqn.params["precision"])
 
 
-def _outer(eqn: Any, x: Any, y: Any) -> Any:
+def _outer(eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
     """All products of two entries, by broadcasting."""
     _, (left, right) = eqn.params["dimension_numbers"]
     rows = [i for i in range(np.ndim(x)) if i not in left]
@@ -61,7 +63,7 @@ def _outer(eqn: Any, x: Any, y: Any) -> Any:
     return x * y
 
 
-def convolve(eqn: Any, x: Any, weights: Any) -> Any | None:
+def convolve(eqn: core.JaxprEqn, x: Value, weights: Value) -> Value | None:
     """Convolve over three axes, or with axes in any order; None where it may stay as it is."""
     spec = eqn.params["dimension_numbers"]
     known = {"rhs": ((0, 1, 2), (2, 1, 0), (0, 1, 2, 3), (3, 2, 0, 1))}
@@ -77,11 +79,11 @@ def convolve(eqn: Any, x: Any, weights: Any) -> Any | None:
     return jnp.transpose(out, [int(i) for i in np.argsort(spec.out_spec)])
 
 
-def _plain(x: Any, weights: Any, settings: dict[str, Any]) -> Any:
+def _plain(x: Value, weights: Value, settings: dict[str, Any]) -> Value:
     return lax.conv_general_dilated(x, weights, **settings)
 
 
-def _by_slices(x: Any, weights: Any, settings: dict[str, Any]) -> Any:
+def _by_slices(x: Value, weights: Value, settings: dict[str, Any]) -> Value:
     """Add up what each slice of the kernel makes of the images, which jax2onnx can convolve."""
     lists = ("window_strides", "padding", "lhs_dilation", "rhs_dilation")
     first = {name: settings[name][0] for name in lists}
@@ -91,7 +93,7 @@ def _by_slices(x: Any, weights: Any, settings: dict[str, Any]) -> Any:
     x = pad(x, zero, (other, other, depth, other, other))
     span = (weights.shape[2] - 1) * first["rhs_dilation"]
     count = (x.shape[2] - span - 1) // first["window_strides"] + 1
-    total: Any = 0
+    total: Value = 0
     for k in range(weights.shape[2]):
         start = k * first["rhs_dilation"]
         stop = start + (count - 1) * first["window_strides"] + 1
@@ -103,7 +105,28 @@ def _by_slices(x: Any, weights: Any, settings: dict[str, Any]) -> Any:
     return jnp.moveaxis(total, 1, 2)
 
 
-def cast(x: Any, dtype: np.dtype) -> Any:
+# How products are computed whose own form jax2onnx does not write, or as a slower operation.
+PRODUCTS = {"dot_general": dot, "conv_general_dilated": convolve}
+
+
+def bind(eqn: core.JaxprEqn, values: Sequence[Value]) -> list[Value]:
+    """Evaluate an equation."""
+    out = eqn.primitive.bind(*values, **eqn.params)
+    return list(out) if eqn.primitive.multiple_results else [out]
+
+
+def is_known(value: Value) -> bool:
+    """True for what depends on no input."""
+    return not isinstance(value, jax.core.Tracer)
+
+
+def aval_of(var: core.Var | core.Literal) -> jax.core.ShapedArray:
+    """Shape and dtype of an operand or a result."""
+    aval: Any = var.aval  # all are arrays, but for tokens, which no export takes
+    return aval
+
+
+def cast(x: Value, dtype: np.dtype) -> Value:
     """Convert; a constant at once."""
     if x.dtype == dtype:
         return x

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune._atomic import in_place
 from jaxprune.export._compare import Comparison
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
-from jaxprune.export._report import Report, describe, in_place
+from jaxprune.export._report import Report, describe
 from jaxprune.export._session import Session, measure
 
 ROWS = 64  # of a batch that is calibrated or compared in one call
@@ -80,7 +81,7 @@ def quantize_onnx(
     dense = _load(Path(source))
     batches = _read("calibration", calibration, dense)
     tests = batches if test is None else _read("test", test, dense)
-    with in_place(path) as written:
+    with in_place(Path(path)) as written:
         small = _quantize(
             written, Path(source), _Reader(dense, batches), methods[method], operators
         )

@@ -1,11 +1,8 @@
-"""What an exported file is like, and how it gets in place."""
+"""What an exported file is like."""
 
-import contextlib
 import dataclasses
 import gzip
-import os
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -54,21 +51,3 @@ def describe(
     parity, agreement = compared
     size = len(gzip.compress(data, mtime=0))
     return Report(Path(path), len(data), size, parity, agreement, latency)
-
-
-@contextlib.contextmanager
-def in_place(path: str | Path) -> Iterator[Path]:
-    """Give a path to write to, beside the one that it replaces if all went well.
-
-    Readers see the old file or the new one, whole, and where something is raised the old one stays.
-    """
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{str(path)!r} is a folder. Pass the path of a file.")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder:
-        written = Path(folder) / path.name
-        yield written
-        with written.open("rb+") as file:  # on the disk before it gets its name
-            os.fsync(file.fileno())
-        written.replace(path)

@@ -7,12 +7,13 @@ from typing import Any
 import jax
 from jax.extend import core
 
+from jaxprune._atomic import in_place
 from jaxprune.export._compare import compare
 from jaxprune.export._culprits import culprits
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._program import Program, cpu, make_program, names, trials
-from jaxprune.export._report import Report, describe, in_place
+from jaxprune.export._report import Report, describe
 from jaxprune.typing import Masks, Params
 
 
@@ -83,7 +84,7 @@ def stablehlo(
         )
     program = make_program("stablehlo", fn, params, inputs, masks=masks, batch=batch, shapes=shapes)
     data = _serialize(program, tuple(platforms))
-    with in_place(path) as written:
+    with in_place(Path(path)) as written:
         written.write_bytes(data)
         exported: Any = jax.export.deserialize(bytearray(written.read_bytes()))
         structure = jax.tree.structure(program.spec_tree)

@@ -14,7 +14,7 @@ from jax.extend import core
 
 from jaxprune.export._operations import rewrite
 from jaxprune.export._products import cast, common_type, convolve, dot, is_narrow
-from jaxprune.graph._calls import scan_sizes
+from jaxprune.graph._loops import scan_sizes
 from jaxprune.graph._source import source_line
 
 # Calls of one jaxpr, and the parameter that holds it. Derivatives have no use in a file.

@@ -1,14 +1,13 @@
 """Arrays that a function captures: inputs that nobody passed."""
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jaxprune.graph._analysis import Analysis, Constant
+from jaxprune.graph._walk import Analysis, Constant
 
 
 def hold_captured(analysis: Analysis, trace: Callable[[], core.ClosedJaxpr]) -> None:
@@ -60,7 +59,7 @@ def _arrays(closed: core.ClosedJaxpr, seen: set[int]) -> Iterator[np.ndarray]:
                     yield from _arrays(inner, seen)
 
 
-def _why(array: Any) -> str:
+def _why(array: jax.Array | np.ndarray) -> str:
     return (
         f"`fn` captures {array.dtype}{list(np.shape(array))}, which it is joined with and which "
         "stays whole as inputs do; `params` are what is cut"

@@ -1,19 +1,26 @@
 """Rules for programs on several devices, and for axes that ``vmap`` and ``shard_map`` name."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeAlias, TypeVar
 
+import jax
 import numpy as np
+from jax.extend import core
+from jax.sharding import PartitionSpec
 
 from jaxprune._mesh import fitting, names_of
-from jaxprune.graph._analysis import Axes, Axis, Rule, Site
-from jaxprune.graph._calls import on_devices
+from jaxprune.graph._axes import Axes, Axis
 from jaxprune.graph._elementwise import same
+from jaxprune.graph._frames import Value
+from jaxprune.graph._site import Rule, Site
 from jaxprune.graph._take import take
 
+Specs: TypeAlias = tuple[PartitionSpec, ...]
+F = TypeVar("F", bound=Callable)
 
-def cut_moved(at: Site, x: Any) -> list[Any]:
+
+def cut_moved(at: Site, x: jax.Array) -> list[jax.Array]:
     """Lay it out as it was, but for mesh axes that no longer divide what is left."""
     return at.bind(x, dst_sharding=fitting(at.params["dst_sharding"], x.shape))
 
@@ -23,7 +30,7 @@ def reduce_names(at: Site) -> list[Axes]:
     places = [i for i in at.params["axes"] if isinstance(i, int)]
     for axes in at.ins:
         for i in places:
-            if at.eqn.primitive.name.startswith("psum"):
+            if at.primitive.startswith("psum"):
                 at.contract(axes[i])
             else:
                 at.freeze(axes[i])
@@ -51,9 +58,7 @@ def hold(*names: str) -> Rule:
             for place in places:
                 at.freeze(axes[place])
         if not at.params["tiled"]:  # ranks may differ: nothing is sure to be at its place
-            for axis in (axis for axes in at.ins for axis in axes):
-                at.freeze(axis)
-            return [(None,) * len(v.aval.shape) for v in at.eqn.outvars]
+            return at.freeze_all()
         return [tuple(None if i in places else a for i, a in enumerate(x)) for x in at.ins]
 
     return Rule(couple)
@@ -75,13 +80,25 @@ def shard_map(at: Site) -> list[Axes]:
     ]
 
 
-def cut_shard_map(at: Site, *values: Any) -> list[Any]:
+def cut_shard_map(at: Site, *values: Value) -> list[Value]:
     inside = lambda *values: tuple(at.inner()(*values))  # noqa: E731
     specs = tuple(at.params["in_specs"]), tuple(at.params["out_specs"])
-    return list(on_devices(at, inside, *specs)(*values))
+    return list(on_devices(at.eqn, inside, *specs)(*values))
 
 
-def _shards(spec: Any, axes: Axes, mesh: dict[str, int]) -> list[int]:
+def on_devices(eqn: core.JaxprEqn, f: F, in_specs: Specs, out_specs: Specs) -> F:
+    """Map a function over devices as a ``shard_map`` equation does."""
+    return jax.shard_map(
+        f,
+        mesh=eqn.params["mesh"],
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(eqn.params["newly_manual_axes"]),
+        check_vma=eqn.params["check_vma"],
+    )
+
+
+def _shards(spec: PartitionSpec, axes: Axes, mesh: dict[str, int]) -> list[int]:
     """Into how many shards a spec cuts each axis."""
     entries = [*spec, *([None] * (len(axes) - len(spec)))]
     return [math.prod(mesh[name] for name in names_of(entry)) for entry in entries]
@@ -110,7 +127,7 @@ def keys(at: Site) -> list[Axes]:
     return [(*axes, *at.fresh(at.out_shape()[len(axes) :]))]
 
 
-def cut_split(at: Site, keys: Any) -> list[Any]:
+def cut_split(at: Site, keys: jax.Array) -> list[jax.Array]:
     """Split into as many as ever and drop those of layers that are gone."""
     (drawn,) = at.bind(keys)
     rank = len(at.shape())

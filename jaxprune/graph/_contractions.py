@@ -1,11 +1,13 @@
 """Rules for sums and products of axes: dots, convolutions, reductions."""
 
 from collections.abc import Iterable
-from typing import Any
 
+import jax
 import numpy as np
 
-from jaxprune.graph._analysis import ANYTHING, Axes, Axis, Rule, Site, axis_of
+from jaxprune.graph._axes import ANYTHING, Axes, Axis, axis_of
+from jaxprune.graph._frames import dtype_of
+from jaxprune.graph._site import Rule, Site
 
 
 def dot_general(at: Site) -> list[Axes]:
@@ -114,7 +116,7 @@ def _grouped(
         at.blur(x.ids, lambda: f"{at.name()} sums what is not zero where a unit is removed")
 
 
-def cut_conv(at: Any, x: Any, kernel: Any) -> list[Any]:
+def cut_conv(at: Site, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
     """Count the groups that are left."""
     numbers, groups = at.params["dimension_numbers"], at.params["feature_group_count"]
     if groups > 1:
@@ -143,8 +145,8 @@ _NEUTRAL = {
 
 def reduce_whole(at: Site) -> list[Axes]:
     """Reduce axes to which every index matters, but for those where removed ones are neutral."""
-    neutral = _NEUTRAL.get(at.eqn.primitive.name)
-    if neutral == -1 and at.eqn.invars[0].aval.dtype == bool:
+    neutral = _NEUTRAL.get(at.primitive)
+    if neutral == -1 and dtype_of(at.eqn.invars[0]).kind == "b":
         neutral = 1
     for i in at.params["axes"]:
         axis = at.ins[0][i]
@@ -170,7 +172,7 @@ def along(param: str) -> Rule:
 
     def couple(at: Site) -> list[Axes]:
         rank = len(at.ins[0])
-        name, place = at.eqn.primitive.name, at.params[param] % rank
+        name, place = at.primitive, at.params[param] % rank
         out: list[Axis | None] = []
         for i in range(rank):
             ids = at.join(*(axes[i] for axes in at.ins))
@@ -217,7 +219,7 @@ def windows(at: Site) -> list[Axes]:
                 at.freeze(axis)
             else:
                 at.join(out[i], axis)
-    if at.eqn.primitive.name == "reduce_window":  # any function, from any start
+    if at.primitive == "reduce_window":  # any function, from any start
         return [unknown(out)] * len(at.eqn.outvars)
     return [mixed(out)] * len(at.eqn.outvars)
 

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 import numpy as np
 from jax.extend import core
 
-from jaxprune.graph._analysis import Frame, Site, kept_indices
+from jaxprune.graph._axes import kept_indices
+from jaxprune.graph._frames import Frame, all_frames, shape_of
 from jaxprune.graph._network import Network
+from jaxprune.graph._site import Site
 
 _PASSING = ("convert_element_type", "broadcast_in_dim", "reshape", "squeeze", "copy", "neg")
 
@@ -19,13 +21,13 @@ def rescale(net: Network, alive: np.ndarray) -> None:
     The number is written in the program (jaxprs are made for one shape), mostly right behind the
     sum; casts and reshapes may lie between. A variance may divide by one less.
     """
-    for frame in _frames(net.frame):
+    for frame in all_frames(net.frame):
         for number, eqn in enumerate(frame.jaxpr.eqns):
             if eqn.primitive.name != "reduce_sum":
                 continue
             axes = frame.of(eqn.invars[0])
             kept = kept_indices(net.analysis.coupling, alive, axes)
-            shape = eqn.invars[0].aval.shape
+            shape = shape_of(eqn.invars[0])
             places = eqn.params["axes"]
             n = math.prod(shape[i] for i in places)
             left = math.prod(shape[i] if kept[i] is None else len(kept[i]) for i in places)
@@ -46,13 +48,6 @@ def rescale(net: Network, alive: np.ndarray) -> None:
                 )
 
 
-def _frames(frame: Frame) -> Iterator[Frame]:
-    yield frame
-    for inner in frame.inner.values():
-        for one in inner:
-            yield from _frames(one)
-
-
 def _divisions(net: Network, frame: Frame, number: int) -> Iterator[tuple[int, float]]:
     """Divisions of a result by a known number, or products with one, as the number divided by."""
     values = set(frame.jaxpr.eqns[number].outvars)
@@ -64,14 +59,14 @@ def _divisions(net: Network, frame: Frame, number: int) -> Iterator[tuple[int, f
         name = eqn.primitive.name
         if name in _PASSING:
             values.update(eqn.outvars)
-        elif name in ("add", "sub") and any(v.aval.size == 1 for v in eqn.invars):
+        elif name in ("add", "sub") and any(math.prod(shape_of(v)) == 1 for v in eqn.invars):
             values.update(eqn.outvars)  # an epsilon
         elif name in ("div", "mul"):
             site = Site(net.analysis, frame, later, eqn)
             other = 1 if ours[0] else 0
             if name == "div" and other == 0:
                 continue
-            value = site.value(other) if eqn.invars[other].aval.size == 1 else None
+            value = site.value(other) if math.prod(site.shape(other)) == 1 else None
             if value is not None and float(value.reshape(())) != 0:
                 by = float(value.reshape(()))
                 yield later, by if name == "div" else round(1 / by, 6)

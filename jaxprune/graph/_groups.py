@@ -1,15 +1,16 @@
 """Groups of coupled channels, read from the analysis of a network."""
 
+import collections
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprune._groups import Group, Groups, Member
-from jaxprune.graph._analysis import Rule
 from jaxprune.graph._carry import Carry
 from jaxprune.graph._network import Network, check_call, network
+from jaxprune.graph._site import Rule
 from jaxprune.typing import Params, Where
 
 
@@ -200,14 +201,21 @@ def named(groups: list[Group], net: Network) -> list[Group]:
         last = member.axis == rank[member.path] - 1
         return rank[member.path] >= 2 and last, rank[member.path]
 
-    taken: dict[str, int] = {}
+    best = [max(group.members, key=makes) for group in groups]
+    names = unique([f"{member.path}:{member.axis}" for member in best])
+    return [
+        Group(name, group.members, group.size, group.exact, group.reason)
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Number what comes more than once: ``["a", "b", "a"]`` becomes ``["a", "b", "a~2"]``."""
+    taken: collections.Counter[str] = collections.Counter()
     out = []
-    for group in groups:
-        best = max(group.members, key=makes)
-        name = f"{best.path}:{best.axis}"
-        taken[name] = taken.get(name, 0) + 1
-        number = f"~{taken[name]}" if taken[name] > 1 else ""
-        out.append(Group(name + number, group.members, group.size, group.exact, group.reason))
+    for name in names:
+        taken[name] += 1
+        out.append(f"{name}~{taken[name]}" if taken[name] > 1 else name)
     return out
 
 

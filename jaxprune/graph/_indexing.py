@@ -1,12 +1,12 @@
 """Rules for primitives that read or write at indices."""
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph._analysis import ANYTHING, Axes, Axis, Rule, Site, axis_of
-from jaxprune.graph._shapes import beside, part
+from jaxprune.graph._axes import ANYTHING, Axes, Axis, axis_of
+from jaxprune.graph._shapes import part
+from jaxprune.graph._site import Rule, Site
 from jaxprune.graph._take import pick
 
 
@@ -65,13 +65,13 @@ def _known_rows(at: Site) -> np.ndarray | None:
     return rows if inside else None
 
 
-def cut_gather(at: Any, x: Any, indices: Any) -> list[Any]:
+def cut_gather(at: Site, x: jax.Array, indices: jax.Array) -> list[jax.Array]:
     numbers, sizes = at.params["dimension_numbers"], at.params["slice_sizes"]
     moved = _known_rows(at)
     if moved is not None:
         axis = numbers.start_index_map[0]
         place = next(i for i in range(x.ndim) if i not in numbers.offset_dims)
-        have: list[Any] = [None] * x.ndim
+        have: list[np.ndarray | None] = [None] * x.ndim
         source, keep = list(have), list(have)
         have[axis], source[axis] = at.kept_ins()[0][axis], moved
         keep[axis] = at.kept_outs()[0][place]
@@ -104,9 +104,9 @@ def _known_start(at: Site, i: int, size: int) -> int | None:
     return None if value is None else int(np.clip(value, 0, at.shape()[i] - size))
 
 
-def cut_dynamic_slice(at: Any, x: Any, *starts: Any) -> list[Any]:
+def cut_dynamic_slice(at: Site, x: jax.Array, *starts: jax.Array) -> list[jax.Array]:
     kept, sizes = at.kept_ins()[0], list(at.params["slice_sizes"])
-    source: list[Any] = [None] * x.ndim
+    source: list[np.ndarray | None] = [None] * x.ndim
     for i, size in enumerate(sizes):
         if kept[i] is not None:
             start = _known_start(at, i, size)
@@ -137,7 +137,7 @@ def _written(
     """The axis of an array after some of it, from a known index on, or all of it, was written."""
     (axis, update), (n, size) = axes, sizes
     if n == size:
-        return beside(at, axis, update)
+        return at.beside(axis, update)
     if axis is None or start is None:
         at.freeze(axis)
         at.freeze(update)
@@ -147,13 +147,16 @@ def _written(
     return axis_of(axis.ids, axis.values, ANYTHING if update is None else update.values)
 
 
-def cut_update(at: Any, x: Any, update: Any, *starts: Any) -> list[Any]:
+def cut_update(at: Site, x: jax.Array, update: jax.Array, *starts: jax.Array) -> list[jax.Array]:
     """Count what is left in front of the place."""
     kept = at.kept_ins()[0]
-    moved = []
+    moved: list[jax.Array | np.ndarray] = []
     for i, (have, start) in enumerate(zip(kept, starts, strict=True)):
         known = None if have is None else _start(at, i)
-        moved.append(start if known is None else np.asarray(np.sum(have < known), start.dtype))
+        if have is None or known is None:
+            moved.append(start)
+        else:
+            moved.append(np.asarray(np.sum(have < known), start.dtype))
     return at.bind(x, update, *moved)
 
 
@@ -214,7 +217,7 @@ def _free_dim(at: Site) -> int:
     return next(i for i in range(len(at.shape(2))) if i not in windows)
 
 
-def cut_scatter(at: Any, x: Any, indices: Any, updates: Any) -> list[Any]:
+def cut_scatter(at: Site, x: jax.Array, indices: jax.Array, updates: jax.Array) -> list[jax.Array]:
     """Count what is left in front of each place."""
     rows, kept = _known_places(at), at.kept_ins()[0]
     axes = at.params["dimension_numbers"].scatter_dims_to_operand_dims

@@ -4,10 +4,12 @@ from jaxprune.graph import (
     _calls,
     _collectives,
     _contractions,
+    _derivatives,
     _effects,
     _elementwise,
     _indexing,
     _linalg,
+    _loops,
     _shapes,
 )
 
@@ -18,6 +20,8 @@ RULES = {
     **_indexing.RULES,  # gather, scatter, dynamic slices: whole axes pass, indexed ones stay
     **_linalg.RULES,  # decompositions, solvers, Fourier transforms: batches of matrices pass
     **_effects.RULES,  # references, callbacks
-    **_calls.RULES,  # jit, remat, scan, while, cond, custom derivatives: a frame for each call
+    **_calls.RULES,  # jit, remat, cond: a frame for each call
+    **_loops.RULES,  # scan, while: a frame for all steps, what is carried is joined
+    **_derivatives.RULES,  # custom_jvp, custom_vjp: a frame for the derivative, too
     **_collectives.RULES,  # shard_map, psum, all_gather, reshard; keys of layers and devices
 }

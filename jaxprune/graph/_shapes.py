@@ -2,12 +2,14 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
+import jax
 import numpy as np
 from jax import lax
 
-from jaxprune.graph._analysis import Axes, Axis, Rule, Site, axis_of
+from jaxprune.graph._axes import Axes, Axis, axis_of
+from jaxprune.graph._frames import Value
+from jaxprune.graph._site import Rule, Site
 from jaxprune.graph._take import pick, take
 
 
@@ -30,7 +32,7 @@ def reshape(at: Site) -> list[Axes]:
     return [tuple(out)]
 
 
-def _runs(source: Sequence[Any], target: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
+def _runs(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Cut two shapes into the shortest runs of equal product."""
     runs, i, j = [], 0, 0
     while i < len(source) or j < len(target):
@@ -79,7 +81,7 @@ def _split(at: Site, axis: Axis, sizes: Sequence[int]) -> list[Axis | None]:
     return [rows, *_split(at, columns, sizes[1:])]  # type: ignore[arg-type]
 
 
-def cut_reshape(at: Any, x: Any) -> list[Any]:
+def cut_reshape(at: Site, x: jax.Array) -> list[jax.Array]:
     shape = at.small_shape()
     return [lax.reshape(x, shape, at.params["dimensions"], out_sharding=at.layout())]
 
@@ -102,7 +104,7 @@ def broadcast_in_dim(at: Site) -> list[Axes]:
     return [tuple(out)]
 
 
-def cut_broadcast(at: Any, x: Any, *_: Any) -> list[Any]:
+def cut_broadcast(at: Site, x: jax.Array, *_: jax.Array) -> list[jax.Array]:
     places = at.params["broadcast_dimensions"]
     return [lax.broadcast_in_dim(x, at.small_shape(), places, out_sharding=at.layout())]
 
@@ -117,19 +119,17 @@ def tile(at: Site) -> list[Axes]:
     return [tuple(out)]
 
 
-def cut_tile(at: Any, x: Any) -> list[Any]:
+def cut_tile(at: Site, x: jax.Array) -> list[jax.Array]:
     return at.bind(x, reps=tuple(n // m for n, m in zip(at.small_shape(), x.shape, strict=True)))
 
 
 def make(at: Site) -> list[Axes]:
     """Values that the program makes: any index can be left out of them."""
-    for axes in at.ins:
-        for axis in axes:
-            at.freeze(axis)
-    return [at.fresh(v.aval.shape) for v in at.eqn.outvars]
+    at.freeze_all()
+    return [at.fresh(shape) for shape in at.out_shapes()]
 
 
-def cut_made(at: Any, *values: Any) -> list[Any]:
+def cut_made(at: Site, *values: Value) -> list[Value]:
     """Make them whole and cut them then, so that the numbers stay the same."""
     outs = at.bind(*values)
     return [take(x, kept) for x, kept in zip(outs, at.kept_outs(), strict=True)]
@@ -137,10 +137,7 @@ def cut_made(at: Any, *values: Any) -> list[Any]:
 
 def opaque(at: Site) -> list[Axes]:
     """Keys and their like: nothing in them is ever cut."""
-    for axes in at.ins:
-        for axis in axes:
-            at.freeze(axis)
-    return [(None,) * len(v.aval.shape) for v in at.eqn.outvars]
+    return at.freeze_all()
 
 
 def concatenate(at: Site) -> list[Axes]:
@@ -149,19 +146,12 @@ def concatenate(at: Site) -> list[Axes]:
     for i in range(len(at.out_shape())):
         axes = [operand[i] for operand in at.ins]
         if i != place:
-            out.append(beside(at, *axes))
+            out.append(at.beside(*axes))
         elif all(axis is None for axis in axes):
             out.append(None)
         else:
             out.append(_in_a_row(at, axes, [at.shape(k)[i] for k in range(len(axes))]))
     return [tuple(out)]
-
-
-def beside(at: Site, *axes: Axis | None) -> Axis | None:
-    """The axis of arrays that lie beside one another."""
-    ids = at.join(*axes)
-    values = [axis.values for axis in axes if axis is not None]
-    return None if ids is None else axis_of(ids, *values)
 
 
 def _in_a_row(at: Site, axes: Sequence[Axis | None], sizes: Sequence[int]) -> Axis:
@@ -178,7 +168,7 @@ def _in_a_row(at: Site, axes: Sequence[Axis | None], sizes: Sequence[int]) -> Ax
 def stack(at: Site) -> list[Axes]:
     """Join the operands; the axis along which they lie stays whole."""
     place = at.params["axis"]
-    joined = [beside(at, *axes) for axes in zip(*at.ins, strict=True)]
+    joined = [at.beside(*axes) for axes in zip(*at.ins, strict=True)]
     return [(*joined[:place], None, *joined[place:])]
 
 
@@ -199,7 +189,7 @@ def split(at: Site) -> list[Axes]:
     return outs
 
 
-def cut_split(at: Any, x: Any) -> list[Any]:
+def cut_split(at: Site, x: jax.Array) -> list[jax.Array]:
     place = at.params["axis"]
     return at.bind(x, sizes=tuple(at.small_shape(i)[place] for i in range(len(at.params["sizes"]))))
 
@@ -222,7 +212,7 @@ def slice_(at: Site) -> list[Axes]:
     return [tuple(part(at, axis, piece) for axis, piece in zip(at.ins[0], pieces, strict=True))]
 
 
-def cut_slice(at: Any, x: Any) -> list[Any]:
+def cut_slice(at: Site, x: jax.Array) -> list[jax.Array]:
     start, limit = at.params["start_indices"], at.params["limit_indices"]
     strides = at.params["strides"] or (1,) * len(start)
     whole = [kept is None for kept in at.kept_ins()[0]]
@@ -264,7 +254,7 @@ def pad(at: Site) -> list[Axes]:
     return [tuple(out)]
 
 
-def cut_pad(at: Any, x: Any, value: Any) -> list[Any]:
+def cut_pad(at: Site, x: jax.Array, value: jax.Array) -> list[jax.Array]:
     config = []
     sides = zip(at.params["padding_config"], at.kept_outs()[0], at.shape(0), strict=True)
     for (low, high, inside), kept, size in sides:

@@ -145,9 +145,12 @@ class Coupling:
             position = np.concatenate([position[cell], position[cell]])
             root = np.concatenate([rows[root[cell]], columns[root[cell]]])
             root = self.find(root)
-        pairs = np.concatenate([np.stack(f, 1) for f in found]) if found else np.zeros((0, 2), int)
-        pairs = np.unique(pairs, axis=0)
-        return pairs[:, 0], pairs[:, 1]
+        if not found:
+            return np.zeros(0, int), np.zeros(0, int)
+        position, root = (np.concatenate(x) for x in zip(*found, strict=True))
+        if len(found) > 1:  # one number a pair sorts much faster than pairs do
+            position, root = np.divmod(np.unique(position * self._size + root), self._size)
+        return position, root
 
     def alive(self, dead: Ids) -> np.ndarray:
         """Say of every root whether it is alive once the units ``dead`` are gone."""

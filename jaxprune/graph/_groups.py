@@ -169,8 +169,8 @@ def _by_signature(
         if low == high:
             continue
         roots, count = np.unique(owned.root[low:high], return_counts=True)
-        pairs = np.stack([label[roots], count])
-        numbers = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
+        pairs = label[roots] * (count.max() + 1) + count  # one number for each pair of the two
+        numbers = np.unique(pairs, return_inverse=True)[1]
         label[roots] = next_label + numbers
         next_label += len(roots)
     if not len(owned.root):

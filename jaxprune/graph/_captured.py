@@ -1,5 +1,10 @@
 """Arrays that a function captures: inputs that nobody passed."""
 
+# A closure is no parameter: `lambda p, x: (x * mask) @ p["w"]` captures `mask`, which stays whole
+# as an input does, and with it whatever it is joined with. In the jaxpr it is a constant, as is a
+# table of rotations that the function makes whenever it is called, and that may well be cut. They
+# differ in when they were made: before the call, or in it.
+
 from collections.abc import Callable, Iterator
 
 import jax

@@ -1,5 +1,13 @@
 """Rules for programs on several devices, and for axes that ``vmap`` and ``shard_map`` name."""
 
+# Inside of `shard_map` each device sees a shard of an axis, and all devices run one program on one
+# shape: of an axis in shards each shard has to lose as many indices.
+#
+#     w: f32[8] over 2 devices     inside: f32[4]; its index 1 is the index 1 of `w` on one device
+#                                  and 5 on the other, so that 1 and 5 are joined
+#
+# Outside the ids are those of all shards, one after another: `_repeated`.
+
 import math
 from collections.abc import Callable, Sequence
 from typing import TypeAlias, TypeVar

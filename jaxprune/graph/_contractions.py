@@ -1,5 +1,16 @@
 """Rules for sums and products of axes: dots, convolutions, reductions."""
 
+# In a sum over an axis, an index is a term, made of an entry of each operand:
+#
+#     y[b, o] = sum over i of x[b, i] * w[i, o]
+#
+# Index i of `x` and of `w` go together (`contract` joins them), and if either is zero where a unit
+# is removed, the term that goes was zero. Axes that are not summed over are axes of the result,
+# with the same ids. Batch axes, such as heads in attention, are both: joined, and in the result.
+#
+# A maximum, a sort or a running sum has no terms that could be left out, but for those that change
+# nothing: minus infinity in a maximum, one in a product.
+
 from collections.abc import Iterable
 
 import jax
@@ -94,7 +105,11 @@ def conv(at: Site) -> list[Axes]:
 def _grouped(
     at: Site, x: Axis | None, inputs: Axis | None, outputs: Axis | None, groups: int
 ) -> None:
-    """Lay channels out as (group, channel of the group) on both sides."""
+    """Lay channels out as (group, channel of the group) on both sides.
+
+    With 2 groups and 6 channels on each side, channel 4 of the input is (1, 1). A group of the
+    input goes with that of the output; the kernel has an axis for channels of a group alone.
+    """
     if x is None or outputs is None:
         for axis in (x, inputs, outputs):
             at.freeze(axis)

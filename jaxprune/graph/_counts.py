@@ -1,5 +1,12 @@
 """Means over axes that were cut: divide by what is left instead of by what there was."""
 
+# A mean is a sum and a division by a number that is written in the program. Of 8 channels with 5
+# left,
+#
+#     s = reduce_sum[axes=(1,)] x
+#     m = div s 8.0               masked: a mean over 8, three of which are zero; `rescaled`: times
+#                                 8 / 5, so that it is the mean over 5
+
 import math
 import warnings
 from collections.abc import Iterator

@@ -1,5 +1,8 @@
 """Rules for what is more than a value: references that are written to, and calls of the host."""
 
+# A reference is written to behind the back of the equations that read it. Its axes pass as those of
+# an array do, but what lies at a removed index is not known once it exists.
+
 import itertools
 from collections.abc import Sequence
 from typing import TypeAlias

@@ -1,5 +1,16 @@
 """Rules for primitives that work element by element."""
 
+# Two things have to be told: which axes meet (those at the same place, where neither broadcasts),
+# and what lies at a removed index afterwards. The second is found by trying: what may lie there is
+# a number, or anything, and the primitive itself is evaluated on numbers.
+#
+#     y = exp x       x is zero where a unit is removed, so that y is one
+#     z = mul y m     m is zero there: so is z, whatever y is
+#     u = log x       minus infinity there, while the small network has nothing: a group of it is
+#                     not exact, since masking makes it infinite or NaN
+#
+# With anything among the operands only a rule can tell: `mul` annihilates, `add` does not.
+
 import functools
 import itertools
 from collections.abc import Hashable, Mapping, Sequence

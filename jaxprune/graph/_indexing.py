@@ -1,5 +1,14 @@
 """Rules for primitives that read or write at indices."""
 
+# By an index that is data anything may be read: the axis that is indexed stays whole, and the axes
+# that are read whole pass.
+#
+#     e = gather table tokens     table: f32[words, d]; words stay, d has the ids of e's last axis
+#
+# Where the index is known, ids move as in a slice: a fixed permutation of channels permutes ids.
+# Small networks have other numbers for the same places, so that known indices are counted anew: the
+# place 5 becomes 3 if two of the indices in front of it are gone.
+
 import jax
 import jax.numpy as jnp
 import numpy as np

@@ -1,5 +1,9 @@
 """Rules for linear algebra and transforms: matrices stay whole, batches of them pass."""
 
+# An eigenvalue, an inverse or a Fourier coefficient depends on all of a matrix, so that nothing of
+# it can go. Axes in front of the matrix count matrices, each of which is worked on by itself: they
+# pass, and are joined over all operands.
+
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 

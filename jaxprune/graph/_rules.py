@@ -10,13 +10,15 @@ from jaxprune.graph import (
     _indexing,
     _linalg,
     _loops,
+    _reshape,
     _shapes,
 )
 
 RULES = {
     **_elementwise.RULES,  # add, mul, exp, select_n, ...: axes at the same place are joined
     **_contractions.RULES,  # dots, convolutions, reductions, sorts: axes are summed or run along
-    **_shapes.RULES,  # reshape, broadcast, concatenate, slice, ...: ids move with the values
+    **_reshape.RULES,  # reshape: products of ids, for heads and groups of channels
+    **_shapes.RULES,  # transpose, broadcast, concatenate, slice, ...: ids move with the values
     **_indexing.RULES,  # gather, scatter, dynamic slices: whole axes pass, indexed ones stay
     **_linalg.RULES,  # decompositions, solvers, Fourier transforms: batches of matrices pass
     **_effects.RULES,  # references, callbacks

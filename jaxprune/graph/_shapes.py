@@ -1,6 +1,14 @@
 """Rules for primitives that move, repeat or make values without computing with them."""
 
-import math
+# Ids move with the values that they stand for: a transpose permutes axes, `rev` turns ids round, a
+# slice takes some of them, `concatenate` lays them in a row. Cutting undoes nothing of that, as the
+# same indices are gone on both sides; only params that name sizes or places have to be made anew.
+#
+#     a, b = split[sizes=(4, 4)] x      a has ids 0..3, b has ids 4..7
+#     y = mul a b                       joins 0 with 4, ...: halves of a gated unit lose the same
+#
+# What appears from nowhere (broadcasts, iota) gets fresh ids, since it can be made in any size.
+
 from collections.abc import Sequence
 
 import jax
@@ -11,79 +19,6 @@ from jaxprune.graph._axes import Axes, Axis, axis_of
 from jaxprune.graph._frames import Value
 from jaxprune.graph._site import Rule, Site
 from jaxprune.graph._take import pick, take
-
-
-def reshape(at: Site) -> list[Axes]:
-    """Merge and split axes, one run of axes with a common product at a time."""
-    source, target = at.shape(), at.out_shape()
-    if 0 in source:  # nothing to cut
-        return opaque(at)
-    out: list[Axis | None] = []
-    for old, new in _runs(source, target):
-        axes = [at.ins[0][i] for i in old]
-        sizes, wanted = [source[i] for i in old], [target[i] for i in new]
-        if [s for s in sizes if s != 1] == [s for s in wanted if s != 1]:
-            moved = iter([axis for axis, s in zip(axes, sizes, strict=True) if s != 1])
-            out += [None if s == 1 else next(moved) for s in wanted]
-        elif all(axis is None for axis in axes):
-            out += [None] * len(wanted)
-        else:
-            out += _split(at, _merge(at, axes, sizes), wanted)
-    return [tuple(out)]
-
-
-def _runs(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
-    """Cut two shapes into the shortest runs of equal product."""
-    runs, i, j = [], 0, 0
-    while i < len(source) or j < len(target):
-        old, new = [i] if i < len(source) else [], [j] if j < len(target) else []
-        i, j = i + len(old), j + len(new)
-        left, right = math.prod(source[a] for a in old), math.prod(target[b] for b in new)
-        while left != right:
-            if (i < len(source)) and (j >= len(target) or left < right):
-                old, left, i = [*old, i], left * source[i], i + 1
-            else:
-                new, right, j = [*new, j], right * target[j], j + 1
-        runs.append((old, new))
-    return runs
-
-
-def _merge(at: Site, axes: Sequence[Axis | None], sizes: Sequence[int]) -> Axis:
-    """Lay several axes out along one; an axis that is never cut repeats the others."""
-    parts = [(a, s) for a, s in zip(axes, sizes, strict=True) if s != 1]
-    axis, size = parts[-1]
-    for outer, n in reversed(parts[:-1]):
-        if axis is None and outer is not None:
-            axis = outer._replace(ids=np.repeat(outer.ids, size))
-        elif axis is not None and outer is None:
-            axis = axis._replace(ids=np.tile(axis.ids, n))
-        elif axis is not None and outer is not None:
-            axis = at.product(outer, axis)
-        size *= n
-    return axis  # type: ignore[return-value]  # one of them is an axis
-
-
-def _split(at: Site, axis: Axis, sizes: Sequence[int]) -> list[Axis | None]:
-    """Give an axis several factors, the first of them peeled off first."""
-    whole = [s for s in sizes if s != 1]
-    if len(whole) == 1:
-        return [axis if s != 1 else None for s in sizes]
-    if sizes[0] == 1:
-        return [None, *_split(at, axis, sizes[1:])]
-    rest = len(axis.ids) // sizes[0]
-    table = axis.ids.reshape(sizes[0], rest)
-    if (table == table[0]).all():  # it had been repeated
-        return [None, *_split(at, axis._replace(ids=table[0]), sizes[1:])]
-    if (table == table[:, :1]).all():
-        return [axis._replace(ids=table[:, 0]), *([None] * (len(sizes) - 1))]
-    rows, columns = at.fresh((sizes[0], rest), values=axis.values)
-    at.analysis.coupling.product(axis.ids, rows.ids, columns.ids)  # type: ignore[union-attr]
-    return [rows, *_split(at, columns, sizes[1:])]  # type: ignore[arg-type]
-
-
-def cut_reshape(at: Site, x: jax.Array) -> list[jax.Array]:
-    shape = at.small_shape()
-    return [lax.reshape(x, shape, at.params["dimensions"], out_sharding=at.layout())]
 
 
 def transpose(at: Site) -> list[Axes]:
@@ -265,7 +200,6 @@ def cut_pad(at: Site, x: jax.Array, value: jax.Array) -> list[jax.Array]:
 
 
 RULES = {
-    "reshape": Rule(reshape, cut_reshape),
     "transpose": Rule(transpose),
     "squeeze": Rule(squeeze),
     "broadcast_in_dim": Rule(broadcast_in_dim, cut_broadcast),

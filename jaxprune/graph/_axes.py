@@ -11,6 +11,7 @@
 # Values share ids where they share an index (a transpose passes them on in another order), and ids
 # are joined where a primitive needs two indices to go together. `Coupling` keeps what is joined.
 
+from collections.abc import Iterable
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
@@ -64,6 +65,16 @@ def axis_of(ids: Ids, *values: Values) -> Axis:
     if len(found) > 1:
         found = (found & ZERO) | ANYTHING
     return Axis(ids, found == ZERO, found)
+
+
+def mixed(axes: Iterable[Axis | None]) -> Axes:
+    """Axes that are left of a sum of products: of what lies there only zeros stay known."""
+    return tuple(None if axis is None else axis.mixed() for axis in axes)
+
+
+def unknown(axes: Iterable[Axis | None]) -> Axes:
+    """The same axes, with anything at removed indices."""
+    return tuple(None if axis is None else Axis(axis.ids, False) for axis in axes)
 
 
 def kept_indices(coupling: Coupling, alive: np.ndarray, axes: Axes) -> list[np.ndarray | None]:

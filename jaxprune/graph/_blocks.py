@@ -31,7 +31,7 @@ from jaxprune.typing import Params
 
 
 def find_blocks(
-    fn: Any,
+    fn: Callable[..., Any],
     params: Params,
     *inputs: Any,
     rules: Mapping[str, Rule] | None = None,

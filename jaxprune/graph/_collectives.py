@@ -9,7 +9,7 @@
 # Outside the ids are those of all shards, one after another: `_repeated`.
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias, TypeVar
 
 import jax
@@ -22,7 +22,6 @@ from jaxprune.graph._axes import Axes, Axis
 from jaxprune.graph._elementwise import same
 from jaxprune.graph._frames import Value
 from jaxprune.graph._site import Rule, Site
-from jaxprune.graph._take import take
 
 Specs: TypeAlias = tuple[PartitionSpec, ...]
 F = TypeVar("F", bound=Callable)
@@ -80,6 +79,7 @@ def shard_map(at: Site) -> list[Axes]:
         tuple(_shard(at, axis, n) for axis, n in zip(axes, cut, strict=True))
         for axes, cut in zip(at.ins, cuts, strict=True)
     ]
+    # What is known as a whole says nothing of a shard.
     known = [k if set(cut) <= {1} else None for k, cut in zip(at.known(), cuts, strict=True)]
     frame = at.walk(at.params["jaxpr"], ins, known)
     return [
@@ -89,6 +89,7 @@ def shard_map(at: Site) -> list[Axes]:
 
 
 def cut_shard_map(at: Site, *values: Value) -> list[Value]:
+    """Cut what one device does; each shard is smaller, the mesh is as it was."""
     inside = lambda *values: tuple(at.inner()(*values))  # noqa: E731
     specs = tuple(at.params["in_specs"]), tuple(at.params["out_specs"])
     return list(on_devices(at.eqn, inside, *specs)(*values))
@@ -126,42 +127,8 @@ def _shard(at: Site, axis: Axis | None, n: int) -> Axis | None:
 
 
 def _repeated(axis: Axis | None, n: int) -> Axis | None:
+    """The axis of shards side by side, which all have the same ids."""
     return axis if axis is None else Axis(np.tile(axis.ids, n), axis.zero)
-
-
-def keys(at: Site) -> list[Axes]:
-    """Keys made from keys: those that are there pass, the new ones can be left out again."""
-    (axes,) = at.ins
-    return [(*axes, *at.fresh(at.out_shape()[len(axes) :]))]
-
-
-def cut_split(at: Site, keys: jax.Array) -> list[jax.Array]:
-    """Split into as many as ever and drop those of layers that are gone."""
-    (drawn,) = at.bind(keys)
-    rank = len(at.shape())
-    return [take(drawn, [*[None] * rank, *at.kept_outs()[0][rank:]])]
-
-
-def wrap(at: Site) -> list[Axes]:
-    """Numbers of a key lie along the last axis, which stays whole."""
-    (axes,) = at.ins
-    for axis in axes[len(at.out_shape()) :]:
-        at.freeze(axis)
-    return [axes[: len(at.out_shape())]]
-
-
-def unwrap(at: Site) -> list[Axes]:
-    (axes,) = at.ins
-    return [(*axes, *[None] * (len(at.out_shape()) - len(axes)))]
-
-
-def fold(at: Site) -> list[Axes]:
-    """Fold numbers into keys, one by one."""
-    out: Sequence[Axis | None] = [
-        None if ids is None else Axis(ids, False)
-        for ids in (at.join(*axes) for axes in zip(*at.ins, strict=True))
-    ]
-    return [tuple(out)]
 
 
 # They give what they get, each device its own, all the same, or that of its neighbour.
@@ -176,9 +143,4 @@ RULES = {
     **{name: Rule(all_gather) for name in ("all_gather", "all_gather_invariant")},
     "reduce_scatter": hold("scatter_dimension"),
     "all_to_all": hold("split_axis", "concat_axis"),
-    "random_split": Rule(keys, cut_split),
-    "random_wrap": Rule(wrap),
-    "random_unwrap": Rule(unwrap),
-    "random_fold_in": Rule(fold),
-    "random_clone": Rule(same),
 }

@@ -11,12 +11,10 @@
 # A maximum, a sort or a running sum has no terms that could be left out, but for those that change
 # nothing: minus infinity in a maximum, one in a product.
 
-from collections.abc import Iterable
-
 import jax
 import numpy as np
 
-from jaxprune.graph._axes import ANYTHING, Axes, Axis, axis_of
+from jaxprune.graph._axes import ANYTHING, Axes, Axis, axis_of, mixed, unknown
 from jaxprune.graph._frames import dtype_of
 from jaxprune.graph._site import Rule, Site
 
@@ -67,11 +65,6 @@ def reduce_any(at: Site) -> list[Axes]:
         else:
             out.append(None if ids is None else Axis(ids, False))
     return [tuple(out)] * len(at.eqn.outvars)
-
-
-def mixed(axes: Iterable[Axis | None]) -> Axes:
-    """Axes that are left of a sum of products: of what lies there only zeros stay known."""
-    return tuple(None if axis is None else axis.mixed() for axis in axes)
 
 
 def _multiplied(at: Site, a: Axis | None, b: Axis | None) -> Axis | None:
@@ -207,11 +200,6 @@ def top_k(at: Site) -> list[Axes]:
     at.freeze(at.ins[0][along])
     best = tuple(None if i == along else axis for i, axis in enumerate(at.ins[0]))
     return [best, unknown(best)]
-
-
-def unknown(axes: Iterable[Axis | None]) -> Axes:
-    """The same axes, with anything at removed indices."""
-    return tuple(None if axis is None else Axis(axis.ids, False) for axis in axes)
 
 
 def windows(at: Site) -> list[Axes]:

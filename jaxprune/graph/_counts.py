@@ -30,33 +30,41 @@ def rescale(net: Network, alive: np.ndarray) -> None:
     """
     for frame in all_frames(net.frame):
         for number, eqn in enumerate(frame.jaxpr.eqns):
-            if eqn.primitive.name != "reduce_sum":
-                continue
-            axes = frame.of(eqn.invars[0])
-            kept = kept_indices(net.analysis.coupling, alive, axes)
-            shape = shape_of(eqn.invars[0])
-            places = eqn.params["axes"]
-            n = math.prod(shape[i] for i in places)
-            left = math.prod(shape[i] if kept[i] is None else len(kept[i]) for i in places)
-            if left == n:
-                continue
-            found = False
-            for division, divisor in _divisions(net, frame, number):
-                less = n - divisor
-                if less in (0, 1) and left > less:
-                    frame.scale[division] = divisor / (left - less)
-                    found = True
-            if not found and n > 1:
-                site = Site(net.analysis, frame, number, eqn)
-                warnings.warn(
-                    f"counts='rescaled' finds no division by {n} behind {site.name()}, which sums "
-                    f"{left} of {n} terms now: it stays a sum.",
-                    stacklevel=2,
-                )
+            if eqn.primitive.name == "reduce_sum":
+                n, left = _terms(net, alive, frame, eqn)
+                if left != n and not _divides(net, frame, number, n, left) and n > 1:
+                    site = Site(net.analysis, frame, number, eqn)
+                    warnings.warn(
+                        f"counts='rescaled' finds no division by {n} behind {site.name()}, which "
+                        f"sums {left} of {n} terms now: it stays a sum.",
+                        stacklevel=2,
+                    )
+
+
+def _terms(net: Network, alive: np.ndarray, frame: Frame, eqn: core.JaxprEqn) -> tuple[int, int]:
+    """How many terms a sum has, and how many of them are left."""
+    shape, places = shape_of(eqn.invars[0]), eqn.params["axes"]
+    kept = kept_indices(net.analysis.coupling, alive, frame.of(eqn.invars[0]))
+    sizes = [n if k is None else len(k) for n, k in zip(shape, kept, strict=True)]
+    return math.prod(shape[i] for i in places), math.prod(sizes[i] for i in places)
+
+
+def _divides(net: Network, frame: Frame, number: int, n: int, left: int) -> bool:
+    """Note how much smaller the divisors of a sum of ``n`` terms are; tell if there are any."""
+    found = False
+    for division, divisor in _divisions(net, frame, number):
+        less = n - divisor  # 1 where a variance is made unbiased
+        if less in (0, 1) and left > less:
+            frame.scale[division] = divisor / (left - less)
+            found = True
+    return found
 
 
 def _divisions(net: Network, frame: Frame, number: int) -> Iterator[tuple[int, float]]:
-    """Divisions of a result by a known number, or products with one, as the number divided by."""
+    """Divisions of a result by a known number, or products with one, as the number divided by.
+
+    A mean is ``div s 8.0`` in jax; others write ``mul s 0.125``.
+    """
     values = set(frame.jaxpr.eqns[number].outvars)
     for later in range(number + 1, len(frame.jaxpr.eqns)):
         eqn = frame.jaxpr.eqns[later]

@@ -10,8 +10,7 @@ from typing import TypeAlias
 import jax
 import numpy as np
 
-from jaxprune.graph._axes import Axes, Axis
-from jaxprune.graph._contractions import unknown
+from jaxprune.graph._axes import Axes, Axis, unknown
 from jaxprune.graph._frames import Value
 from jaxprune.graph._site import Rule, Site
 

@@ -1,6 +1,7 @@
 """Multiplications and additions of a function, counted from its jaxpr."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,9 +11,10 @@ from jaxprune._tree import join_static, split_static
 from jaxprune.graph._frames import shape_of
 from jaxprune.graph._lean import lean
 from jaxprune.graph._network import check_call, spec_of
+from jaxprune.typing import Params
 
 
-def count_flops(fn: Any, params: Any, *inputs: Any, **keywords: Any) -> int:
+def count_flops(fn: Callable[..., Any], params: Params, *inputs: Any, **keywords: Any) -> int:
     """Count the floating-point operations of matrix products and convolutions.
 
     Two for each multiply-add. Whatever else a network does (activations, norms, softmax) is left

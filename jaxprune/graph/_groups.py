@@ -8,8 +8,8 @@
 #   _walk _frames _known     a frame for each call, axes for each variable; values that are constant
 #   _site                    one equation, and what its rule may ask and do
 #   _rules                   the rules of all primitives: _elementwise _contractions _reshape
-#                            _shapes _indexing _linalg _effects _calls _loops _derivatives
-#                            _collectives
+#                            _shapes _indexing _linalg _random _effects _calls _loops
+#                            _derivatives _collectives
 #   _axes _coupling          what rules speak about: ids of indices, and which of them die together
 #   _groups                  this file: what that says of the parameters
 #   _blocks                  likewise for what can be left out whole: _branches, _vanishing
@@ -32,7 +32,7 @@ from jaxprune.typing import Params, Where
 
 
 def find_groups(
-    fn: Any,
+    fn: Callable[..., Any],
     params: Params,
     *inputs: Any,
     rules: Mapping[str, Rule] | None = None,

@@ -204,27 +204,8 @@ RULES = {
     "squeeze": Rule(squeeze),
     "broadcast_in_dim": Rule(broadcast_in_dim, cut_broadcast),
     "tile": Rule(tile, cut_tile),
-    "iota": Rule(make, cut_made),
-    "random_bits": Rule(make, cut_made),
-    "rng_bit_generator": Rule(opaque),
-    "rng_uniform": Rule(make, cut_made),
-    "empty": Rule(make, cut_made),
-    "empty2": Rule(make, cut_made),
-    "iota_2x32_shape": Rule(make, cut_made),
-    **{
-        name: Rule(opaque)
-        for name in (
-            *("random_wrap", "random_unwrap", "random_seed", "random_fold_in", "random_split"),
-            *(
-                "random_clone",
-                "random_gamma",
-                "threefry2x32",
-                "threefry4x32",
-                "axis_index",
-                "platform_index",
-            ),
-        )
-    },
+    **{name: Rule(make, cut_made) for name in ("iota", "iota_2x32_shape", "empty", "empty2")},
+    **{name: Rule(opaque) for name in ("axis_index", "platform_index")},
     "concatenate": Rule(concatenate),
     "stack": Rule(stack),
     "unstack": Rule(unstack),

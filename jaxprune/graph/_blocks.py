@@ -20,8 +20,9 @@ from jax.extend import core
 
 from jaxprune._groups import Group, Groups, Member
 from jaxprune._tree import list_paths
-from jaxprune.graph._branches import Branch, find_branches, parameters
+from jaxprune.graph._branches import Branch, find_branches
 from jaxprune.graph._carry import Carry
+from jaxprune.graph._frames import parameters
 from jaxprune.graph._groups import layer_roots, owned, unique
 from jaxprune.graph._loops import clocks, scan_sizes
 from jaxprune.graph._network import Network, check_call, network

@@ -219,18 +219,3 @@ def _multiplies(frame: Frame, number: int) -> bool:
         for inner in frame.inner.get(number, ())[:1]
         for n in range(len(inner.jaxpr.eqns))
     )
-
-
-def parameters(frame: Frame, paths: Sequence[str]) -> dict[core.Var, str]:
-    """Inputs of a frame that are parameters, however deep it is called.
-
-    ``paths`` are those of the first inputs of the whole program.
-    """
-    if frame.caller is None:
-        return dict(zip(frame.inputs, paths, strict=False))
-    outer = parameters(frame.caller.frame, paths)
-    return {
-        v: outer[w]
-        for v, w in zip(frame.inputs, frame.caller.eqn.invars, strict=False)
-        if isinstance(w, core.Var) and w in outer
-    }

@@ -109,6 +109,22 @@ def callers(frame: Frame) -> list[Call]:
     return found
 
 
+def parameters(frame: Frame, paths: Sequence[str]) -> dict[core.Var, str]:
+    """Inputs of a frame that are parameters, through calls that hand their operands in as they are.
+
+    Those are jit, remat, shard_map and scan, but not cond, whose first operand is the branch.
+    ``paths`` are those of the first inputs of the whole program.
+    """
+    if frame.caller is None:
+        return dict(zip(frame.inputs, paths, strict=False))
+    outer = parameters(frame.caller.frame, paths)
+    return {
+        v: outer[w]
+        for v, w in zip(frame.inputs, frame.caller.eqn.invars, strict=False)
+        if isinstance(w, core.Var) and w in outer
+    }
+
+
 def hoist(closed: core.ClosedJaxpr) -> core.Jaxpr:
     """Make the constants of a jaxpr its first inputs, so that they have axes as inputs do."""
     inner = closed.jaxpr

@@ -35,6 +35,7 @@ def custom_jvp(at: Site) -> list[Axes]:
     function = _alone(at)
 
     def derivative(primals: Sequence[Value], tangents: Sequence[Value]) -> list[Value]:
+        # Tangents are of what is inexact alone: whole numbers stay at their point.
         moved = lambda *x: _where(inexact, x, primals)  # noqa: E731
         at_point = only(inexact, primals)
         outs = jax.jvp(lambda *x: only(results, function(*moved(*x))), at_point, tangents)
@@ -56,6 +57,7 @@ def cut_custom_jvp(at: Site, *values: Value) -> list[Value]:
     ) -> tuple[list[Value], list[Value]]:
         outs = function(*primals)
         moved = iter(at.inner(1)(*primals, *only(inexact, tangents)))
+        # jax wants a tangent for whole numbers, too, which has the type float0 and no entries.
         still = [np.zeros(jnp.shape(out), jax.dtypes.float0) for out in outs]
         return outs, [next(moved) if i else s for i, s in zip(results, still, strict=True)]
 
@@ -144,7 +146,7 @@ def _trace_in_place(
 
 
 def _alone(at: Site) -> Callable[..., list[Value]]:
-    """The function of one equation, with its derivative."""
+    """The function of one equation, with its derivative: the equation bound again."""
     return lambda *values: at.eqn.primitive.bind(
         *values, **at.eqn.primitive.get_bind_params(at.params)
     )

@@ -27,6 +27,8 @@ def gather(at: Site) -> list[Axes]:
     numbers, sizes = at.params["dimension_numbers"], at.params["slice_sizes"]
     x, indices = at.ins
     out: list[Axis | None] = [None] * len(at.out_shape())
+    # Axes of a result are of two kinds: a batch axis for each axis of the indices but the last,
+    # which holds an index, and an offset axis for each axis of the operand that is read by slices.
     batch = [i for i in range(len(out)) if i not in numbers.offset_dims]
     for place, axis in zip(batch, indices[:-1], strict=True):
         out[place] = None if axis is None else Axis(axis.ids, False)
@@ -86,6 +88,7 @@ def cut_gather(at: Site, x: jax.Array, indices: jax.Array) -> list[jax.Array]:
         keep[axis] = at.kept_outs()[0][place]
         x = pick(x, have, source, keep)
         return [jnp.moveaxis(x, axis, place)]
+    # An axis that is read whole is read whole when it is smaller; of all others nothing is gone.
     small = [n if s == whole else s for n, s, whole in zip(x.shape, sizes, at.shape(), strict=True)]
     return at.bind(x, indices, slice_sizes=tuple(small))
 
@@ -151,6 +154,7 @@ def _written(
         at.freeze(axis)
         at.freeze(update)
         return None
+    # What is written goes with the indices that it is written to; all others keep what they had.
     piece = axis._replace(ids=axis.ids[start : start + size])
     at.join(piece, update)
     return axis_of(axis.ids, axis.values, ANYTHING if update is None else update.values)
@@ -175,6 +179,8 @@ def scatter(at: Site) -> list[Axes]:
     x, indices, updates = at.ins
     for axis in indices:
         at.freeze(axis)
+    # As in a gather: updates have an axis for each that indices have, and window axes, which are
+    # those of the array that are written by slices; inserted ones are written at one index.
     inserted = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
     windows = iter(numbers.update_window_dims)
     rows = _known_places(at)

@@ -53,7 +53,11 @@ def _counting(
 
 
 def _of_zeros(at: Site, zero: Sequence[bool], count: int) -> tuple[list[Values], bool]:
-    """What comes of matrices that are zero, and whether that is finite: tried on small ones."""
+    """What comes of matrices that are zero, and whether that is finite: tried on small ones.
+
+    The QR decomposition of zeros has an identity, and solving with them is not finite: nobody says
+    that as well as the primitive itself does, on matrices of 2 by 2.
+    """
     unknown = [ANYTHING for _ in at.eqn.outvars]
     if not any(zero):
         return unknown, True

@@ -133,7 +133,12 @@ class Site:
     # Coupling.
 
     def join(self, *axes: Axis | None) -> Ids | None:
-        """Couple axes of the same size index by index; one that cannot be cut holds all."""
+        """Couple axes of the same size index by index; one that cannot be cut holds all.
+
+        Gives the ids of what has been joined, None if it is held.
+        """
+        # The other axis is one of an input, or has been held before: nothing of it can go, and so
+        # nothing of what it is coupled with.
         held = [axis for axis in axes if axis is None]
         free = [axis for axis in axes if axis is not None]
         if held:
@@ -205,7 +210,10 @@ class Site:
         return self.analysis.fresh(shape, zero, values)
 
     def product(self, rows: Axis, columns: Axis) -> Axis:
-        """Lay two axes out along one, the first of them outermost."""
+        """Lay two axes out along one, the first of them outermost.
+
+        Ids `[rows]` and `[columns]` give `[rows * columns]`, as in a reshape that merges two axes.
+        """
         cells = self.analysis.coupling.fresh(len(rows.ids) * len(columns.ids))
         self.analysis.coupling.product(cells, rows.ids, columns.ids)
         return axis_of(cells, rows.values, columns.values)

@@ -114,7 +114,11 @@ def _in_frame(frame: Frame, owners: Owners, state: State) -> Iterator[Branch]:
 
 
 def _in_call(frame: Frame, number: int, flow: Flow, owners: Owners) -> Iterator[Branch]:
-    """Branches of the jaxpr that an equation calls, if it does so once and no more."""
+    """Branches of the jaxpr that a plain call holds.
+
+    Parameters are its own if no other equation reads them. What it returns is no result of the
+    whole function, so that nothing in it is a state.
+    """
     eqn = frame.jaxpr.eqns[number]
     if eqn.primitive.name not in PLAIN_CALLS:
         return

@@ -1,8 +1,20 @@
 """Leaves that an optimizer never moves: those whose update traces to a literal zero."""
 
+# Which leaves `optax.masked`, `multi_transform` or `freeze` hold still is written in none of their
+# states, but in the program of an update:
+#
+#     { lambda ; m0 m1 g0 g1 p0 p1. let
+#         a = mul m0 0.9
+#         ...
+#         u0 = mul b -0.1                          depends on a gradient: leaf 0 moves
+#         u1 = broadcast_in_dim[shape=(3,)] 0.0    zero whatever comes: leaf 1 never moves
+#       in (u0, u1, b, m1) }
+#
+# So zeros are followed from literals to results. Only what is sure to be zero counts: a leaf that
+# is taken to move is pruned as any other, while one that is wrongly left out would stay dense.
+
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +24,7 @@ from jax.extend import core
 
 from jaxprune._tree import leaves_with_path, list_paths, prunable
 from jaxprune._where import by_default
+from jaxprune.graph._frames import Atom, Value, shape_of
 from jaxprune.typing import Params, Where
 
 # Zero where all operands are; the predicate of `select_n` is left out before.
@@ -30,12 +43,17 @@ _ABSORB = frozenset(("mul", "dot_general"))
 
 @dataclasses.dataclass(frozen=True)
 class Moving:
-    """The default ``where`` without the leaves that are frozen."""
+    """The default ``where`` without the leaves that are frozen.
+
+    Attributes:
+      where: predicate of path and array.
+      frozen: paths that it takes no longer.
+    """
 
     where: Where
     frozen: tuple[str, ...]
 
-    def __call__(self, path: str, array: Any) -> bool:
+    def __call__(self, path: str, array: jax.Array) -> bool:
         return path not in self.frozen and self.where(path, array)
 
 
@@ -80,7 +98,7 @@ def frozen(inner: optax.GradientTransformation, params: Params) -> list[str] | N
     return [] if all(still) else [p for p, zero in zip(paths, still, strict=True) if zero]
 
 
-def _never_moved(first: Any, step: Any, n: int) -> list[bool]:
+def _never_moved(first: core.ClosedJaxpr, step: core.ClosedJaxpr, n: int) -> list[bool]:
     """Say which of ``n`` updates are zero at every step.
 
     Moments that start from zero and stay there as long as they are zero are zero for good:
@@ -88,8 +106,9 @@ def _never_moved(first: Any, step: Any, n: int) -> list[bool]:
     not taken for that: somebody may set a hyperparameter.
     """
     starts = _zeros(first.jaxpr, first.consts, [False] * n)
-    zero = [start and v.aval.ndim > 0 for start, v in zip(starts, first.jaxpr.outvars, strict=True)]
-    while True:
+    arrays = [shape_of(v) != () for v in first.jaxpr.outvars]
+    zero = [start and array for start, array in zip(starts, arrays, strict=True)]
+    while True:  # entries of the state that were zero so far: each turn can only lose some
         out = _zeros(step.jaxpr, step.consts, [False] * n + zero + [False] * n)
         stays = [a and b for a, b in zip(zero, out[n:], strict=True)]
         if stays == zero:
@@ -97,12 +116,12 @@ def _never_moved(first: Any, step: Any, n: int) -> list[bool]:
         zero = stays
 
 
-def _zeros(jaxpr: Any, consts: Any, inputs: list[bool]) -> list[bool]:
+def _zeros(jaxpr: core.Jaxpr, consts: Sequence[Value], inputs: list[bool]) -> list[bool]:
     """Say which results of a program are zero by themselves."""
     known = dict(zip(jaxpr.constvars, map(_is_zero, consts), strict=True))
     known |= dict(zip(jaxpr.invars, inputs, strict=True))
 
-    def read(atom: Any) -> bool:
+    def read(atom: Atom) -> bool:
         return _is_zero(atom.val) if isinstance(atom, core.Literal) else known.get(atom, False)
 
     for eqn in jaxpr.eqns:
@@ -110,7 +129,7 @@ def _zeros(jaxpr: Any, consts: Any, inputs: list[bool]) -> list[bool]:
     return list(map(read, jaxpr.outvars))
 
 
-def _results(eqn: Any, zero: list[bool]) -> list[bool]:
+def _results(eqn: core.JaxprEqn, zero: list[bool]) -> list[bool]:
     """Say which results of one equation are zero, given which of its operands are."""
     name, n = eqn.primitive.name, len(eqn.outvars)
     if name == "cond":
@@ -130,7 +149,7 @@ def _results(eqn: Any, zero: list[bool]) -> list[bool]:
     return [name == "div" and zero[0]] * n
 
 
-def _is_zero(value: Any) -> bool:
+def _is_zero(value: Value) -> bool:
     """True for a known zero; what is large or no number is not looked at."""
     if not isinstance(value, int | float | np.ndarray | np.generic | jax.Array):
         return False

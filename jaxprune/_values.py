@@ -1,6 +1,8 @@
 """What concrete arrays hold, read where they lie: nothing is gathered."""
 
-from typing import Any
+# Checks at the door ask questions of whole trees, which may lie on many devices. Each answer is a
+# number for each leaf, made by a reduction where the leaf lies, so that numbers travel and weights
+# do not.
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ from jaxprune._tree import leaves_with_path, map_with_path
 from jaxprune.typing import Masks, Params
 
 
-def is_concrete(tree: Any) -> bool:
+def is_concrete(tree: Params) -> bool:
     """True if all leaves are arrays with values: none is traced, none a shape."""
     leaves = jax.tree.leaves(tree)
     abstract = (jax.core.Tracer, jax.ShapeDtypeStruct)
@@ -21,7 +23,7 @@ def count_revived(params: Params, masks: Masks) -> dict[str, int]:
     """For each path, how many weights that masks remove are not zero; NaN is not zero."""
     counts: dict[str, int] = {}
 
-    def visit(path: str, p: Any, m: Any) -> None:
+    def visit(path: str, p: jax.Array, m: jax.Array | None) -> None:
         if m is not None:
             counts[path] = int(_revived(p, m))
 
@@ -36,7 +38,7 @@ def zero_shares(params: Params) -> dict[str, float]:
     return {path: share for path, share in shares.items() if 0.05 <= share < 1.0}
 
 
-def constant_of(leaf: Any) -> float | None:
+def constant_of(leaf: jax.Array | np.ndarray) -> float | None:
     """The one number that a leaf holds, if it is one.
 
     A corner of one shard tells for nearly all leaves; only if it is constant all of them are
@@ -52,8 +54,8 @@ def constant_of(leaf: Any) -> float | None:
     return low if low == high else None
 
 
-def _corner(leaf: Any, most: int = 8) -> np.ndarray:
-    """A few values of the first shard."""
+def _corner(leaf: jax.Array | np.ndarray, most: int = 8) -> np.ndarray:
+    """A few values of the first shard: at most ``most`` along each axis of a large one."""
     shard = leaf.addressable_shards[0].data if isinstance(leaf, jax.Array) else leaf
     part = shard if shard.size <= 4096 else shard[tuple(slice(0, most) for _ in shard.shape)]
     return np.asarray(part).astype(np.float32)
@@ -61,15 +63,18 @@ def _corner(leaf: Any, most: int = 8) -> np.ndarray:
 
 @jax.jit
 def _range(leaf: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The smallest and the largest entry."""
     wide = leaf.astype(jnp.float32)  # narrow formats have no minimum; two numbers may fall together
     return jnp.min(wide), jnp.max(wide)
 
 
 @jax.jit
 def _zero_share(leaf: jax.Array) -> jax.Array:
+    """The share of entries that are zero."""
     return jnp.mean(leaf == 0, dtype=jnp.float32) if leaf.size else jnp.float32(0)
 
 
 @jax.jit
 def _revived(param: jax.Array, mask: jax.Array) -> jax.Array:
+    """How many entries of a parameter are not zero where its mask, which broadcasts, is False."""
     return jnp.sum(~mask & (param != 0), dtype=jnp.int32)

@@ -1,7 +1,18 @@
 """Parts of a network that can be left out whole: residual branches and scanned layers."""
 
+# Both are groups of one unit, so that masks, criteria and scopes treat them as they treat channels:
+#
+#     x -> x + f(x) -> ...      a branch: without `f` the sum is `x`; its unit owns all parameters
+#                               that nobody else reads, whole (by an axis of theirs)
+#     scan over w: f32[4,8,8]   four layers: the unit of layer 2 owns index 2 of the first axis of
+#                               all that is stacked with `w`
+#
+# A branch is left out by an edit of its frame: the sum passes on the other operand, and equations
+# that nothing depends on any more are not evaluated. A layer is left out as any index is: the scan
+# runs along an axis that was cut.
+
 import os.path
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -9,18 +20,19 @@ from jax.extend import core
 
 from jaxprune._groups import Group, Groups, Member
 from jaxprune._tree import list_paths
-from jaxprune.graph._analysis import Frame, Rule, Site
-from jaxprune.graph._calls import clocks, scan_sizes
+from jaxprune.graph._branches import Branch, find_branches
 from jaxprune.graph._carry import Carry
-from jaxprune.graph._collectives import MOVES, SUMS
-from jaxprune.graph._elementwise import ELEMENTWISE, stays_zero
-from jaxprune.graph._groups import layer_roots, owned
-from jaxprune.graph._network import Network, check_call, mirrored_outputs, network
+from jaxprune.graph._frames import parameters
+from jaxprune.graph._groups import layer_roots, owned, unique
+from jaxprune.graph._loops import clocks, scan_sizes
+from jaxprune.graph._network import Network, check_call, network
+from jaxprune.graph._site import Rule, Site
+from jaxprune.graph._vanishing import ZERO, Outcome, outcomes
 from jaxprune.typing import Params
 
 
 def find_blocks(
-    fn: Any,
+    fn: Callable[..., Any],
     params: Params,
     *inputs: Any,
     rules: Mapping[str, Rule] | None = None,
@@ -62,26 +74,10 @@ def find_blocks(
     check_call(fn, keywords, find_blocks)
     net = network(fn, params, inputs, keywords, rules=rules, carry=carry)
     blocks = [*_branches(net), *_layers(net)]
-    taken: dict[str, int] = {}
-    named = []
-    for block in blocks:
-        taken[block.name] = taken.get(block.name, 0) + 1
-        number = f"~{taken[block.name]}" if taken[block.name] > 1 else ""
-        named.append(
-            Group(block.name + number, block.members, 1, not block.reason, block.reason, "block")
-        )
-    return Groups(named)
-
-
-class Branch(NamedTuple):
-    """A residual branch: the sum that ends it, and the operand that goes around it."""
-
-    frame: Frame
-    add: int
-    skip: int
-    equations: set[int]
-    paths: tuple[str, ...]
-    outputs: frozenset[int]  # results of the whole function that are new values of its state
+    return Groups(
+        Group(name, block.members, 1, not block.reason, block.reason, "block")
+        for name, block in zip(unique([block.name for block in blocks]), blocks, strict=True)
+    )
 
 
 def drop_blocks(net: Network, empty: set[str]) -> set[str]:
@@ -104,193 +100,35 @@ def drop_blocks(net: Network, empty: set[str]) -> set[str]:
     return dropped
 
 
-def find_branches(net: Network) -> list[Branch]:
-    """Residual branches of a network, innermost only, in the order of the program."""
-    count = len(net.paths)
-    first = net.frame.jaxpr.invars[len(net.frame.consts) :][:count]
-    state = mirrored_outputs(net.outputs, net.paths, net.shapes_and_types)
-    return list(_in_frame(net.frame, dict(zip(first, net.paths, strict=True)), state))
-
-
-def _in_frame(
-    frame: Frame, owners: dict[core.Var, str], state: Sequence[int | None]
-) -> Iterator[Branch]:
-    """Branches of one frame and of those inside; ``owners`` are its inputs that are parameters."""
-    jaxpr = frame.jaxpr
-    bit: dict[core.Var, int] = {v: 1 << i for i, v in enumerate(jaxpr.invars)}
-    lead = len(jaxpr.invars)
-    readers: dict[core.Var, set[int]] = {}
-    before = dict(bit)
-    found: list[Branch] = []
-    covered = 0
-    for number, eqn in enumerate(jaxpr.eqns):
-        past = 1 << (lead + number)
-        for v in eqn.invars:
-            if isinstance(v, core.Var):
-                past |= before[v]
-                readers.setdefault(v, set()).add(number)
-        before.update(dict.fromkeys(eqn.outvars, past))
-    for i, v in enumerate(jaxpr.outvars):
-        if isinstance(v, core.Var):
-            readers.setdefault(v, set()).add(-1 - i)
-    for number, eqn in enumerate(jaxpr.eqns):
-        branch = _ending_at(
-            frame, number, before=before, readers=readers, owners=owners, state=state
-        )
-        if branch is not None:
-            mask = sum(1 << n for n in branch.equations)
-            if not mask & covered:
-                found.append(branch)
-            covered |= mask | 1 << number
-        for inner in frame.inner.get(number, [])[:1]:
-            if eqn.primitive.name in _PLAIN_CALLS:
-                consts = len(inner.consts)
-                passed = {
-                    inside: owners[v]
-                    for inside, v in zip(inner.jaxpr.invars[consts:], eqn.invars, strict=True)
-                    if isinstance(v, core.Var) and v in owners and readers[v] == {number}
-                }
-                inside = list(_in_frame(inner, passed, [None] * len(inner.jaxpr.outvars)))
-                if inside:
-                    covered |= 1 << number
-                found += inside
-    yield from found
-
-
-_PLAIN_CALLS = (*("jit", "closed_call", "composite", "remat", "remat2", "checkpoint", "shard_map"),)
-
-
-def _ending_at(
-    frame: Frame,
-    number: int,
-    *,
-    before: Mapping[core.Var, int],
-    readers: Mapping[core.Var, set[int]],
-    owners: Mapping[core.Var, str],
-    state: Sequence[int | None],
-) -> Branch | None:
-    """The branch that ends in a sum, if one of the operands is made from the other."""
-    jaxpr = frame.jaxpr
-    eqn, lead = jaxpr.eqns[number], len(jaxpr.invars)
-    if eqn.primitive.name not in ("add", "add_any"):
-        return None
-    made = {v: n for n, e in enumerate(jaxpr.eqns[:number]) for v in e.outvars}
-    for skip, branch in ((0, 1), (1, 0)):
-        x: Any = eqn.invars[skip]
-        y: Any = eqn.invars[branch]
-        both = isinstance(x, core.Var) and isinstance(y, core.Var) and y in made
-        if not both or x.aval.shape != y.aval.shape:
-            continue
-        own = before[x] if x not in made else 1 << (lead + made[x])
-        if x in owners or not before[y] & own:
-            continue
-        past = (before[y] & ~before[x]) >> lead
-        inside = {n for n in range(past.bit_length()) if past >> n & 1}
-        inside |= _updates_of_state(jaxpr, inside, readers=readers, state=state)
-        outputs: set[int] = set()
-        leaks = False
-        for n in sorted(inside, reverse=True):
-            read = {(v, r) for v in jaxpr.eqns[n].outvars for r in readers.get(v, ())}
-            outside = {r for v, r in read if r not in inside and (v is not y or r != number)}
-            stateful = {-1 - r for r in outside if r < 0 and state[-1 - r] is not None}
-            if len(stateful) == len(outside):
-                outputs |= stateful
-            elif any(before[v] & own for v in jaxpr.eqns[n].outvars):
-                leaks = True  # what is made of `x` inside of the branch is needed elsewhere
-            else:
-                inside.remove(n)  # made beside it for several branches, such as a causal mask
-        if not any(_multiplies(frame, n) for n in inside):
-            continue
-        paths = tuple(
-            path
-            for v, path in owners.items()
-            if readers.get(v)
-            and all(r in inside or (r < 0 and state[-1 - r] is not None) for r in readers[v])
-            and any(r in inside for r in readers[v])
-        )
-        if paths and not leaks:
-            return Branch(frame, number, skip, inside, paths, frozenset(outputs))
-    return None
-
-
-def _updates_of_state(
-    jaxpr: Any,
-    inside: set[int],
-    *,
-    readers: Mapping[core.Var, set[int]],
-    state: Sequence[int | None],
-) -> set[int]:
-    """Equations that serve nothing but new values of the state made inside of a branch."""
-    reads = [{r for v in eqn.outvars for r in readers.get(v, ())} for eqn in jaxpr.eqns]
-    serving: set[int] = set()  # nothing but the state, of whatever branch
-    for n in reversed(range(len(jaxpr.eqns))):
-        if reads[n] and all(
-            r in serving or (r < 0 and state[-1 - r] is not None) for r in reads[n]
-        ):
-            serving.add(n)
-    found: set[int] = set()
-    for n in sorted(serving):  # those that read what the branch makes, and what comes of it
-        made = {v for m in inside | found for v in jaxpr.eqns[m].outvars}
-        if made.intersection(v for v in jaxpr.eqns[n].invars if isinstance(v, core.Var)):
-            found.add(n)
-    for n in sorted(serving - found, reverse=True):  # and what is made for them alone
-        if reads[n] <= found:
-            found.add(n)
-    return found
-
-
-def _multiplies(frame: Frame, number: int) -> bool:
-    """Tell whether an equation, or one inside of it, is a product of matrices."""
-    if frame.jaxpr.eqns[number].primitive.name in ("dot_general", "conv_general_dilated"):
-        return True
-    return any(
-        _multiplies(inner, n)
-        for inner in frame.inner.get(number, ())[:1]
-        for n in range(len(inner.jaxpr.eqns))
-    )
-
-
 class _Block(NamedTuple):
+    """A block before it has a name of its own; ``reason`` is why it is not exact, or nothing."""
+
     name: str
     members: tuple[Member, ...]
     reason: str
 
 
 def _branches(net: Network) -> Iterator[_Block]:
+    """A block for each residual branch that owns something to mask."""
     shapes = dict(zip(net.paths, net.shapes, strict=True))
     for branch in find_branches(net):
-        members = tuple(
-            Member(path, 0, np.arange(shapes[path][0])[None])
-            for path in branch.paths
-            if shapes[path]
-        )
-        jaxpr = branch.frame.jaxpr
-        add = jaxpr.eqns[branch.add]
-        zero: dict[core.Var, Any] = {
-            v: _ZERO
-            for v, path in _owners(net, branch.frame).items()
-            if path in branch.paths and shapes[path]
-        }
-        y = add.invars[1 - branch.skip]
-        vanishes = _outcomes(net, branch.frame, zero, sorted(branch.equations)).get(y) == _ZERO
-        site = Site(net.analysis, branch.frame, branch.add, add)
-        reason = f"{site.name()} adds a branch that is not zero when its parameters are"
+        paths = [path for path in branch.paths if shapes[path]]
+        members = tuple(Member(path, 0, np.arange(shapes[path][0])[None]) for path in paths)
         if members:
-            yield _Block(_name(net, branch.paths), members, "" if vanishes else reason)
+            yield _Block(_name(net, branch.paths), members, _why_inexact(net, branch, paths))
 
 
-def _owners(net: Network, frame: Frame) -> dict[core.Var, str]:
-    """Inputs of a frame that are parameters, however deep it is called."""
-    if frame.caller is None:
-        first = frame.jaxpr.invars[len(frame.consts) :]
-        return dict(zip(first, net.paths, strict=False))
-    outer = _owners(net, frame.caller.frame)
-    inside = frame.jaxpr.invars[len(frame.consts) :]
-    return {
-        v: outer[w]
-        for v, w in zip(inside, frame.caller.eqn.invars, strict=False)
-        if isinstance(w, core.Var) and w in outer
-    }
+def _why_inexact(net: Network, branch: Branch, masked: Sequence[str]) -> str:
+    """Why masking the parameters of a branch differs from leaving it out, or nothing."""
+    add = branch.frame.jaxpr.eqns[branch.add]
+    own = parameters(branch.frame, net.paths)
+    zero: dict[core.Var, Outcome] = {v: ZERO for v, path in own.items() if path in masked}
+    after = outcomes(net.analysis, branch.frame, zero, sorted(branch.equations))
+    y = add.invars[1 - branch.skip]
+    if isinstance(y, core.Var) and after.get(y) == ZERO:
+        return ""
+    site = Site(net.analysis, branch.frame, branch.add, add)
+    return f"{site.name()} adds a branch that is not zero when its parameters are"
 
 
 def _name(net: Network, paths: Sequence[str]) -> str:
@@ -308,12 +146,9 @@ def _name(net: Network, paths: Sequence[str]) -> str:
 
 
 def _layers(net: Network) -> Iterator[_Block]:
-    coupling = net.analysis.coupling
+    """A block for each layer of each scan; scans over the same parameters share their layers."""
     triples = owned(net)
-    reasons: dict[int, str] = {}
-    for ids, reason in zip(net.analysis.layers, _scan_reasons(net), strict=True):
-        for root in coupling.find(ids).tolist():
-            reasons[root] = reasons.get(root) or reason or coupling.why_inexact(np.array([root]))
+    why = _why_inexact_layers(net)
     for root in dict.fromkeys(layer_roots(net).tolist()):
         here = triples.root == root
         if not here.any():
@@ -324,69 +159,36 @@ def _layers(net: Network) -> Iterator[_Block]:
             indices = triples.position[here & (triples.slot == slot)]
             members.append(Member(path, axis, indices[None]))
         name = f"{_name(net, [m.path for m in members])}[{members[0].indices[0, 0]}]"
-        yield _Block(name, tuple(members), reasons[root])
+        yield _Block(name, tuple(members), why(root))
 
 
-def _scan_reasons(net: Network) -> list[str]:
-    """For each scan whose layers can go: why leaving one out is not exact, or nothing."""
-    reasons = []
-    for site in net.analysis.scans:
-        (body,) = site.frame.inner[site.number]
-        n, k = scan_sizes(site.params)
-        inputs = body.jaxpr.invars[len(body.consts) :]
-        states: dict[core.Var, Any] = {v: v for v in inputs[n : n + k]}
-        leads = [x[0] for x in site.ins[n + k :]]
-        zero = zip(inputs[n + k :], leads, strict=True)  # a layer's number, say, is not
-        states |= {v: _ZERO for v, lead in zero if lead is not None and lead.zero}
-        after = _outcomes(net, body, states, range(len(body.jaxpr.eqns)))
-        counted = clocks(site)  # each layer that is left gets what it got
-        passes = all(
-            i in counted or after.get(out) is v
-            for i, (out, v) in enumerate(zip(body.jaxpr.outvars, inputs[n : n + k], strict=False))
-            if isinstance(out, core.Var)
-        )
-        text = f"{site.name()}: a layer whose parameters are zero changes what it is given"
-        reasons.append("" if passes else text)
-    return reasons
+def _why_inexact_layers(net: Network) -> Callable[[int], str]:
+    """Tell of the root of a layer why leaving it out is not exact; nothing if it is."""
+    coupling = net.analysis.coupling
+    reasons: dict[int, str] = {}
+    for ids, site in zip(net.analysis.layers, net.analysis.scans, strict=True):
+        reason = "" if _passes_on(net, site) else _CHANGES.format(site.name())
+        for root in coupling.find(ids).tolist():
+            reasons[root] = reasons.get(root) or reason or coupling.why_inexact(np.array([root]))
+    return reasons.__getitem__
 
 
-_ZERO = "zero"
-_PASSING = (
-    *("reshape", "transpose", "squeeze", "broadcast_in_dim", "slice", "rev", "reduce_sum"),
-    *("reduce_max", "reduce_min", "cumsum", "gather", "dynamic_slice", "split", "copy", "name"),
-    *("reduce_window_sum", "reduce_window_max", "convert_element_type", "reduce_precision"),
-)
+_CHANGES = "{}: a layer whose parameters are zero changes what it is given"
 
 
-def _outcomes(
-    net: Network, frame: Frame, states: dict[core.Var, Any], numbers: Sequence[int]
-) -> dict[Any, Any]:
-    """Follow through some equations what is zero and what is a value that was given."""
-    states = dict(states)
-    for number in numbers:
-        eqn = frame.jaxpr.eqns[number]
-        site = Site(net.analysis, frame, number, eqn)
-        name = eqn.primitive.name
-        ins = [states.get(v) if isinstance(v, core.Var) else None for v in eqn.invars]
-        zero = [s == _ZERO or site.is_zero(i) for i, s in enumerate(ins)]
-        outs: list[Any] = [None] * len(eqn.outvars)
-        inner = frame.inner.get(number, ())[:1]
-        if name in ("add", "add_any") and any(zero) and not all(zero):
-            outs = [ins[1] if zero[0] else ins[0]]
-        elif name in ELEMENTWISE and any(zero) and stays_zero(site, zero):
-            outs = [_ZERO] * len(outs)
-        elif name in ("dot_general", "conv_general_dilated") and any(zero):
-            outs = [_ZERO]
-        elif name in (*_PASSING, *SUMS) and zero[0]:
-            outs = [_ZERO] * len(outs)
-        elif name in ("copy", "name", "optimization_barrier", *MOVES):
-            outs = ins
-        elif name in ("concatenate", "pad") and all(zero):
-            outs = [_ZERO]
-        elif inner and name in (*_PLAIN_CALLS, "custom_jvp_call", "custom_vjp_call"):
-            body = inner[0]
-            given = dict(zip(body.jaxpr.invars[len(body.consts) :], ins, strict=True))
-            after = _outcomes(net, body, given, range(len(body.jaxpr.eqns)))
-            outs = [after.get(v) if isinstance(v, core.Var) else None for v in body.jaxpr.outvars]
-        states.update(zip(eqn.outvars, outs, strict=True))
-    return states
+def _passes_on(net: Network, site: Site) -> bool:
+    """Tell whether a layer whose parameters are zero gives what it is given."""
+    (body,) = site.frame.inner[site.number]
+    n, k = scan_sizes(site.params)
+    carry, slices = body.inputs[n : n + k], body.inputs[n + k :]
+    given: dict[core.Var, Outcome] = {v: v for v in carry}
+    leads = [x[0] for x in site.ins[n + k :]]
+    pairs = zip(slices, leads, strict=True)  # what is zero at a removed layer; its number is not
+    given |= {v: ZERO for v, lead in pairs if lead is not None and lead.zero}
+    after = outcomes(net.analysis, body, given)
+    counted = clocks(site)  # each layer that is left gets what it got
+    return all(
+        i in counted or after.get(out) is v
+        for i, (out, v) in enumerate(zip(body.jaxpr.outvars, carry, strict=False))
+        if isinstance(out, core.Var)
+    )

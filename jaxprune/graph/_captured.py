@@ -1,14 +1,18 @@
 """Arrays that a function captures: inputs that nobody passed."""
 
+# A closure is no parameter: `lambda p, x: (x * mask) @ p["w"]` captures `mask`, which stays whole
+# as an input does, and with it whatever it is joined with. In the jaxpr it is a constant, as is a
+# table of rotations that the function makes whenever it is called, and that may well be cut. They
+# differ in when they were made: before the call, or in it.
+
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jaxprune.graph._analysis import Analysis, Constant
+from jaxprune.graph._walk import Analysis, Constant
 
 
 def hold_captured(analysis: Analysis, trace: Callable[[], core.ClosedJaxpr]) -> None:
@@ -60,7 +64,7 @@ def _arrays(closed: core.ClosedJaxpr, seen: set[int]) -> Iterator[np.ndarray]:
                     yield from _arrays(inner, seen)
 
 
-def _why(array: Any) -> str:
+def _why(array: jax.Array | np.ndarray) -> str:
     return (
         f"`fn` captures {array.dtype}{list(np.shape(array))}, which it is joined with and which "
         "stays whole as inputs do; `params` are what is cut"

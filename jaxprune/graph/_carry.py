@@ -1,5 +1,11 @@
 """What goes into a function and comes out again: a recurrent carry, running statistics."""
 
+# A recurrent state is an input and an output at once, so that it would stay whole on both sides and
+# hold all that it meets. Where the caller names it, what goes in has axes that can be cut, those of
+# its new value are joined with them, and the small function takes and gives a small state.
+#
+#     fn(params, carry, x) -> (carry, out)     carry=(1, 0): argument 1 comes back as result 0
+
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 

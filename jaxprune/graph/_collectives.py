@@ -1,19 +1,33 @@
 """Rules for programs on several devices, and for axes that ``vmap`` and ``shard_map`` name."""
 
-import math
-from collections.abc import Sequence
-from typing import Any
+# Inside of `shard_map` each device sees a shard of an axis, and all devices run one program on one
+# shape: of an axis in shards each shard has to lose as many indices.
+#
+#     w: f32[8] over 2 devices     inside: f32[4]; its index 1 is the index 1 of `w` on one device
+#                                  and 5 on the other, so that 1 and 5 are joined
+#
+# Outside the ids are those of all shards, one after another: `_repeated`.
 
+import math
+from collections.abc import Callable
+from typing import TypeAlias, TypeVar
+
+import jax
 import numpy as np
+from jax.extend import core
+from jax.sharding import PartitionSpec
 
 from jaxprune._mesh import fitting, names_of
-from jaxprune.graph._analysis import Axes, Axis, Rule, Site
-from jaxprune.graph._calls import on_devices
+from jaxprune.graph._axes import Axes, Axis
 from jaxprune.graph._elementwise import same
-from jaxprune.graph._take import take
+from jaxprune.graph._frames import Value
+from jaxprune.graph._site import Rule, Site
+
+Specs: TypeAlias = tuple[PartitionSpec, ...]
+F = TypeVar("F", bound=Callable)
 
 
-def cut_moved(at: Site, x: Any) -> list[Any]:
+def cut_moved(at: Site, x: jax.Array) -> list[jax.Array]:
     """Lay it out as it was, but for mesh axes that no longer divide what is left."""
     return at.bind(x, dst_sharding=fitting(at.params["dst_sharding"], x.shape))
 
@@ -23,7 +37,7 @@ def reduce_names(at: Site) -> list[Axes]:
     places = [i for i in at.params["axes"] if isinstance(i, int)]
     for axes in at.ins:
         for i in places:
-            if at.eqn.primitive.name.startswith("psum"):
+            if at.primitive.startswith("psum"):
                 at.contract(axes[i])
             else:
                 at.freeze(axes[i])
@@ -51,9 +65,7 @@ def hold(*names: str) -> Rule:
             for place in places:
                 at.freeze(axes[place])
         if not at.params["tiled"]:  # ranks may differ: nothing is sure to be at its place
-            for axis in (axis for axes in at.ins for axis in axes):
-                at.freeze(axis)
-            return [(None,) * len(v.aval.shape) for v in at.eqn.outvars]
+            return at.freeze_all()
         return [tuple(None if i in places else a for i, a in enumerate(x)) for x in at.ins]
 
     return Rule(couple)
@@ -67,6 +79,7 @@ def shard_map(at: Site) -> list[Axes]:
         tuple(_shard(at, axis, n) for axis, n in zip(axes, cut, strict=True))
         for axes, cut in zip(at.ins, cuts, strict=True)
     ]
+    # What is known as a whole says nothing of a shard.
     known = [k if set(cut) <= {1} else None for k, cut in zip(at.known(), cuts, strict=True)]
     frame = at.walk(at.params["jaxpr"], ins, known)
     return [
@@ -75,13 +88,26 @@ def shard_map(at: Site) -> list[Axes]:
     ]
 
 
-def cut_shard_map(at: Site, *values: Any) -> list[Any]:
+def cut_shard_map(at: Site, *values: Value) -> list[Value]:
+    """Cut what one device does; each shard is smaller, the mesh is as it was."""
     inside = lambda *values: tuple(at.inner()(*values))  # noqa: E731
     specs = tuple(at.params["in_specs"]), tuple(at.params["out_specs"])
-    return list(on_devices(at, inside, *specs)(*values))
+    return list(on_devices(at.eqn, inside, *specs)(*values))
 
 
-def _shards(spec: Any, axes: Axes, mesh: dict[str, int]) -> list[int]:
+def on_devices(eqn: core.JaxprEqn, f: F, in_specs: Specs, out_specs: Specs) -> F:
+    """Map a function over devices as a ``shard_map`` equation does."""
+    return jax.shard_map(
+        f,
+        mesh=eqn.params["mesh"],
+        in_specs=in_specs,
+        out_specs=out_specs,
+        axis_names=set(eqn.params["newly_manual_axes"]),
+        check_vma=eqn.params["check_vma"],
+    )
+
+
+def _shards(spec: PartitionSpec, axes: Axes, mesh: dict[str, int]) -> list[int]:
     """Into how many shards a spec cuts each axis."""
     entries = [*spec, *([None] * (len(axes) - len(spec)))]
     return [math.prod(mesh[name] for name in names_of(entry)) for entry in entries]
@@ -101,42 +127,8 @@ def _shard(at: Site, axis: Axis | None, n: int) -> Axis | None:
 
 
 def _repeated(axis: Axis | None, n: int) -> Axis | None:
+    """The axis of shards side by side, which all have the same ids."""
     return axis if axis is None else Axis(np.tile(axis.ids, n), axis.zero)
-
-
-def keys(at: Site) -> list[Axes]:
-    """Keys made from keys: those that are there pass, the new ones can be left out again."""
-    (axes,) = at.ins
-    return [(*axes, *at.fresh(at.out_shape()[len(axes) :]))]
-
-
-def cut_split(at: Site, keys: Any) -> list[Any]:
-    """Split into as many as ever and drop those of layers that are gone."""
-    (drawn,) = at.bind(keys)
-    rank = len(at.shape())
-    return [take(drawn, [*[None] * rank, *at.kept_outs()[0][rank:]])]
-
-
-def wrap(at: Site) -> list[Axes]:
-    """Numbers of a key lie along the last axis, which stays whole."""
-    (axes,) = at.ins
-    for axis in axes[len(at.out_shape()) :]:
-        at.freeze(axis)
-    return [axes[: len(at.out_shape())]]
-
-
-def unwrap(at: Site) -> list[Axes]:
-    (axes,) = at.ins
-    return [(*axes, *[None] * (len(at.out_shape()) - len(axes)))]
-
-
-def fold(at: Site) -> list[Axes]:
-    """Fold numbers into keys, one by one."""
-    out: Sequence[Axis | None] = [
-        None if ids is None else Axis(ids, False)
-        for ids in (at.join(*axes) for axes in zip(*at.ins, strict=True))
-    ]
-    return [tuple(out)]
 
 
 # They give what they get, each device its own, all the same, or that of its neighbour.
@@ -151,9 +143,4 @@ RULES = {
     **{name: Rule(all_gather) for name in ("all_gather", "all_gather_invariant")},
     "reduce_scatter": hold("scatter_dimension"),
     "all_to_all": hold("split_axis", "concat_axis"),
-    "random_split": Rule(keys, cut_split),
-    "random_wrap": Rule(wrap),
-    "random_unwrap": Rule(unwrap),
-    "random_fold_in": Rule(fold),
-    "random_clone": Rule(same),
 }

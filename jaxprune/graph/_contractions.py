@@ -1,11 +1,22 @@
 """Rules for sums and products of axes: dots, convolutions, reductions."""
 
-from collections.abc import Iterable
-from typing import Any
+# In a sum over an axis, an index is a term, made of an entry of each operand:
+#
+#     y[b, o] = sum over i of x[b, i] * w[i, o]
+#
+# Index i of `x` and of `w` go together (`contract` joins them), and if either is zero where a unit
+# is removed, the term that goes was zero. Axes that are not summed over are axes of the result,
+# with the same ids. Batch axes, such as heads in attention, are both: joined, and in the result.
+#
+# A maximum, a sort or a running sum has no terms that could be left out, but for those that change
+# nothing: minus infinity in a maximum, one in a product.
 
+import jax
 import numpy as np
 
-from jaxprune.graph._analysis import ANYTHING, Axes, Axis, Rule, Site, axis_of
+from jaxprune.graph._axes import ANYTHING, Axes, Axis, axis_of, mixed, unknown
+from jaxprune.graph._frames import dtype_of
+from jaxprune.graph._site import Rule, Site
 
 
 def dot_general(at: Site) -> list[Axes]:
@@ -56,11 +67,6 @@ def reduce_any(at: Site) -> list[Axes]:
     return [tuple(out)] * len(at.eqn.outvars)
 
 
-def mixed(axes: Iterable[Axis | None]) -> Axes:
-    """Axes that are left of a sum of products: of what lies there only zeros stay known."""
-    return tuple(None if axis is None else axis.mixed() for axis in axes)
-
-
 def _multiplied(at: Site, a: Axis | None, b: Axis | None) -> Axis | None:
     ids = at.join(a, b)
     if a is None or b is None or ids is None:
@@ -92,7 +98,11 @@ def conv(at: Site) -> list[Axes]:
 def _grouped(
     at: Site, x: Axis | None, inputs: Axis | None, outputs: Axis | None, groups: int
 ) -> None:
-    """Lay channels out as (group, channel of the group) on both sides."""
+    """Lay channels out as (group, channel of the group) on both sides.
+
+    With 2 groups and 6 channels on each side, channel 4 of the input is (1, 1). A group of the
+    input goes with that of the output; the kernel has an axis for channels of a group alone.
+    """
     if x is None or outputs is None:
         for axis in (x, inputs, outputs):
             at.freeze(axis)
@@ -114,7 +124,7 @@ def _grouped(
         at.blur(x.ids, lambda: f"{at.name()} sums what is not zero where a unit is removed")
 
 
-def cut_conv(at: Any, x: Any, kernel: Any) -> list[Any]:
+def cut_conv(at: Site, x: jax.Array, kernel: jax.Array) -> list[jax.Array]:
     """Count the groups that are left."""
     numbers, groups = at.params["dimension_numbers"], at.params["feature_group_count"]
     if groups > 1:
@@ -143,8 +153,8 @@ _NEUTRAL = {
 
 def reduce_whole(at: Site) -> list[Axes]:
     """Reduce axes to which every index matters, but for those where removed ones are neutral."""
-    neutral = _NEUTRAL.get(at.eqn.primitive.name)
-    if neutral == -1 and at.eqn.invars[0].aval.dtype == bool:
+    neutral = _NEUTRAL.get(at.primitive)
+    if neutral == -1 and dtype_of(at.eqn.invars[0]).kind == "b":
         neutral = 1
     for i in at.params["axes"]:
         axis = at.ins[0][i]
@@ -170,7 +180,7 @@ def along(param: str) -> Rule:
 
     def couple(at: Site) -> list[Axes]:
         rank = len(at.ins[0])
-        name, place = at.eqn.primitive.name, at.params[param] % rank
+        name, place = at.primitive, at.params[param] % rank
         out: list[Axis | None] = []
         for i in range(rank):
             ids = at.join(*(axes[i] for axes in at.ins))
@@ -190,11 +200,6 @@ def top_k(at: Site) -> list[Axes]:
     at.freeze(at.ins[0][along])
     best = tuple(None if i == along else axis for i, axis in enumerate(at.ins[0]))
     return [best, unknown(best)]
-
-
-def unknown(axes: Iterable[Axis | None]) -> Axes:
-    """The same axes, with anything at removed indices."""
-    return tuple(None if axis is None else Axis(axis.ids, False) for axis in axes)
 
 
 def windows(at: Site) -> list[Axes]:
@@ -217,7 +222,7 @@ def windows(at: Site) -> list[Axes]:
                 at.freeze(axis)
             else:
                 at.join(out[i], axis)
-    if at.eqn.primitive.name == "reduce_window":  # any function, from any start
+    if at.primitive == "reduce_window":  # any function, from any start
         return [unknown(out)] * len(at.eqn.outvars)
     return [mixed(out)] * len(at.eqn.outvars)
 

@@ -1,5 +1,26 @@
 """Which indices live and die together: classes, products of classes, and why some cannot die."""
 
+# Ids are nodes of a forest (union-find): a class of ids dies together, and its root, the lowest id
+# of the class, speaks for it. That is enough for channels, but not for axes that are laid out along
+# one another. Where 12 channels are read as 3 heads of 4 parts,
+#
+#     rows:     h0   h1   h2
+#     columns:  p0   p1   p2   p3
+#     cells:    c0 c1 c2 ... c11        c7 = (h1, p3)
+#
+# a channel is alive where its head and its part both are, and what may be removed one by one, the
+# units, are the 3 + 4 roots that are no cell: c7 has the units h1 and p3. Cells may be rows or
+# columns of other products, as of (batch, head, part).
+#
+# `solve` draws the conclusions from products. Each adds to what is known and takes nothing back, so
+# that it comes to an end:
+#
+#   - a cell that cannot die holds its row and its column, as it would go with either;
+#   - a row that cannot die decides nothing, so that its cells are the columns: they are joined;
+#   - cells that are equal have equal rows and columns, if they are split in the same way. 24 = 2 x
+#     12 and 24 = 6 x 4 fit one another as 2 x 3 x 4; 24 = 3 x 8 and 24 = 4 x 6 do not: all stay;
+#   - a cell that is its own row says nothing about rows: its columns must not die.
+
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -82,6 +103,8 @@ class Coupling:
             self._changes += 1
             low, high = np.minimum(a, b)[differ], np.maximum(a, b)[differ]
             self._parent[high] = low
+            # Where `high` names a root twice one of the two wins: the other pair is found to differ
+            # in the next round. What is a root no more hands on what has been said of it.
             for reason in (self._frozen, self._inexact, self._read):
                 told = high[reason[high] > 0]
                 reason[self.find(told)] = reason[told]  # where several meet, one of them is kept
@@ -137,7 +160,7 @@ class Coupling:
         rows, columns = self._products()
         position, root = np.arange(len(ids)), self.find(ids)
         found = []
-        while len(root):
+        while len(root):  # a cell is replaced by its row and its column, until none is left
             free = self._frozen[root] == 0
             position, root = position[free], root[free]
             cell = rows[root] >= 0
@@ -145,12 +168,15 @@ class Coupling:
             position = np.concatenate([position[cell], position[cell]])
             root = np.concatenate([rows[root[cell]], columns[root[cell]]])
             root = self.find(root)
-        pairs = np.concatenate([np.stack(f, 1) for f in found]) if found else np.zeros((0, 2), int)
-        pairs = np.unique(pairs, axis=0)
-        return pairs[:, 0], pairs[:, 1]
+        if not found:
+            return np.zeros(0, int), np.zeros(0, int)
+        position, root = (np.concatenate(x) for x in zip(*found, strict=True))
+        if len(found) > 1:  # one number a pair sorts much faster than pairs do
+            position, root = np.divmod(np.unique(position * self._size + root), self._size)
+        return position, root
 
     def alive(self, dead: Ids) -> np.ndarray:
-        """Say of every root whether it is alive once the units ``dead`` are gone."""
+        """Say of every root `[ids]` whether it is alive once the units ``dead`` are gone."""
         rows, columns = self._products()
         alive = np.ones(self._size, bool)
         alive[dead] = False
@@ -162,7 +188,10 @@ class Coupling:
             alive[cells] = new
 
     def kinds(self) -> np.ndarray:
-        """Number the roots by kind: of one kind are those that lie along the same axes."""
+        """Number the roots by kind: of one kind are those that lie along the same axes.
+
+        Axes are joined as wholes here, if any of their ids are: a second, smaller coupling.
+        """
         kinds = Coupling()
         kinds.fresh(self._axes)
         ids = np.arange(self._size)
@@ -211,7 +240,11 @@ class Coupling:
                 self.freeze(other[own.any(0)], "it would take a part of its own axis along")
 
     def _reconcile(self) -> None:
-        """Find cells that are equal and let their factors be equal, too."""
+        """Find cells that are equal and let their factors be equal, too.
+
+        Equal cells stand beside one another once all cells are sorted by root, so that comparing
+        neighbours is enough: equality is passed on along the row.
+        """
         open_ = [
             (i, p, q)
             for i, grid in enumerate(self._grids)

@@ -1,15 +1,28 @@
 """Rules for primitives that work element by element."""
 
+# Two things have to be told: which axes meet (those at the same place, where neither broadcasts),
+# and what lies at a removed index afterwards. The second is found by trying: what may lie there is
+# a number, or anything, and the primitive itself is evaluated on numbers.
+#
+#     y = exp x       x is zero where a unit is removed, so that y is one
+#     z = mul y m     m is zero there: so is z, whatever y is
+#     u = log x       minus infinity there, while the small network has nothing: a group of it is
+#                     not exact, since masking makes it infinite or NaN
+#
+# With anything among the operands only a rule can tell: `mul` annihilates, `add` does not.
+
 import functools
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
-from jaxprune.graph._analysis import ANYTHING, ZERO, Axes, Axis, Rule, Site, Values, axis_of
+from jaxprune.graph._axes import ANYTHING, ZERO, Axes, Axis, Entry, Values, axis_of
+from jaxprune.graph._frames import dtype_of, shape_of
+from jaxprune.graph._site import Rule, Site
 
 # The result is zero where any one (or one at this place) of the operands is, whatever the others.
 _ANNIHILATES = {"mul": (0, 1), "and": (0, 1), "div": (0,), "rem": (0,)}
@@ -27,16 +40,11 @@ def couple(at: Site) -> list[Axes]:
     """Join axes that lie at the same place; a size of 1 broadcasts and says nothing."""
     out = at.out_shape()
     axes: list[Axis | None] = []
-    if any(len(v.aval.shape) not in (0, len(out)) for v in at.eqn.invars):  # a bitcast
-        for axis in (axis for operand in at.ins for axis in operand):
-            at.freeze(axis)
-        return [(None,) * len(out)]
+    shapes = [shape_of(v) for v in at.eqn.invars]
+    if any(len(shape) not in (0, len(out)) for shape in shapes):  # a bitcast
+        return at.freeze_all()
     for place, size in enumerate(out):
-        here = [
-            i
-            for i, v in enumerate(at.eqn.invars)
-            if len(v.aval.shape) and (v.aval.shape[place] == size or v.aval.shape[place] != 1)
-        ]
+        here = [i for i, s in enumerate(shapes) if s and (s[place] == size or s[place] != 1)]
         ids = at.join(*(at.ins[i][place] for i in here)) if size != 1 else None
         if ids is None:
             axes.append(None)
@@ -59,7 +67,7 @@ def _results(at: Site, removed: Mapping[int, Values]) -> tuple[Values, bool]:
     held = [removed[i] if i in removed else frozenset((at.scalar(i),)) for i in numbers]
     found, finite = [], True
     for values in itertools.product(*held):
-        if at.eqn.primitive.name == "select_n":
+        if at.primitive == "select_n":
             found += _selected(values, removed)
             continue
         value, fine = _result(at, values, removed)
@@ -68,7 +76,7 @@ def _results(at: Site, removed: Mapping[int, Values]) -> tuple[Values, bool]:
     return frozenset(found), finite
 
 
-def _selected(values: Sequence[Any], removed: Mapping[int, Values]) -> list[Any]:
+def _selected(values: Sequence[Entry], removed: Mapping[int, Values]) -> list[Entry]:
     """Cases that may be selected. A zero that kept units have as well says nothing of removed."""
     which, *cases = values
     if which is not None:
@@ -77,23 +85,27 @@ def _selected(values: Sequence[Any], removed: Mapping[int, Values]) -> list[Any]
     return cases if not any(cases) and None not in cases else told
 
 
-def _result(at: Site, values: Sequence[Any], removed: Mapping[int, Values]) -> tuple[Any, bool]:
+def _result(at: Site, values: Sequence[Entry], removed: Mapping[int, Values]) -> tuple[Entry, bool]:
     """The result for some values of the operands, None for any number; and whether it is finite."""
-    name = at.eqn.primitive.name
+    name = at.primitive
     known = [i for i in removed if values[i] is not None]
     if not known:
         return None, True
     if None not in values:
         value = _evaluate_at(at, values)
-        finite = value is None or bool(np.isfinite(value)) or not np.isfinite(values).all()
+        finite = (
+            value is None
+            or bool(np.isfinite(value))
+            or not all(np.isfinite(v) for v in values if v is not None)
+        )
         return (None if value is None or np.isnan(value) else value), finite
-    whole = not jnp.issubdtype(at.eqn.outvars[0].aval.dtype, jnp.inexact)
+    whole = not jnp.issubdtype(dtype_of(at.eqn.outvars[0]), jnp.inexact)
     finite = whole or name in _FINITE or not any(_explodes(at, values, i) for i in known)
     zero = any(values[i] == 0 for i in _ANNIHILATES.get(name, ()))
     return (0.0 if zero and finite else None), finite
 
 
-def _explodes(at: Site, values: Sequence[Any], i: int) -> bool:
+def _explodes(at: Site, values: Sequence[Entry], i: int) -> bool:
     """Tell whether an operand's value makes a result infinite that another value would not.
 
     Tried with numbers of both signs for the operands that may be anything.
@@ -102,9 +114,14 @@ def _explodes(at: Site, values: Sequence[Any], i: int) -> bool:
         tried = [number if v is None else v for v in values]
         here = _evaluate_at(at, tried)
         there = _evaluate_at(at, [*tried[:i], 0.6, *tried[i + 1 :]])
-        if None not in (here, there) and np.isfinite(there) and not np.isfinite(here):
+        if there is not None and _is_finite(there) and not _is_finite(here):
             return True
     return False
+
+
+def _is_finite(value: Entry) -> bool:
+    """Tell whether a number is finite; one that is not known is taken to be."""
+    return value is None or bool(np.isfinite(value))
 
 
 def stays_zero(at: Site, zero: Sequence[bool]) -> bool | None:
@@ -113,9 +130,9 @@ def stays_zero(at: Site, zero: Sequence[bool]) -> bool | None:
     return values == ZERO if finite else None
 
 
-def _evaluate_at(at: Site, values: Sequence[Any]) -> Any:
+def _evaluate_at(at: Site, values: Sequence[Entry]) -> Entry:
     """Compute one number from numbers; None where the primitive takes more than numbers."""
-    dtypes = tuple(np.dtype(v.aval.dtype).name for v in at.eqn.invars)
+    dtypes = tuple(np.dtype(dtype_of(v)).name for v in at.eqn.invars)
     params = tuple(sorted(at.params.items()))
     try:
         return _evaluate(at.eqn.primitive, tuple(values), dtypes, params)
@@ -125,8 +142,11 @@ def _evaluate_at(at: Site, values: Sequence[Any]) -> Any:
 
 @functools.cache
 def _evaluate(
-    primitive: Any, values: tuple[Any, ...], dtypes: tuple[str, ...], params: tuple[Any, ...]
-) -> Any:
+    primitive: core.Primitive,
+    values: tuple[Entry, ...],
+    dtypes: tuple[str, ...],
+    params: tuple[tuple[str, Hashable], ...],
+) -> Entry:
     with jax.ensure_compile_time_eval():
         scalars = [np.asarray(v, d) for v, d in zip(values, dtypes, strict=True)]
         out = primitive.bind(*scalars, **dict(params))

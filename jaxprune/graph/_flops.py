@@ -1,17 +1,20 @@
 """Multiplications and additions of a function, counted from its jaxpr."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax.extend import core
 
 from jaxprune._tree import join_static, split_static
+from jaxprune.graph._frames import shape_of
 from jaxprune.graph._lean import lean
 from jaxprune.graph._network import check_call, spec_of
+from jaxprune.typing import Params
 
 
-def count_flops(fn: Any, params: Any, *inputs: Any, **keywords: Any) -> int:
+def count_flops(fn: Callable[..., Any], params: Params, *inputs: Any, **keywords: Any) -> int:
     """Count the floating-point operations of matrix products and convolutions.
 
     Two for each multiply-add. Whatever else a network does (activations, norms, softmax) is left
@@ -48,17 +51,17 @@ def _count(jaxpr: core.Jaxpr) -> int:
     return sum(_of(eqn) for eqn in jaxpr.eqns)
 
 
-def _of(eqn: Any) -> int:
+def _of(eqn: core.JaxprEqn) -> int:
+    """Operations of one equation, those inside of it included."""
     name, params = eqn.primitive.name, eqn.params
-    out = [v.aval for v in eqn.outvars]
-    if name == "dot_general":
+    if name == "dot_general":  # each entry of the result sums over the contracted axes
         (left, _), _ = params["dimension_numbers"]
-        return 2 * out[0].size * math.prod(eqn.invars[0].aval.shape[i] for i in left)
-    if name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval
-        return (
-            2 * out[0].size * kernel.size // kernel.shape[params["dimension_numbers"].rhs_spec[0]]
-        )
+        lhs = shape_of(eqn.invars[0])
+        return 2 * math.prod(shape_of(eqn.outvars[0])) * math.prod(lhs[i] for i in left)
+    if name == "conv_general_dilated":  # and here over the kernel of its channel
+        kernel = shape_of(eqn.invars[1])
+        outputs = kernel[params["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(shape_of(eqn.outvars[0])) * math.prod(kernel) // outputs
     inner = [_count(jaxpr) for jaxpr in _inside(params)]
     if name == "scan":
         return params["length"] * sum(inner)

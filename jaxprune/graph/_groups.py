@@ -1,20 +1,38 @@
 """Groups of coupled channels, read from the analysis of a network."""
 
+# Data passes through the folder in this order:
+#
+#   _network                 traces `fn`, lets its program be walked, says what of the outputs stays
+#   _lean _captured _carry   the program without dead code; inputs that nobody passed; what goes in
+#                            and comes out again
+#   _walk _frames _known     a frame for each call, axes for each variable; values that are constant
+#   _site                    one equation, and what its rule may ask and do
+#   _rules                   the rules of all primitives: _elementwise _contractions _reshape
+#                            _shapes _indexing _linalg _random _effects _calls _loops
+#                            _derivatives _collectives
+#   _axes _coupling          what rules speak about: ids of indices, and which of them die together
+#   _groups                  this file: what that says of the parameters
+#   _blocks                  likewise for what can be left out whole: _branches, _vanishing
+#   _shrunk _counts          the cut of a user, held against the coupling; means over fewer terms
+#   _evaluate _take          the large program, evaluated on what is left
+#   _flops _source           operations of a program; the line of code of an equation
+
+import collections
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from jaxprune._groups import Group, Groups, Member
-from jaxprune.graph._analysis import Rule
 from jaxprune.graph._carry import Carry
 from jaxprune.graph._network import Network, check_call, network
+from jaxprune.graph._site import Rule
 from jaxprune.typing import Params, Where
 
 
 def find_groups(
-    fn: Any,
+    fn: Callable[..., Any],
     params: Params,
     *inputs: Any,
     rules: Mapping[str, Rule] | None = None,
@@ -76,7 +94,11 @@ def find_groups(
 
 
 def groups_of(net: Network) -> Groups:
-    """The groups of a network that has been analysed."""
+    """The groups of a network that has been analysed.
+
+    Left out are layers of scans, groups of one unit, and units that own a single index of a single
+    axis, unless data is summed over it; the reasons are beside the groups.
+    """
     triples = owned(net)
     coupling = net.analysis.coupling
     layers = layer_roots(net)
@@ -135,7 +157,11 @@ def layer_roots(net: Network) -> np.ndarray:
 class Owned(NamedTuple):
     """Which unit owns which index of which axis: one entry for each such triple.
 
-    ``slot`` numbers the places (path, axis); entries are sorted by slot.
+    Attributes:
+      slot: `[triples]`, the number of the place; sorted.
+      position: `[triples]`, the index along the axis.
+      root: `[triples]`, the unit. An index of a cell has two owners or more.
+      places: path and axis of each slot.
     """
 
     slot: np.ndarray
@@ -145,6 +171,7 @@ class Owned(NamedTuple):
 
 
 def owned(net: Network) -> Owned:
+    """List what each unit owns of the parameters."""
     places: list[tuple[str, int]] = []
     parts = []
     for path, axes in zip(net.paths, net.axes, strict=True):
@@ -161,16 +188,32 @@ def owned(net: Network) -> Owned:
 def _by_signature(
     owned: Owned, kinds: np.ndarray
 ) -> Iterator[tuple[list[int], np.ndarray, list[np.ndarray]]]:
-    """Yield units that own as many indices of the same axes: slots, units, indices of each slot."""
+    """Yield units that own as many indices of the same axes: slots, units, indices of each slot.
+
+    Units are single channels, heads, ...; a group is all of those that look the same, so that they
+    can be scored alike and compete. The signature of a unit is, for each place (an axis of a
+    parameter), how many indices it owns there:
+
+        w: [3, 8]  b: [8]  v: [8, 2]    each of 8 channels: one index of w:1, of b:0 and of v:0
+        q: [5, 12] as 3 heads of 4      each head: four indices of q:1, and so for k, v and out
+
+    ``kinds`` `[ids]` keep units apart that lie along other axes but look alike.
+
+    Yields:
+      slots: numbers of the places; ``roots`` `[units]`: the units, in the order in which their
+        first place lists them; for each slot the indices `[units, owned there]`.
+    """
+    # A signature is never written down: a label starts as the kind of the unit, and each place
+    # splits it by the number of indices that a unit owns there. Who owns nothing keeps its label.
     label, next_label = kinds.copy(), len(kinds) + 1
     bounds = np.searchsorted(owned.slot, np.arange(len(owned.places) + 1))
     for low, high in itertools.pairwise(bounds):
         if low == high:
             continue
         roots, count = np.unique(owned.root[low:high], return_counts=True)
-        pairs = np.stack([label[roots], count])
-        numbers = np.unique(pairs, axis=1, return_inverse=True)[1].reshape(-1)
-        label[roots] = next_label + numbers
+        pairs = label[roots] * (count.max() + 1) + count  # one number for each pair of the two
+        numbers = np.unique(pairs, return_inverse=True)[1]
+        label[roots] = next_label + numbers  # new ones, that no unit of other places has
         next_label += len(roots)
     if not len(owned.root):
         return
@@ -200,18 +243,26 @@ def named(groups: list[Group], net: Network) -> list[Group]:
         last = member.axis == rank[member.path] - 1
         return rank[member.path] >= 2 and last, rank[member.path]
 
-    taken: dict[str, int] = {}
+    best = [max(group.members, key=makes) for group in groups]
+    names = unique([f"{member.path}:{member.axis}" for member in best])
+    return [
+        Group(name, group.members, group.size, group.exact, group.reason)
+        for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def unique(names: Sequence[str]) -> list[str]:
+    """Number what comes more than once: ``["a", "b", "a"]`` becomes ``["a", "b", "a~2"]``."""
+    taken: collections.Counter[str] = collections.Counter()
     out = []
-    for group in groups:
-        best = max(group.members, key=makes)
-        name = f"{best.path}:{best.axis}"
-        taken[name] = taken.get(name, 0) + 1
-        number = f"~{taken[name]}" if taken[name] > 1 else ""
-        out.append(Group(name + number, group.members, group.size, group.exact, group.reason))
+    for name in names:
+        taken[name] += 1
+        out.append(f"{name}~{taken[name]}" if taken[name] > 1 else name)
     return out
 
 
 def _frozen(net: Network, layers: np.ndarray) -> list[tuple[str, int, int, str]]:
+    """Path, axis, how many of its indices cannot be cut (0 for all), and why, in words."""
     coupling = net.analysis.coupling
     out = []
     for path, axes in zip(net.paths, net.axes, strict=True):

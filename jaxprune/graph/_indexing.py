@@ -1,12 +1,21 @@
 """Rules for primitives that read or write at indices."""
 
-from typing import Any
+# By an index that is data anything may be read: the axis that is indexed stays whole, and the axes
+# that are read whole pass.
+#
+#     e = gather table tokens     table: f32[words, d]; words stay, d has the ids of e's last axis
+#
+# Where the index is known, ids move as in a slice: a fixed permutation of channels permutes ids.
+# Small networks have other numbers for the same places, so that known indices are counted anew: the
+# place 5 becomes 3 if two of the indices in front of it are gone.
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune.graph._analysis import ANYTHING, Axes, Axis, Rule, Site, axis_of
-from jaxprune.graph._shapes import beside, part
+from jaxprune.graph._axes import ANYTHING, Axes, Axis, axis_of
+from jaxprune.graph._shapes import part
+from jaxprune.graph._site import Rule, Site
 from jaxprune.graph._take import pick
 
 
@@ -18,6 +27,8 @@ def gather(at: Site) -> list[Axes]:
     numbers, sizes = at.params["dimension_numbers"], at.params["slice_sizes"]
     x, indices = at.ins
     out: list[Axis | None] = [None] * len(at.out_shape())
+    # Axes of a result are of two kinds: a batch axis for each axis of the indices but the last,
+    # which holds an index, and an offset axis for each axis of the operand that is read by slices.
     batch = [i for i in range(len(out)) if i not in numbers.offset_dims]
     for place, axis in zip(batch, indices[:-1], strict=True):
         out[place] = None if axis is None else Axis(axis.ids, False)
@@ -65,18 +76,19 @@ def _known_rows(at: Site) -> np.ndarray | None:
     return rows if inside else None
 
 
-def cut_gather(at: Any, x: Any, indices: Any) -> list[Any]:
+def cut_gather(at: Site, x: jax.Array, indices: jax.Array) -> list[jax.Array]:
     numbers, sizes = at.params["dimension_numbers"], at.params["slice_sizes"]
     moved = _known_rows(at)
     if moved is not None:
         axis = numbers.start_index_map[0]
         place = next(i for i in range(x.ndim) if i not in numbers.offset_dims)
-        have: list[Any] = [None] * x.ndim
+        have: list[np.ndarray | None] = [None] * x.ndim
         source, keep = list(have), list(have)
         have[axis], source[axis] = at.kept_ins()[0][axis], moved
         keep[axis] = at.kept_outs()[0][place]
         x = pick(x, have, source, keep)
         return [jnp.moveaxis(x, axis, place)]
+    # An axis that is read whole is read whole when it is smaller; of all others nothing is gone.
     small = [n if s == whole else s for n, s, whole in zip(x.shape, sizes, at.shape(), strict=True)]
     return at.bind(x, indices, slice_sizes=tuple(small))
 
@@ -104,9 +116,9 @@ def _known_start(at: Site, i: int, size: int) -> int | None:
     return None if value is None else int(np.clip(value, 0, at.shape()[i] - size))
 
 
-def cut_dynamic_slice(at: Any, x: Any, *starts: Any) -> list[Any]:
+def cut_dynamic_slice(at: Site, x: jax.Array, *starts: jax.Array) -> list[jax.Array]:
     kept, sizes = at.kept_ins()[0], list(at.params["slice_sizes"])
-    source: list[Any] = [None] * x.ndim
+    source: list[np.ndarray | None] = [None] * x.ndim
     for i, size in enumerate(sizes):
         if kept[i] is not None:
             start = _known_start(at, i, size)
@@ -137,23 +149,27 @@ def _written(
     """The axis of an array after some of it, from a known index on, or all of it, was written."""
     (axis, update), (n, size) = axes, sizes
     if n == size:
-        return beside(at, axis, update)
+        return at.beside(axis, update)
     if axis is None or start is None:
         at.freeze(axis)
         at.freeze(update)
         return None
+    # What is written goes with the indices that it is written to; all others keep what they had.
     piece = axis._replace(ids=axis.ids[start : start + size])
     at.join(piece, update)
     return axis_of(axis.ids, axis.values, ANYTHING if update is None else update.values)
 
 
-def cut_update(at: Any, x: Any, update: Any, *starts: Any) -> list[Any]:
+def cut_update(at: Site, x: jax.Array, update: jax.Array, *starts: jax.Array) -> list[jax.Array]:
     """Count what is left in front of the place."""
     kept = at.kept_ins()[0]
-    moved = []
+    moved: list[jax.Array | np.ndarray] = []
     for i, (have, start) in enumerate(zip(kept, starts, strict=True)):
         known = None if have is None else _start(at, i)
-        moved.append(start if known is None else np.asarray(np.sum(have < known), start.dtype))
+        if have is None or known is None:
+            moved.append(start)
+        else:
+            moved.append(np.asarray(np.sum(have < known), start.dtype))
     return at.bind(x, update, *moved)
 
 
@@ -163,6 +179,8 @@ def scatter(at: Site) -> list[Axes]:
     x, indices, updates = at.ins
     for axis in indices:
         at.freeze(axis)
+    # As in a gather: updates have an axis for each that indices have, and window axes, which are
+    # those of the array that are written by slices; inserted ones are written at one index.
     inserted = (*numbers.inserted_window_dims, *numbers.operand_batching_dims)
     windows = iter(numbers.update_window_dims)
     rows = _known_places(at)
@@ -214,7 +232,7 @@ def _free_dim(at: Site) -> int:
     return next(i for i in range(len(at.shape(2))) if i not in windows)
 
 
-def cut_scatter(at: Any, x: Any, indices: Any, updates: Any) -> list[Any]:
+def cut_scatter(at: Site, x: jax.Array, indices: jax.Array, updates: jax.Array) -> list[jax.Array]:
     """Count what is left in front of each place."""
     rows, kept = _known_places(at), at.kept_ins()[0]
     axes = at.params["dimension_numbers"].scatter_dims_to_operand_dims

@@ -1,10 +1,21 @@
 """Programs without what no result depends on."""
 
+# What is computed for nothing would still couple axes, and hold those that it holds. jax leaves it
+# out when it compiles, so that we leave it out before we look:
+#
+#     a = dot_general x w       read by nobody: gone
+#     b, c = optimization_barrier x y    if nobody reads c, y should go as well, which jax's own
+#                                        elimination does not see: the barrier becomes b = ... x
+#
+# Elimination and leaner loops take turns, as each finds more to leave out behind the other.
+
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 from jax.extend import core
 from jax.interpreters import partial_eval
+
+Param: TypeAlias = Any  # of an equation: a program, a tuple of them, a number, whatever it wants
 
 
 def lean(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
@@ -22,19 +33,20 @@ def lean(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
     return closed.replace(jaxpr=jaxpr)
 
 
-def _alive(jaxpr: Any) -> Any:
+def _alive(jaxpr: core.Jaxpr) -> core.Jaxpr:
     """Keep what results need; all inputs stay."""
     return partial_eval.dce_jaxpr(jaxpr, True, True)[0]
 
 
-def _has_more(jaxpr: Any) -> bool:
+def _has_more(jaxpr: core.Jaxpr) -> bool:
+    """Tell whether a loop or barrier is anywhere in a program."""
     return any(
         eqn.primitive.name in _LEAN or any(map(_has_more, core.jaxprs_in_params(eqn.params)))
         for eqn in jaxpr.eqns
     )
 
 
-def _leaner(jaxpr: Any) -> Any:
+def _leaner(jaxpr: core.Jaxpr) -> core.Jaxpr:
     """Let loops and barriers at any depth hand on only what is read. The same object if all do."""
     read = {v for eqn in jaxpr.eqns for v in eqn.invars if isinstance(v, core.Var)}
     read |= {v for v in jaxpr.outvars if isinstance(v, core.Var)}
@@ -47,10 +59,10 @@ def _leaner(jaxpr: Any) -> Any:
     return jaxpr if same else jaxpr.replace(eqns=eqns)
 
 
-def _map_programs(change: Callable[[Any], Any], eqn: Any) -> Any:
+def _map_programs(change: Callable[[core.Jaxpr], core.Jaxpr], eqn: core.JaxprEqn) -> core.JaxprEqn:
     """Change the programs in the params of an equation, whose inputs and results stay."""
 
-    def visit(value: Any) -> Any:
+    def visit(value: Param) -> Param:
         if isinstance(value, tuple):
             items = list(map(visit, value))
             if all(a is b for a, b in zip(items, value, strict=True)):
@@ -68,7 +80,7 @@ def _map_programs(change: Callable[[Any], Any], eqn: Any) -> Any:
     return eqn if same else eqn.replace(params=params)
 
 
-def _lean_while(eqn: Any, read: Sequence[bool]) -> Any:
+def _lean_while(eqn: core.JaxprEqn, read: Sequence[bool]) -> core.JaxprEqn:
     """Take out of a loop what is neither read behind it, nor decides when it ends."""
     cond, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
     m, n = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
@@ -91,7 +103,8 @@ def _lean_while(eqn: Any, read: Sequence[bool]) -> Any:
     )
 
 
-def _lean_barrier(eqn: Any, read: Sequence[bool]) -> Any:
+def _lean_barrier(eqn: core.JaxprEqn, read: Sequence[bool]) -> core.JaxprEqn:
+    """Take out of a barrier what is not read behind it."""
     if all(read):
         return eqn
     kept = [

@@ -1,14 +1,22 @@
 """Rules for linear algebra and transforms: matrices stay whole, batches of them pass."""
 
-from collections.abc import Sequence
-from typing import Any
+# An eigenvalue, an inverse or a Fourier coefficient depends on all of a matrix, so that nothing of
+# it can go. Axes in front of the matrix count matrices, each of which is worked on by itself: they
+# pass, and are joined over all operands.
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune.graph._analysis import ANYTHING, ZERO, Axes, Axis, Rule, Site, Values, axis_of
+from jaxprune.graph._axes import ANYTHING, ZERO, Axes, Axis, Values, axis_of
+from jaxprune.graph._frames import dtype_of, shape_of
+from jaxprune.graph._site import Rule, Site
+
+T = TypeVar("T")
 
 _RANKS = {"tridiagonal_solve": 1, "lu_pivots_to_permutation": 1}  # of a first operand
 
@@ -16,7 +24,7 @@ _RANKS = {"tridiagonal_solve": 1, "lu_pivots_to_permutation": 1}  # of a first o
 def batched(at: Site, free: tuple[int, int] | None = None) -> list[Axes]:
     """Hold the axes of matrices, but for a free one of some operand; join those that count them."""
     rank = len(at.params["fft_lengths"]) if "fft_lengths" in at.params else None
-    rank = rank if rank is not None else _RANKS.get(at.eqn.primitive.name, 2)
+    rank = rank if rank is not None else _RANKS.get(at.primitive, 2)
     count = len(at.ins[0]) - rank
     for operand, axes in enumerate(at.ins):
         for i in range(count, len(axes)):
@@ -24,9 +32,9 @@ def batched(at: Site, free: tuple[int, int] | None = None) -> list[Axes]:
                 at.freeze(axes[i])
     batch = [_counting(at, [axes[i] for axes in at.ins], count) for i in range(count)]
     outs = []
-    for number, v in enumerate(at.eqn.outvars):
+    for number, shape in enumerate(at.out_shapes()):
         lead = [None if b is None else axis_of(b[0], b[1][number]) for b in batch]
-        outs.append((*lead, *[None] * (len(v.aval.shape) - count)))
+        outs.append((*lead, *[None] * (len(shape) - count)))
     return outs
 
 
@@ -45,19 +53,23 @@ def _counting(
 
 
 def _of_zeros(at: Site, zero: Sequence[bool], count: int) -> tuple[list[Values], bool]:
-    """What comes of matrices that are zero, and whether that is finite: tried on small ones."""
+    """What comes of matrices that are zero, and whether that is finite: tried on small ones.
+
+    The QR decomposition of zeros has an identity, and solving with them is not finite: nobody says
+    that as well as the primitive itself does, on matrices of 2 by 2.
+    """
     unknown = [ANYTHING for _ in at.eqn.outvars]
     if not any(zero):
         return unknown, True
     if "fft_lengths" in at.params:
         return [ZERO], True
-    avals = [v.aval for v in at.eqn.invars]
-    shapes = [(2,) * (len(a.shape) - count) for a in avals]
+    dtypes = [dtype_of(v) for v in at.eqn.invars]
+    shapes = [(2,) * (len(shape_of(v)) - count) for v in at.eqn.invars]
     try:
         with jax.ensure_compile_time_eval():
-            whole = at.bind(*(_sample(s, a.dtype) for s, a in zip(shapes, avals, strict=True)))
-            given = zip(shapes, avals, zero, strict=True)
-            outs = at.bind(*(_sample(s, a.dtype, zero=z) for s, a, z in given))
+            whole = at.bind(*(_sample(s, t) for s, t in zip(shapes, dtypes, strict=True)))
+            given = zip(shapes, dtypes, zero, strict=True)
+            outs = at.bind(*(_sample(s, t, zero=z) for s, t, z in given))
             fine = [bool(jnp.isfinite(x).all()) for outs in (whole, outs) for x in outs]
             values = [ANYTHING if jnp.any(x) else ZERO for x in outs]
     except (TypeError, ValueError, NotImplementedError):  # not on this device, or not so small
@@ -66,7 +78,7 @@ def _of_zeros(at: Site, zero: Sequence[bool], count: int) -> tuple[list[Values],
     return values, all(ours) or not all(fine[: len(outs)])
 
 
-def _sample(shape: tuple[int, ...], dtype: Any, *, zero: bool = False) -> Any:
+def _sample(shape: tuple[int, ...], dtype: np.dtype, *, zero: bool = False) -> jax.Array:
     """Zeros, or what any algebra copes with."""
     if zero or not jnp.issubdtype(dtype, jnp.inexact):
         return jnp.zeros(shape, dtype)
@@ -98,7 +110,7 @@ def linear_solve(at: Site) -> list[Axes]:
     return outs
 
 
-def cut_linear_solve(at: Site, *values: Any) -> list[Any]:
+def cut_linear_solve(at: Site, *values: jax.Array) -> list[jax.Array]:
     jaxprs = at.params["jaxprs"]
     consts, b = _split(at, values)
     order = ["solve", *(n for n in jaxprs._fields if n != "solve" and getattr(jaxprs, n))]
@@ -108,20 +120,17 @@ def cut_linear_solve(at: Site, *values: Any) -> list[Any]:
     }
     aux = len(at.eqn.outvars) > len(b)
 
-    def solver(name: str) -> Any:
-        if name not in run:
-            return None
+    def solver(name: str) -> Callable[..., object]:
         if not aux:
             return lambda _, x: run[name](x)
         return lambda _, x: (run[name](x)[: len(b)], run[name](x)[len(b) :])
 
-    outs = lax.custom_linear_solve(
-        run["matvec"], list(b), solver("solve"), solver("transpose_solve"), has_aux=aux
-    )
+    back = solver("transpose_solve") if "transpose_solve" in run else None
+    outs = lax.custom_linear_solve(run["matvec"], list(b), solver("solve"), back, has_aux=aux)
     return [*outs[0], *outs[1]] if aux else list(outs)
 
 
-def _split(at: Site, operands: Sequence[Any]) -> tuple[dict[str, Sequence[Any]], Sequence[Any]]:
+def _split(at: Site, operands: Sequence[T]) -> tuple[dict[str, Sequence[T]], Sequence[T]]:
     """Constants of each of the programs, and what is solved for."""
     lengths = at.params["const_lengths"]
     consts, place = {}, 0

@@ -21,11 +21,14 @@ from jaxprune._tree import (
     list_paths,
     split_static,
 )
-from jaxprune.graph._analysis import Analysis, Axes, Frame, Rule
+from jaxprune.graph._axes import Axes
 from jaxprune.graph._captured import hold_captured
 from jaxprune.graph._carry import Carry, carry_pairs
+from jaxprune.graph._frames import Frame
 from jaxprune.graph._lean import lean
 from jaxprune.graph._rules import RULES
+from jaxprune.graph._site import Rule
+from jaxprune.graph._walk import Analysis
 from jaxprune.typing import Where
 
 

@@ -1,87 +1,24 @@
 """Rules for primitives that move, repeat or make values without computing with them."""
 
-import math
-from collections.abc import Sequence
-from typing import Any
+# Ids move with the values that they stand for: a transpose permutes axes, `rev` turns ids round, a
+# slice takes some of them, `concatenate` lays them in a row. Cutting undoes nothing of that, as the
+# same indices are gone on both sides; only params that name sizes or places have to be made anew.
+#
+#     a, b = split[sizes=(4, 4)] x      a has ids 0..3, b has ids 4..7
+#     y = mul a b                       joins 0 with 4, ...: halves of a gated unit lose the same
+#
+# What appears from nowhere (broadcasts, iota) gets fresh ids, since it can be made in any size.
 
+from collections.abc import Sequence
+
+import jax
 import numpy as np
 from jax import lax
 
-from jaxprune.graph._analysis import Axes, Axis, Rule, Site, axis_of
+from jaxprune.graph._axes import Axes, Axis, axis_of
+from jaxprune.graph._frames import Value
+from jaxprune.graph._site import Rule, Site
 from jaxprune.graph._take import pick, take
-
-
-def reshape(at: Site) -> list[Axes]:
-    """Merge and split axes, one run of axes with a common product at a time."""
-    source, target = at.shape(), at.out_shape()
-    if 0 in source:  # nothing to cut
-        return opaque(at)
-    out: list[Axis | None] = []
-    for old, new in _runs(source, target):
-        axes = [at.ins[0][i] for i in old]
-        sizes, wanted = [source[i] for i in old], [target[i] for i in new]
-        if [s for s in sizes if s != 1] == [s for s in wanted if s != 1]:
-            moved = iter([axis for axis, s in zip(axes, sizes, strict=True) if s != 1])
-            out += [None if s == 1 else next(moved) for s in wanted]
-        elif all(axis is None for axis in axes):
-            out += [None] * len(wanted)
-        else:
-            out += _split(at, _merge(at, axes, sizes), wanted)
-    return [tuple(out)]
-
-
-def _runs(source: Sequence[Any], target: Sequence[Any]) -> list[tuple[list[int], list[int]]]:
-    """Cut two shapes into the shortest runs of equal product."""
-    runs, i, j = [], 0, 0
-    while i < len(source) or j < len(target):
-        old, new = [i] if i < len(source) else [], [j] if j < len(target) else []
-        i, j = i + len(old), j + len(new)
-        left, right = math.prod(source[a] for a in old), math.prod(target[b] for b in new)
-        while left != right:
-            if (i < len(source)) and (j >= len(target) or left < right):
-                old, left, i = [*old, i], left * source[i], i + 1
-            else:
-                new, right, j = [*new, j], right * target[j], j + 1
-        runs.append((old, new))
-    return runs
-
-
-def _merge(at: Site, axes: Sequence[Axis | None], sizes: Sequence[int]) -> Axis:
-    """Lay several axes out along one; an axis that is never cut repeats the others."""
-    parts = [(a, s) for a, s in zip(axes, sizes, strict=True) if s != 1]
-    axis, size = parts[-1]
-    for outer, n in reversed(parts[:-1]):
-        if axis is None and outer is not None:
-            axis = outer._replace(ids=np.repeat(outer.ids, size))
-        elif axis is not None and outer is None:
-            axis = axis._replace(ids=np.tile(axis.ids, n))
-        elif axis is not None and outer is not None:
-            axis = at.product(outer, axis)
-        size *= n
-    return axis  # type: ignore[return-value]  # one of them is an axis
-
-
-def _split(at: Site, axis: Axis, sizes: Sequence[int]) -> list[Axis | None]:
-    """Give an axis several factors, the first of them peeled off first."""
-    whole = [s for s in sizes if s != 1]
-    if len(whole) == 1:
-        return [axis if s != 1 else None for s in sizes]
-    if sizes[0] == 1:
-        return [None, *_split(at, axis, sizes[1:])]
-    rest = len(axis.ids) // sizes[0]
-    table = axis.ids.reshape(sizes[0], rest)
-    if (table == table[0]).all():  # it had been repeated
-        return [None, *_split(at, axis._replace(ids=table[0]), sizes[1:])]
-    if (table == table[:, :1]).all():
-        return [axis._replace(ids=table[:, 0]), *([None] * (len(sizes) - 1))]
-    rows, columns = at.fresh((sizes[0], rest), values=axis.values)
-    at.analysis.coupling.product(axis.ids, rows.ids, columns.ids)  # type: ignore[union-attr]
-    return [rows, *_split(at, columns, sizes[1:])]  # type: ignore[arg-type]
-
-
-def cut_reshape(at: Any, x: Any) -> list[Any]:
-    shape = at.small_shape()
-    return [lax.reshape(x, shape, at.params["dimensions"], out_sharding=at.layout())]
 
 
 def transpose(at: Site) -> list[Axes]:
@@ -102,7 +39,7 @@ def broadcast_in_dim(at: Site) -> list[Axes]:
     return [tuple(out)]
 
 
-def cut_broadcast(at: Any, x: Any, *_: Any) -> list[Any]:
+def cut_broadcast(at: Site, x: jax.Array, *_: jax.Array) -> list[jax.Array]:
     places = at.params["broadcast_dimensions"]
     return [lax.broadcast_in_dim(x, at.small_shape(), places, out_sharding=at.layout())]
 
@@ -117,19 +54,17 @@ def tile(at: Site) -> list[Axes]:
     return [tuple(out)]
 
 
-def cut_tile(at: Any, x: Any) -> list[Any]:
+def cut_tile(at: Site, x: jax.Array) -> list[jax.Array]:
     return at.bind(x, reps=tuple(n // m for n, m in zip(at.small_shape(), x.shape, strict=True)))
 
 
 def make(at: Site) -> list[Axes]:
     """Values that the program makes: any index can be left out of them."""
-    for axes in at.ins:
-        for axis in axes:
-            at.freeze(axis)
-    return [at.fresh(v.aval.shape) for v in at.eqn.outvars]
+    at.freeze_all()
+    return [at.fresh(shape) for shape in at.out_shapes()]
 
 
-def cut_made(at: Any, *values: Any) -> list[Any]:
+def cut_made(at: Site, *values: Value) -> list[Value]:
     """Make them whole and cut them then, so that the numbers stay the same."""
     outs = at.bind(*values)
     return [take(x, kept) for x, kept in zip(outs, at.kept_outs(), strict=True)]
@@ -137,10 +72,7 @@ def cut_made(at: Any, *values: Any) -> list[Any]:
 
 def opaque(at: Site) -> list[Axes]:
     """Keys and their like: nothing in them is ever cut."""
-    for axes in at.ins:
-        for axis in axes:
-            at.freeze(axis)
-    return [(None,) * len(v.aval.shape) for v in at.eqn.outvars]
+    return at.freeze_all()
 
 
 def concatenate(at: Site) -> list[Axes]:
@@ -149,19 +81,12 @@ def concatenate(at: Site) -> list[Axes]:
     for i in range(len(at.out_shape())):
         axes = [operand[i] for operand in at.ins]
         if i != place:
-            out.append(beside(at, *axes))
+            out.append(at.beside(*axes))
         elif all(axis is None for axis in axes):
             out.append(None)
         else:
             out.append(_in_a_row(at, axes, [at.shape(k)[i] for k in range(len(axes))]))
     return [tuple(out)]
-
-
-def beside(at: Site, *axes: Axis | None) -> Axis | None:
-    """The axis of arrays that lie beside one another."""
-    ids = at.join(*axes)
-    values = [axis.values for axis in axes if axis is not None]
-    return None if ids is None else axis_of(ids, *values)
 
 
 def _in_a_row(at: Site, axes: Sequence[Axis | None], sizes: Sequence[int]) -> Axis:
@@ -178,7 +103,7 @@ def _in_a_row(at: Site, axes: Sequence[Axis | None], sizes: Sequence[int]) -> Ax
 def stack(at: Site) -> list[Axes]:
     """Join the operands; the axis along which they lie stays whole."""
     place = at.params["axis"]
-    joined = [beside(at, *axes) for axes in zip(*at.ins, strict=True)]
+    joined = [at.beside(*axes) for axes in zip(*at.ins, strict=True)]
     return [(*joined[:place], None, *joined[place:])]
 
 
@@ -199,7 +124,7 @@ def split(at: Site) -> list[Axes]:
     return outs
 
 
-def cut_split(at: Any, x: Any) -> list[Any]:
+def cut_split(at: Site, x: jax.Array) -> list[jax.Array]:
     place = at.params["axis"]
     return at.bind(x, sizes=tuple(at.small_shape(i)[place] for i in range(len(at.params["sizes"]))))
 
@@ -222,7 +147,7 @@ def slice_(at: Site) -> list[Axes]:
     return [tuple(part(at, axis, piece) for axis, piece in zip(at.ins[0], pieces, strict=True))]
 
 
-def cut_slice(at: Any, x: Any) -> list[Any]:
+def cut_slice(at: Site, x: jax.Array) -> list[jax.Array]:
     start, limit = at.params["start_indices"], at.params["limit_indices"]
     strides = at.params["strides"] or (1,) * len(start)
     whole = [kept is None for kept in at.kept_ins()[0]]
@@ -264,7 +189,7 @@ def pad(at: Site) -> list[Axes]:
     return [tuple(out)]
 
 
-def cut_pad(at: Any, x: Any, value: Any) -> list[Any]:
+def cut_pad(at: Site, x: jax.Array, value: jax.Array) -> list[jax.Array]:
     config = []
     sides = zip(at.params["padding_config"], at.kept_outs()[0], at.shape(0), strict=True)
     for (low, high, inside), kept, size in sides:
@@ -275,32 +200,12 @@ def cut_pad(at: Any, x: Any, value: Any) -> list[Any]:
 
 
 RULES = {
-    "reshape": Rule(reshape, cut_reshape),
     "transpose": Rule(transpose),
     "squeeze": Rule(squeeze),
     "broadcast_in_dim": Rule(broadcast_in_dim, cut_broadcast),
     "tile": Rule(tile, cut_tile),
-    "iota": Rule(make, cut_made),
-    "random_bits": Rule(make, cut_made),
-    "rng_bit_generator": Rule(opaque),
-    "rng_uniform": Rule(make, cut_made),
-    "empty": Rule(make, cut_made),
-    "empty2": Rule(make, cut_made),
-    "iota_2x32_shape": Rule(make, cut_made),
-    **{
-        name: Rule(opaque)
-        for name in (
-            *("random_wrap", "random_unwrap", "random_seed", "random_fold_in", "random_split"),
-            *(
-                "random_clone",
-                "random_gamma",
-                "threefry2x32",
-                "threefry4x32",
-                "axis_index",
-                "platform_index",
-            ),
-        )
-    },
+    **{name: Rule(make, cut_made) for name in ("iota", "iota_2x32_shape", "empty", "empty2")},
+    **{name: Rule(opaque) for name in ("axis_index", "platform_index")},
     "concatenate": Rule(concatenate),
     "stack": Rule(stack),
     "unstack": Rule(unstack),

@@ -10,15 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._tree import is_array, join_static, leaves_with_path, split_static
-from jaxprune.graph._analysis import Axes, Rule, evaluate, kept_indices
+from jaxprune.graph._axes import Axes, kept_indices
 from jaxprune.graph._blocks import drop_blocks
 from jaxprune.graph._carry import Carry, carry_inputs
 from jaxprune.graph._counts import rescale
+from jaxprune.graph._evaluate import evaluate
+from jaxprune.graph._frames import shape_of
 from jaxprune.graph._network import (
     Network,
     mirrored_outputs,
     network,
 )
+from jaxprune.graph._site import Rule
 from jaxprune.graph._take import take
 
 Kept = Mapping[str, Mapping[int, np.ndarray]]  # path: axis: indices that stay
@@ -104,7 +107,7 @@ class Plan(NamedTuple):
         states = mirrored_outputs(net.outputs, net.paths, net.shapes_and_types)
         for i in net.frame.drop:  # new values of a state that went with its block: none, as the old
             old = values[states[i] or 0]
-            shape = net.frame.jaxpr.outvars[i].aval.shape
+            shape = shape_of(net.frame.jaxpr.outvars[i])
             outs[i] = jnp.broadcast_to(old, (*shape[: len(shape) - jnp.ndim(old)], *old.shape))
         return jax.tree.unflatten(jax.tree.structure(net.outputs), outs)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.extend import core
 
 _JAX = Path(jax.__file__ or "").parent
 _INSIDE = (_JAX, _JAX.with_name("jaxlib"))  # what nobody who uses jax wrote
@@ -16,13 +17,23 @@ _STANDARD = Path(functools.__file__).parent
 _PACKAGES = re.compile(r".*(?:site|dist)-packages[/\\]")
 
 
-def source_line(eqn: Any, own: bool = False) -> str | None:
+def describe(chain: Sequence[core.JaxprEqn]) -> str:
+    """Name a primitive and the line it is from, the user's own if there is one.
+
+    The equation comes first, then those that call it, the nearest first: what jax caches has lost
+    who called it, so that a jitted function of a package is found by the line of its caller.
+    """
+    lines = [line for own in (True, False) for eqn in chain if (line := source_line(eqn, own))]
+    return f"`{chain[0].primitive.name}` at {lines[0] if lines else 'an unknown line'}"
+
+
+def source_line(eqn: core.JaxprEqn, own: bool = False) -> str | None:
     """Name the file and line of whoever called a primitive: the user's, or else a package's.
 
     Of the traceback counts what the function itself called; whoever asked us about it comes last.
     """
     traceback = eqn.source_info.traceback
-    frames = [] if traceback is None else traceback.frames
+    frames: Sequence[Any] = [] if traceback is None else traceback.frames
     inner = list(itertools.takewhile(lambda f: _whose(f.file_name) != "ours", frames))
     found = _lines(inner, "user")
     if not own:

@@ -20,7 +20,7 @@ FILES_ARE_ITS_BUSINESS = {"checkpoint", "export"}
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
     ("typing", "_serial", "_where", "_tree", "_mesh", "_errors", "_help", "_values"),
-    ("_groups", *PARTS),
+    ("_kept", "_group", "_units", "_groups", *PARTS),
     ("_masks", "_evidence", "_find", "_report", "graph"),
     (
         "_frozen",
@@ -31,8 +31,11 @@ LAYERS = (
         "dynamic",
         "_straight_through",
         "_check",
+        "_cut_state",
+        "_cut",
         "_shrink",
-        "_shrink_state",
+        "_verify",
+        "_budget",
         "_distill",
     ),
     ("_level", "_imp", "_find_sparsity", "checkpoint", "export"),

@@ -139,7 +139,7 @@ def spec_of(x: Any) -> jax.ShapeDtypeStruct:
 
 def check_call(fn: Any, keywords: Mapping[str, Any], user: Callable[..., Any]) -> None:
     """Refuse modules in the place of functions, and keywords that look like typing errors."""
-    name, kind = f"`{user.__name__}`", type(fn).__name__
+    name, kind = f"`{user.__qualname__}`", type(fn).__name__
     if hasattr(fn, "init") and hasattr(fn, "apply"):
         raise TypeError(
             f"{name} got a {kind} instead of a function of its parameters. Pass its `apply`."

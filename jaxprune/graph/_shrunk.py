@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._kept import Kept, is_dropped
 from jaxprune._tree import is_array, join_static, leaves_with_path, split_static
 from jaxprune.graph._analysis import Axes, Rule, evaluate, kept_indices
 from jaxprune.graph._blocks import drop_blocks
@@ -21,7 +22,6 @@ from jaxprune.graph._network import (
 )
 from jaxprune.graph._take import take
 
-Kept = Mapping[str, Mapping[int, np.ndarray]]  # path: axis: indices that stay
 CarryCut = Sequence[Sequence[tuple[int, np.ndarray] | None]]  # array: axis: whole size, what stays
 
 
@@ -44,6 +44,13 @@ class Surgery:
     cut_outputs: bool = False
     carry: Carry | None = None
 
+    def __post_init__(self) -> None:
+        if self.counts not in ("masked", "rescaled"):
+            raise ValueError(
+                f"`counts={self.counts!r}` is unknown. Use 'masked' to equal the masked network, "
+                "or 'rescaled' to equal the module built at the smaller width."
+            )
+
     def plan(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> "Plan":
         """Analyse the whole function for inputs of these shapes, and say what of it stays."""
         net = network(
@@ -57,7 +64,7 @@ class Surgery:
             complain=False,
             whole_outputs=not self.cut_outputs,
         )
-        dropped = drop_blocks(net, {path for path, cut in self.kept.items() if _is_empty(cut)})
+        dropped = drop_blocks(net, {path for path, axes in self.kept.items() if is_dropped(axes)})
         alive = _alive(net, self.kept, dropped)
         if self.counts == "rescaled":
             rescale(net, alive)
@@ -149,10 +156,6 @@ def _as_whole(x: Any, cut: Sequence[tuple[int, np.ndarray] | None]) -> jax.Shape
     return jax.ShapeDtypeStruct(shape, x.dtype)
 
 
-def _is_empty(cut: Mapping[int, np.ndarray]) -> bool:
-    return any(len(indices) == 0 for indices in cut.values())
-
-
 def _alive(net: Network, kept: Kept, dropped: set[str]) -> np.ndarray:
     """Say of every root whether it is alive; refuse cuts that the function contradicts."""
     coupling = net.analysis.coupling
@@ -220,7 +223,7 @@ def _check_cut(net: Network, kept: Kept, dropped: set[str], alive: np.ndarray) -
                 f"The masks {'keep' if index in have else 'remove'} index {index} of axis {i} of "
                 f"{path!r}, but {reason}. Make masks with `pattern=jp.patterns.Coupled(groups)` "
                 "for groups of this very function, or carry them over to all members with "
-                "`groups.spread(masks, params)`."
+                "`groups.complete(masks, params)`."
             )
 
 

@@ -1,6 +1,6 @@
 """Indices taken out of arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune._mesh import fitting, is_explicit
+from jaxprune._tree import is_array
 
 
 def take(x: Any, indices: Sequence[np.ndarray | None]) -> Any:
@@ -23,6 +24,18 @@ def take(x: Any, indices: Sequence[np.ndarray | None]) -> Any:
         return x
     out = fitting(jax.typeof(x).sharding, shape)
     return jax.sharding.auto_axes(lambda x: _taken(x, indices), out_sharding=out)(x)
+
+
+def take_kept(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
+    """Take the kept indices of some axes out of an array or a shape; nothing of what is neither."""
+    if not is_array(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        shape = [len(axes[i]) if i in axes else n for i, n in enumerate(leaf.shape)]
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+    if not axes:
+        return jnp.copy(leaf)  # so that donating the small ones leaves the whole ones alone
+    return take(jnp.asarray(leaf), [axes.get(i) for i in range(leaf.ndim)])
 
 
 def _taken(x: Any, indices: Sequence[np.ndarray | None]) -> Any:

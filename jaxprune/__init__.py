@@ -10,15 +10,17 @@ from jaxprune import schedules as schedules
 from jaxprune import scopes as scopes
 from jaxprune import typing as typing
 from jaxprune._advice import PruneWarning as PruneWarning
+from jaxprune._budget import masks_within_budget as masks_within_budget
 from jaxprune._check import Check as Check
 from jaxprune._check import check as check
+from jaxprune._cut import Cut as Cut
 from jaxprune._distill import distillation_loss as distillation_loss
 from jaxprune._distill import feature_loss as feature_loss
 from jaxprune._find import find_masks as find_masks
 from jaxprune._find_sparsity import find_sparsity as find_sparsity
-from jaxprune._groups import Group as Group
+from jaxprune._group import Group as Group
+from jaxprune._group import Member as Member
 from jaxprune._groups import Groups as Groups
-from jaxprune._groups import Member as Member
 from jaxprune._imp import imp as imp
 from jaxprune._level import Level as Level
 from jaxprune._level import next_level as next_level
@@ -38,11 +40,9 @@ from jaxprune._report import Summary as Summary
 from jaxprune._report import overlap as overlap
 from jaxprune._report import summary as summary
 from jaxprune._shrink import cut_list as cut_list
-from jaxprune._shrink import masks_within_budget as masks_within_budget
 from jaxprune._shrink import shrink as shrink
+from jaxprune._shrink import shrink_state as shrink_state
 from jaxprune._shrink import size_of as size_of
-from jaxprune._shrink import verify_shrink as verify_shrink
-from jaxprune._shrink_state import shrink_state as shrink_state
 from jaxprune._state import PruneState as PruneState
 from jaxprune._states import get_masks as get_masks
 from jaxprune._states import with_masks as with_masks
@@ -50,6 +50,7 @@ from jaxprune._straight_through import StraightThroughState as StraightThroughSt
 from jaxprune._straight_through import forward_params as forward_params
 from jaxprune._straight_through import straight_through as straight_through
 from jaxprune._tree import prunable as prunable
+from jaxprune._verify import verify_shrink as verify_shrink
 from jaxprune._where import by_path as by_path
 from jaxprune._where import exclude as exclude
 from jaxprune._where import is_matrix as is_matrix
@@ -62,6 +63,7 @@ __version__ = "0.1.0"
 
 __all__ = (
     "Check",
+    "Cut",
     "Group",
     "Groups",
     "Level",

@@ -30,10 +30,26 @@ LAYERS = (
         "_errors",
         "_help",
         "_values",
-        "_ranking",
     ),
-    ("_groups", *PARTS),
-    ("_evidence", "_parts", "_score", "_masks", "_amount", "_find", "_make", "_report", "graph"),
+    ("_ranking",),
+    (
+        "_kept",
+        "_group",
+        "_units",
+        "_groups",
+        *PARTS,
+    ),
+    (
+        "_evidence",
+        "_parts",
+        "_score",
+        "_masks",
+        "_amount",
+        "_find",
+        "_make",
+        "_report",
+    ),
+    ("graph",),
     (
         "_frozen",
         "_state",
@@ -47,11 +63,23 @@ LAYERS = (
         "dynamic",
         "_straight_through",
         "_check",
+    ),
+    (
+        "_cut_state",
+        "_cut",
         "_shrink",
-        "_shrink_state",
+        "_verify",
+        "_budget",
         "_distill",
     ),
-    ("_level", "_imp", "_find_sparsity", "_atomic", "checkpoint", "export"),
+    (
+        "_level",
+        "_imp",
+        "_find_sparsity",
+        "_atomic",
+        "checkpoint",
+        "export",
+    ),
 )
 ORDER = [name for layer in LAYERS for name in layer]
 
@@ -157,11 +185,7 @@ def test_a_module_is_private_or_lists_its_names(file):
 
 MOST_LINES = 60
 # Functions that are longer, to be split; nothing is to be added.
-STILL_LONGER = {
-    "dynamic.py _drop_and_grow",
-    "graph/_network.py network",
-    "scopes/_rank.py _last_kept",
-}
+STILL_LONGER: set[str] = set()
 
 
 def lines_of_code(function, lines):

@@ -11,7 +11,8 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import scopes
-from jaxprune._groups import Group, Groups, Member
+from jaxprune._group import Group, Member
+from jaxprune._groups import Groups
 from jaxprune.patterns import Coupled
 from tests.helpers import assert_trees_equal, slow_keep
 

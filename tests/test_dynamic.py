@@ -11,6 +11,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import criteria, patterns, scopes
+from jaxprune.dynamic._drop_and_grow import _floor
 from tests.contract.laws import leaves, units
 from tests.contract.tables import OPTIMIZERS, PATTERNS, WRAPPERS, small_params
 from tests.helpers import assert_trees_equal, slow_keep

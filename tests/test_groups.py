@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune._groups import Group, Groups, Member, expand, kept_indices
+from jaxprune._group import Group, Member
+from jaxprune._groups import Groups
+from jaxprune._kept import kept_by
+from jaxprune._units import expand
 from tests.helpers import assert_trees_equal
 
 
@@ -155,7 +158,7 @@ def test_cut_of_a_group_in_a_block_that_is_gone_is_nothing():
     assert Groups([hidden()]).cut(masks) == Groups()
 
 
-# Kept, spread, expanded.
+# Kept, completed, expanded.
 
 
 def test_keep_reads_units_from_any_member():
@@ -183,7 +186,7 @@ def test_keep_refuses_masks_that_contradict_a_group():
         (jnp.array([[True, False, False]]), "remove index 2 of axis 1 of 'in/kernel'"),
     ):
         masks = {"in": {"bias": bias, "kernel": kernel}, "out": None}
-        with pytest.raises(ValueError, match=f"{words}, which contradicts.*in/bias.*spread"):
+        with pytest.raises(ValueError, match=f"{words}, which contradicts.*in/bias.*complete"):
             Groups([hidden()]).keep(masks)
     part = {"qkv": jnp.array([[True, True, True, True, False, True]])}
     with pytest.raises(ValueError, match="remove index 4 of axis 1 of 'qkv'"):
@@ -202,10 +205,10 @@ def test_keep_lets_blocks_that_stay_lose_channels():
     assert Groups([BLOCK]).keep(masks)["layers/0"].all()
 
 
-def test_spread_completes_masks_and_leaves_the_given_ones_alone():
+def test_complete_fills_in_masks_and_leaves_the_given_ones_alone():
     bias, other = jnp.array([False, True, True]), jnp.array([[True, False]])
     tree = {**params(), "free": jnp.zeros((3, 2)), "lone": jnp.zeros(4)}
-    masks = Groups([hidden()]).spread({"in": {"bias": bias}, "free": other}, tree)
+    masks = Groups([hidden()]).complete({"in": {"bias": bias}, "free": other}, tree)
     assert_trees_equal(
         masks,
         {
@@ -216,7 +219,7 @@ def test_spread_completes_masks_and_leaves_the_given_ones_alone():
         },
     )
     with pytest.raises(ValueError, match="nobody"):
-        Groups([hidden()]).spread({"nobody": bias}, tree)
+        Groups([hidden()]).complete({"nobody": bias}, tree)
 
 
 def test_without_removes_groups_by_name_and_refuses_unknown_names():
@@ -273,9 +276,12 @@ def test_expand_names_the_member_that_does_not_fit():
         expand([hidden()], keep, params(2))
 
 
-def test_kept_indices_reads_whole_indices_only():
-    read = kept_indices({"w": jnp.array([[True, False, True]]), "b": jnp.ones(2, bool)})
-    assert read["w"][0] is None and read["w"][1].tolist() == [0, 2] and read["b"] == [None]
-    assert [len(axis) for axis in kept_indices({"w": jnp.zeros((2, 3), bool)})["w"]] == [0, 0]
+def test_kept_indices_are_read_from_masks_of_whole_indices_only():
+    read = kept_by({"w": jnp.array([[True, False, True]]), "b": jnp.ones(2, bool)})
+    assert list(read["w"]) == [1] and read["w"][1].tolist() == [0, 2] and read["b"] == {}
+    both = kept_by({"w": jnp.array([[True, False, True], [False] * 3])})["w"]
+    assert {axis: indices.tolist() for axis, indices in both.items()} == {0: [0], 1: [0, 2]}
+    assert kept_by({"w": jnp.zeros((2, 3), bool)})["w"][0].tolist() == []  # dropped as a whole
+    assert kept_by({"w": jnp.ones((0, 3), bool)}) == {"w": {}}  # nothing left to remove
     with pytest.raises(ValueError, match="'w' removes 1 single weights of rows and columns"):
-        kept_indices({"w": jnp.array([[True, False], [True, True]])})
+        kept_by({"w": jnp.array([[True, False], [True, True]])})

@@ -83,7 +83,7 @@ def test_at_takes_a_tree_that_has_no_prefix_and_leaves_out_what_it_lacks(params)
     part = groups.at({**params, "mean": None})
     assert part == groups.at(params) and {m.path for m in part[0].members} == {"w", "b", "v"}
     masks = jp.find_masks(params, 0.5, pattern=Coupled(part))
-    assert groups.spread(masks, flat)["mean"].sum() == 4
+    assert groups.complete(masks, flat)["mean"].sum() == 4
     with pytest.raises(ValueError, match=r"a tree of 'x'.*no member below it.*'mean'"):
         groups.at({"x": jnp.ones(2)})
 
@@ -99,8 +99,8 @@ def test_cut_renumbers_the_units_that_are_left(groups, params):
     )
 
 
-def test_spread_carries_masks_of_one_member_to_all(groups, params):
-    masks = groups.spread({"w": jnp.arange(8)[None] % 2 == 0}, params)
+def test_complete_carries_masks_of_one_member_to_all(groups, params):
+    masks = groups.complete({"w": jnp.arange(8)[None] % 2 == 0}, params)
     np.testing.assert_array_equal(masks["b"], [True, False] * 4)
     np.testing.assert_array_equal(masks["v"][:, 0], [True, False] * 4)
 

@@ -11,7 +11,6 @@ import numpy as np
 from jax import lax
 from jax.extend import core
 
-<<<<<<< HEAD
 from jaxprune.export._held import Product, hold_back, merge
 from jaxprune.export._operations import Value, rewrite
 from jaxprune.export._products import (
@@ -23,12 +22,7 @@ from jaxprune.export._products import (
     is_known,
     is_narrow,
 )
-from jaxprune.graph._calls import scan_sizes
-=======
-from jaxprune.export._operations import rewrite
-from jaxprune.export._products import cast, common_type, convolve, dot, is_narrow
 from jaxprune.graph._loops import scan_sizes
->>>>>>> wt-graph
 from jaxprune.graph._source import source_line
 
 # Calls of one jaxpr, and the parameter that holds it. Derivatives have no use in a file.

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from jax.extend import core
 
-from jaxprune._groups import Group, Groups, Member
+from jaxprune._group import Group, Member
+from jaxprune._groups import Groups
 from jaxprune._tree import list_paths
 from jaxprune.graph._branches import Branch, find_branches
 from jaxprune.graph._carry import Carry

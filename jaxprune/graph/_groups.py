@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jaxprune._groups import Group, Groups, Member
+from jaxprune._group import Group, Member
+from jaxprune._groups import Groups
 from jaxprune.graph._carry import Carry
 from jaxprune.graph._network import Network, check_call, network
 from jaxprune.graph._site import Rule

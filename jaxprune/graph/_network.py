@@ -4,6 +4,7 @@ import collections
 import difflib
 import functools
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from jaxprune._mesh import is_explicit
 from jaxprune._tree import (
@@ -29,7 +31,7 @@ from jaxprune.graph._lean import lean
 from jaxprune.graph._rules import RULES
 from jaxprune.graph._site import Rule
 from jaxprune.graph._walk import Analysis
-from jaxprune.typing import Where
+from jaxprune.typing import Params, Where
 
 
 class Network(NamedTuple):
@@ -56,9 +58,43 @@ class Network(NamedTuple):
     carried: dict[int, Axes]
 
 
+class Program(NamedTuple):
+    """A function traced for inputs of some shapes.
+
+    Attributes:
+      fn: the same on the arrays among the arguments, in order.
+      arguments: positional ones, the params first, and keywords.
+      specs: shape and dtype of each array that goes in; those of the params come first.
+      closed: its jaxpr.
+      outputs: tree of the results.
+    """
+
+    fn: Callable[..., Any]
+    arguments: tuple[tuple[Any, ...], dict[str, Any]]
+    specs: list[jax.ShapeDtypeStruct]
+    closed: core.ClosedJaxpr
+    outputs: Any
+
+
+class Walk(NamedTuple):
+    """What a walk through a program found.
+
+    Attributes:
+      analysis: the relations between all axes.
+      frame: the axes of every value of the jaxpr.
+      axes: axes of each parameter.
+      carried: axes of each array of a carry, by its number among all arrays that go in.
+    """
+
+    analysis: Analysis
+    frame: Frame
+    axes: list[Axes]
+    carried: dict[int, Axes]
+
+
 def network(
-    fn: Any,
-    params: Any,
+    fn: Callable[..., Any],
+    params: Params,
     inputs: Sequence[Any],
     keywords: Mapping[str, Any] | None = None,
     *,
@@ -74,30 +110,83 @@ def network(
     ``exact`` asks for the places where cutting differs from masking, ``complain`` for warnings of
     what is strange about the params, ``whole_outputs`` for results that are never cut.
     """
-    with_paths = [(path, leaf) for path, leaf in leaves_with_path(params) if is_array(leaf)]
-    twice = [path for path, n in collections.Counter(p for p, _ in with_paths).items() if n > 1]
+    leaves = _arrays_of(params)
+    paths = [path for path, _ in leaves]
+    program = _program(fn, (params, *inputs), dict(keywords or {}), len(leaves))
+    pairs = carry_pairs(carry, program.arguments, program.outputs)
+    walk = _walk(
+        program, leaves, pairs, rules=rules or {}, frozen=frozen, exact=exact, complain=complain
+    )
+    analysis, frame, axes, carried = walk
+    if complain:
+        _warn_of_types(leaves)
+        _warn_of_unread(frame, leaves)
+        bare = functools.partial(program.fn, bare=True)
+        hold_captured(analysis, lambda: _traced(bare, program.specs, 0)[0])
+    first = program.specs[: len(leaves)]
+    states: list[Axes | None] = [
+        None if m is None else axes[m] for m in mirrored_outputs(program.outputs, paths, first)
+    ]
+    for i, back in pairs.items():
+        if back is not None:
+            states[back] = carried[i]
+    _close_outputs(analysis, frame, states, whole_outputs)
+    analysis.coupling.solve()
+    shapes = [spec.shape for spec in first]
+    return Network(analysis, frame, paths, shapes, first, axes, program.outputs, carried)
+
+
+def _arrays_of(params: Params) -> list[tuple[str, Any]]:
+    """The arrays of params by path; refuse paths that nobody could tell apart."""
+    leaves = [(path, leaf) for path, leaf in leaves_with_path(params) if is_array(leaf)]
+    twice = [path for path, n in collections.Counter(path for path, _ in leaves).items() if n > 1]
     if twice:
         raise ValueError(
             f"Several parameters have the path {list_paths(twice)}, so that nobody could tell them "
             "apart. Rename keys that hold a slash."
         )
-    arguments = (params, *inputs), dict(keywords or {})
+    return leaves
+
+
+def _program(fn: Any, positional: tuple[Any, ...], keywords: dict[str, Any], n: int) -> Program:
+    """Trace a function of trees as one of arrays, of which the first ``n`` are its params."""
+    arguments = positional, keywords
     arrays, static = split_static(arguments)
     specs = [spec_of(x) for x in arrays]
-    paths, first = [path for path, _ in with_paths], specs[: len(with_paths)]
 
     def flat(*arrays: Any, bare: bool = False) -> Any:
         positional, named = join_static(arrays, static)
         jitted = bare and hasattr(fn, "lower")  # of which jax remembers the program
         return (fn.__wrapped__ if jitted else fn)(*positional, **named)
 
-    closed, outputs = _traced(flat, specs, len(paths))
-    pairs = carry_pairs(carry, arguments, outputs)
-    zero = {i for i, back in pairs.items() if back is not None}  # a carry starts from zeros
+    return Program(flat, arguments, specs, *_traced(flat, specs, n))
+
+
+def _walk(
+    program: Program,
+    leaves: Sequence[tuple[str, Any]],
+    pairs: Mapping[int, int | None],
+    *,
+    rules: Mapping[str, Rule],
+    frozen: Where | None,
+    exact: bool,
+    complain: bool,
+) -> Walk:
+    """Follow the axes of params and of a carry through a program.
+
+    ``pairs`` says of each array of a carry which result is its new value, by their numbers.
+
+    Whether what a unit computes is zero where it is masked depends on the carry, and what a carry
+    becomes on whether it was zero. It is taken for zero, as it is at the start, until the program
+    makes something else of it: then that one is not, and the walk begins again. So
+    ``h + tanh(x @ w)`` leaves a zero one, and ``sigmoid(h)`` does not.
+    """
+    specs = program.specs
+    zero = {i for i, back in pairs.items() if back is not None}
     silent = not complain
     while True:
-        analysis = Analysis({**RULES, **(rules or {})}, exact=exact, taught=frozenset(rules or ()))
-        axes = [_param_axes(analysis, path, leaf, frozen) for path, leaf in with_paths]
+        analysis = Analysis({**RULES, **rules}, exact=exact, taught=frozenset(rules))
+        axes = [_param_axes(analysis, path, leaf, frozen) for path, leaf in leaves]
         analysis.own = analysis.coupling.size
         carried = {i: analysis.fresh(specs[i].shape, zero=i in zero) for i in pairs}
         plain = [(None,) * len(spec.shape) for spec in specs]
@@ -105,25 +194,12 @@ def network(
         with warnings.catch_warnings():
             if silent:
                 warnings.simplefilter("ignore")
-            frame = analysis.walk(closed, inside, weights=[True] * len(axes))
-        silent = True
+            frame = analysis.walk(program.closed, inside, weights=[True] * len(axes))
+        silent = True  # the same would be told again
         filled = {i for i in zero if _fills(carried[i], frame.outs[pairs[i] or 0])}
         if not exact or not filled:
-            break
-        zero -= filled  # what it becomes is not zero where a unit is removed, so it never was
-    if complain:
-        _warn_of_types(with_paths)
-        _warn_of_unread(frame, with_paths)
-        hold_captured(analysis, lambda: _traced(functools.partial(flat, bare=True), specs, 0)[0])
-    states: list[Axes | None] = [
-        None if m is None else axes[m] for m in mirrored_outputs(outputs, paths, first)
-    ]
-    for i, back in pairs.items():
-        if back is not None:
-            states[back] = carried[i]
-    _close_outputs(analysis, frame, states, whole_outputs)
-    analysis.coupling.solve()
-    return Network(analysis, frame, paths, [s.shape for s in first], first, axes, outputs, carried)
+            return Walk(analysis, frame, axes, carried)
+        zero -= filled
 
 
 def _fills(old: Axes, new: Axes) -> bool:
@@ -142,7 +218,7 @@ def spec_of(x: Any) -> jax.ShapeDtypeStruct:
 
 def check_call(fn: Any, keywords: Mapping[str, Any], user: Callable[..., Any]) -> None:
     """Refuse modules in the place of functions, and keywords that look like typing errors."""
-    name, kind = f"`{user.__name__}`", type(fn).__name__
+    name, kind = f"`{user.__qualname__}`", type(fn).__name__
     if hasattr(fn, "init") and hasattr(fn, "apply"):
         raise TypeError(
             f"{name} got a {kind} instead of a function of its parameters. Pass its `apply`."
@@ -245,36 +321,51 @@ def _close_outputs(
                 analysis.coupling.freeze(mine.ids, "its new value stays whole")
 
 
-def mirrored_outputs(outputs: Any, paths: Sequence[str], specs: Sequence[Any]) -> list[int | None]:
+def mirrored_outputs(
+    outputs: Any, paths: Sequence[str], specs: Sequence[jax.ShapeDtypeStruct]
+) -> list[int | None]:
     """For each result the number of the parameter whose new value it is, if any.
 
-    That is one of the same shape and dtype whose path ends as its own does; a function returns
-    ``(logits, {"batch_stats": ...})``, or only what is below ``batch_stats``. Under ``vmap`` and
-    ``pmap`` it may return one for each of several, along leading axes.
+    A function that trains, or that updates running statistics, gives back a part of what it got.
+    Those results are cut as the parameters are, while all others stay whole. Nothing in a program
+    says which they are; their names do. A result is the new value of a parameter of its shape and
+    dtype whose path ends as its own does: of ``(logits, {"batch_stats": {"norm": {"mean": ...}}})``
+    the path is ``1/batch_stats/norm/mean``, and that of the parameter ``batch_stats/norm/mean``.
+    Under ``vmap`` and ``pmap`` there is one for each of several, along leading axes.
+
+    The parameter with the longest common end wins, then the one of more axes, then the first.
     """
+    by_end = collections.defaultdict(list)  # a network has many, and few of one name
+    for number, (path, spec) in enumerate(zip(paths, specs, strict=True)):
+        by_end[path.split("/")[-1]].append((number, path.split("/"), spec))
     found: list[int | None] = []
     for path, out in leaves_with_path(outputs):
         words = path.split("/")
-        best = None
-        for number, (other, spec) in enumerate(zip(paths, specs, strict=True)):
-            theirs = other.split("/")
-            common = 0
-            while common < min(len(words), len(theirs)) and (
-                words[-1 - common] == theirs[-1 - common]
-            ):
-                common += 1
-            # All but a leading place in a tuple, or a leading collection, has to agree; one word
-            # alone, such as `out`, only if it is all of the parameter's path and a tuple's part.
-            whole = common >= max(len(words) - 1, 1) or common == len(theirs)
-            apart = common == len(theirs) == len(words) - 1 and words[0].isdigit()
-            named = any(not word.isdigit() for word in words[len(words) - common :])
-            if (
-                whole
-                and named
-                and (common >= 2 or apart)
-                and spec.shape == out.shape[len(out.shape) - len(spec.shape) :]
-                and spec.dtype == out.dtype
-            ):
-                best = max(best or (0, 0, 0), (common, len(spec.shape), -number))
-        found.append(None if best is None else -best[2])
+        ranks = [
+            (_common_end(words, theirs), len(spec.shape), -number)
+            for number, theirs, spec in by_end[words[-1]]
+            if spec.dtype == out.dtype
+            and spec.shape == out.shape[len(out.shape) - len(spec.shape) :]
+            and _ends_as(words, theirs)
+        ]
+        found.append(-max(ranks)[2] if ranks else None)
     return found
+
+
+def _common_end(words: Sequence[str], theirs: Sequence[str]) -> int:
+    """How many words two paths have in common, counted from their ends."""
+    pairs = zip(reversed(words), reversed(theirs), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _ends_as(words: Sequence[str], theirs: Sequence[str]) -> bool:
+    """Say whether a result may be called what a parameter is called.
+
+    All but a leading place in a tuple, or a leading collection, has to agree. One word alone, such
+    as ``out``, will do only if it is all of the parameter's path and a tuple's part: ``1/out``.
+    """
+    common = _common_end(words, theirs)
+    whole = common >= max(len(words) - 1, 1) or common == len(theirs)
+    apart = common == len(theirs) == len(words) - 1 and words[0].isdigit()
+    named = any(not word.isdigit() for word in words[len(words) - common :])
+    return whole and named and (common >= 2 or apart)

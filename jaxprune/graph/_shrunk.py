@@ -3,12 +3,13 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._kept import Kept, is_dropped
 from jaxprune._tree import is_array, join_static, leaves_with_path, split_static
 from jaxprune.graph._axes import Axes, kept_indices
 from jaxprune.graph._blocks import drop_blocks
@@ -23,9 +24,11 @@ from jaxprune.graph._network import (
 )
 from jaxprune.graph._site import Rule
 from jaxprune.graph._take import take
+from jaxprune.typing import Params
 
-Kept = Mapping[str, Mapping[int, np.ndarray]]  # path: axis: indices that stay
-CarryCut = Sequence[Sequence[tuple[int, np.ndarray] | None]]  # array: axis: whole size, what stays
+CarryCut: TypeAlias = Sequence[
+    Sequence[tuple[int, np.ndarray] | None]
+]  # array: axis: whole size, what stays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,13 +42,20 @@ class Surgery:
       counts, rules, cut_outputs, carry: settings of ``shrink``.
     """
 
-    fn: Any
-    whole: Any
+    fn: Callable[..., Any]
+    whole: Params
     kept: Kept
     counts: str = "masked"
     rules: Mapping[str, Rule] | None = None
     cut_outputs: bool = False
     carry: Carry | None = None
+
+    def __post_init__(self) -> None:
+        if self.counts not in ("masked", "rescaled"):
+            raise ValueError(
+                f"`counts={self.counts!r}` is unknown. Use 'masked' to equal the masked network, "
+                "or 'rescaled' to equal the module built at the smaller width."
+            )
 
     def plan(self, inputs: Sequence[Any], keywords: Mapping[str, Any]) -> "Plan":
         """Analyse the whole function for inputs of these shapes, and say what of it stays."""
@@ -60,7 +70,7 @@ class Surgery:
             complain=False,
             whole_outputs=not self.cut_outputs,
         )
-        dropped = drop_blocks(net, {path for path, cut in self.kept.items() if _is_empty(cut)})
+        dropped = drop_blocks(net, {path for path, axes in self.kept.items() if is_dropped(axes)})
         alive = _alive(net, self.kept, dropped)
         if self.counts == "rescaled":
             rescale(net, alive)
@@ -125,7 +135,7 @@ def small_function(surgery: Surgery, carried: CarryCut) -> Callable[..., Any]:
         (_, *inputs), keywords = join_static(specs, static)
         return surgery.plan(inputs, keywords).run(values)
 
-    def small_fn(params: Any, *inputs: Any, **keywords: Any) -> Any:
+    def small_fn(params: Params, *inputs: Any, **keywords: Any) -> Any:
         _check_small(params, surgery.whole, surgery.kept)
         arrays, static = split_static(((params, *inputs), keywords))
         return run(arrays, static)
@@ -152,10 +162,6 @@ def _as_whole(x: Any, cut: Sequence[tuple[int, np.ndarray] | None]) -> jax.Shape
     return jax.ShapeDtypeStruct(shape, x.dtype)
 
 
-def _is_empty(cut: Mapping[int, np.ndarray]) -> bool:
-    return any(len(indices) == 0 for indices in cut.values())
-
-
 def _alive(net: Network, kept: Kept, dropped: set[str]) -> np.ndarray:
     """Say of every root whether it is alive; refuse cuts that the function contradicts."""
     coupling = net.analysis.coupling
@@ -178,10 +184,15 @@ def _alive(net: Network, kept: Kept, dropped: set[str]) -> np.ndarray:
 
 
 def _dead(owned: np.ndarray) -> np.ndarray:
-    """Units that are gone, from triples of an index, a unit that owns it, and whether it is gone.
+    """Units that are gone, from triples `[n, 3]`: index, a unit that owns it, whether it is gone.
 
     Candidates have lost all that they own. Of several that own an index one is enough to explain
     that it is gone: those that are needed for nothing are alive, with what else they couple.
+
+    In an outer product of 3 units by 3, flattened, each index belongs to a row and to a column.
+    Without the middle row and the middle column both are needed: each has indices to itself, as all
+    other candidates have none. With all nine gone no unit is needed more than another, and none of
+    them is alive.
     """
     index, root, gone = owned.T
     stays = np.unique(root[gone == 0])
@@ -194,40 +205,40 @@ def _dead(owned: np.ndarray) -> np.ndarray:
 
 
 def _check_cut(net: Network, kept: Kept, dropped: set[str], alive: np.ndarray) -> None:
-    coupling = net.analysis.coupling
+    """Refuse a cut that is not that of the units that are alive, no index more and none less."""
     for path, axes in zip(net.paths, net.axes, strict=True):
         if path in dropped:
             continue
-        want = kept_indices(coupling, alive, axes)
-        for i, axis in enumerate(axes):
-            if axis is None:
+        want = kept_indices(net.analysis.coupling, alive, axes)
+        for i, (axis, left) in enumerate(zip(axes, want, strict=True)):
+            if axis is None or left is None:
                 if i in kept.get(path, {}):
                     raise ValueError(
                         f"Axis {i} of {path!r} has a single index, which cannot be removed."
                     )
                 continue
-            size = len(axis.ids)
-            have = kept.get(path, {}).get(i, np.arange(size))
-            left: Any = want[i]
-            if np.array_equal(have, left):
-                continue
-            index = int(np.setxor1d(have, left)[0])
-            why = coupling.why_frozen(axis.ids[index : index + 1])
-            if why:
-                reason = f"that index cannot be removed: {why}"
-            else:
-                reason = f"what it is coupled with stays: {_coupled_with(net, axis.ids[index])}"
-            if index in have:
-                reason = "all that it is coupled with is gone"
-            raise ValueError(
-                f"The masks {'keep' if index in have else 'remove'} index {index} of axis {i} of "
-                f"{path!r}, but {reason}. Make masks with `pattern=jp.patterns.Coupled(groups)` "
-                "for groups of this very function, or carry them over to all members with "
-                "`groups.spread(masks, params)`."
-            )
+            have = kept.get(path, {}).get(i, np.arange(len(axis.ids)))
+            if not np.array_equal(have, left):
+                index = int(np.setxor1d(have, left)[0])
+                raise ValueError(
+                    f"The masks {'keep' if index in have else 'remove'} index {index} of axis {i} "
+                    f"of {path!r}, but {_reason(net, axis.ids[index], index in have)}. Make masks "
+                    "with `pattern=jp.patterns.Coupled(groups)` for groups of this very function, "
+                    "or carry them over to all members with `groups.complete(masks, params)`."
+                )
 
 
-def _coupled_with(net: Network, one: Any) -> str:
+def _reason(net: Network, one: np.int64, stays: bool) -> str:
+    """Why an index cannot stay or go alone."""
+    if stays:
+        return "all that it is coupled with is gone"
+    why = net.analysis.coupling.why_frozen(np.array([one]))
+    if why:
+        return f"that index cannot be removed: {why}"
+    return f"what it is coupled with stays: {_coupled_with(net, one)}"
+
+
+def _coupled_with(net: Network, one: np.int64) -> str:
     """Name other places of a unit, for a message."""
     coupling = net.analysis.coupling
     mine = set(coupling.units(np.array([one]))[1].tolist())
@@ -239,7 +250,7 @@ def _coupled_with(net: Network, one: Any) -> str:
     return ", ".join(places[:6]) + (" and more" if len(places) > 6 else "")
 
 
-def _check_small(params: Any, whole: Any, kept: Kept) -> None:
+def _check_small(params: Params, whole: Params, kept: Kept) -> None:
     """Refuse params of other shapes than the cut leaves."""
     got: Any = jax.tree.structure(params)
     wanted: Any = jax.tree.structure(whole)

@@ -1,6 +1,6 @@
 """Indices taken out of arrays."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -9,12 +9,14 @@ import numpy as np
 from jax import lax
 
 from jaxprune._mesh import fitting, is_explicit
+from jaxprune._tree import is_array
 
 
-def take(x: Any, indices: Sequence[np.ndarray | None]) -> Any:
+def take(x: jax.Array, indices: Sequence[np.ndarray | None]) -> jax.Array:
     """Take the given indices of each axis, all of them where there is None.
 
-    Explicit mesh axes stay where they divide what is left.
+    Indices in a row become a slice, which needs no gather. Explicit mesh axes stay where they
+    divide what is left.
     """
     if not is_explicit(x):
         return _taken(x, indices)
@@ -25,7 +27,19 @@ def take(x: Any, indices: Sequence[np.ndarray | None]) -> Any:
     return jax.sharding.auto_axes(lambda x: _taken(x, indices), out_sharding=out)(x)
 
 
-def _taken(x: Any, indices: Sequence[np.ndarray | None]) -> Any:
+def take_kept(leaf: Any, axes: Mapping[int, np.ndarray]) -> Any:
+    """Take the kept indices of some axes out of an array or a shape; nothing of what is neither."""
+    if not is_array(leaf):
+        return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        shape = [len(axes[i]) if i in axes else n for i, n in enumerate(leaf.shape)]
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+    if not axes:
+        return jnp.copy(leaf)  # so that donating the small ones leaves the whole ones alone
+    return take(jnp.asarray(leaf), [axes.get(i) for i in range(leaf.ndim)])
+
+
+def _taken(x: jax.Array, indices: Sequence[np.ndarray | None]) -> jax.Array:
     for i, wanted in enumerate(indices):
         if wanted is None or np.array_equal(wanted, np.arange(x.shape[i])):
             continue
@@ -38,11 +52,18 @@ def _taken(x: Any, indices: Sequence[np.ndarray | None]) -> Any:
     return x
 
 
-def pick(x: Any, have: Sequence[Any], source: Sequence[Any], keep: Sequence[Any]) -> Any:
+def pick(
+    x: jax.Array,
+    have: Sequence[np.ndarray | None],
+    source: Sequence[np.ndarray | None],
+    keep: Sequence[np.ndarray | None],
+) -> jax.Array:
     """Take what the kept results come from out of an operand that has been cut.
 
     For each axis: the indices that the operand still has, where each index of the whole result
-    comes from, and the results to keep. None for axes to leave alone.
+    comes from, and the results to keep. None for axes to leave alone. If the operand has indices
+    0, 2 and 5, and the results 0 to 3 are its indices 5, 4, 2 and 0, of which 0 and 2 are kept,
+    then they are 5 and 2 of the whole, 2 and 1 of what there is.
     """
     return take(
         x,

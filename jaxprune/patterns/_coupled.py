@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._errors import check_sparsity
-from jaxprune._groups import Group, Groups, expand
+from jaxprune._group import Group
+from jaxprune._groups import Groups
 from jaxprune._ranking import keep_largest
 from jaxprune._tree import leaves_by_path, list_paths, wide
+from jaxprune._units import expand
 from jaxprune._where import compile_regex, refuses
 from jaxprune.patterns._reduce import check_reduce
 from jaxprune.typing import Layout, Masks, Params, Scores, Sparsity, Units, Where

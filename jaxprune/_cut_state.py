@@ -1,5 +1,6 @@
 """What masks removed is cut out of the optimizer's state, to go on training the small network."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxprune._kept import Kept
 from jaxprune._masks import Packed, pack, unpack
 from jaxprune._pruner import pruners_in
-from jaxprune._shrink import cut_leaf, cut_list, cut_tree, read_cut
 from jaxprune._state import PruneState, is_packed, without_variables
 from jaxprune._states import is_pruner, pruners
 from jaxprune._straight_through import StraightThroughState
@@ -23,52 +24,25 @@ from jaxprune._tree import (
     map_with_path,
     slots,
 )
-from jaxprune.typing import Masks, Params
+from jaxprune.graph._take import take_kept
+from jaxprune.typing import Params
 
 
-def shrink_state(
-    tx: optax.GradientTransformation, opt_state: optax.OptState, params: Params, masks: Masks
+def cut_state(
+    tx: optax.GradientTransformation,
+    opt_state: optax.OptState,
+    whole: Params,
+    small: Params,
+    kept: Kept,
 ) -> optax.OptState:
-    """Cut an optimizer state as ``shrink`` cuts the parameters, to go on training the small ones.
-
-    Moments and all else that lies beside a parameter is cut as it is; counts and keys stay. The
-    structure is that of ``tx.init(small_params)``, nnx variables around its arrays included.
-
-    After a cut training goes on with ``tx = jp.hold(inner)``: the groups in a pruner are those of
-    the whole network, and its schedule would take the same share of what is left once more. Pass
-    this ``tx`` with the state of the pruner, whatever it was: its inner state is cut and its masks
-    become those of the small network, dense, or with the single weights that it had removed too.
+    """Cut an optimizer state as the params were cut: what ``Cut.state`` does, told there.
 
     Args:
-      tx: the optimizer to go on with: that which made the state, or ``jp.hold(inner)``.
+      tx: the optimizer to go on with.
       opt_state: the state for the whole params.
-      params: the whole params, the tree that ``tx.init`` got.
-      masks: the masks that ``shrink`` gets, of these params.
-
-    Returns:
-      The state for the small params.
-
-    Raises:
-      TypeError: an ``nnx.Optimizer`` instead of its ``opt_state``.
-      ValueError: masks that do not fit, as for ``cut_list``; the state of other params; a pruner
-        that has events to come; a state that is not made of slices of the old one, such as
-        adafactor's where another axis is the longest now.
-
-    Example:
-      >>> import jax.numpy as jnp, optax
-      >>> import jaxprune as jp
-      >>> mlp = lambda p, x: (x @ p["w"]) @ p["v"]
-      >>> params = {"w": jnp.array([[1.0, 3.0, 2.0]]), "v": jnp.ones((3, 1))}
-      >>> coupled = jp.patterns.Coupled(jp.find_groups(mlp, params, jnp.ones((1, 1))))
-      >>> tx = jp.prune(optax.adam(0.1), schedule=jp.schedules.constant(0.3), pattern=coupled)
-      >>> _, state = tx.update(params, tx.init(params), params)
-      >>> masks = jp.get_masks(state)
-      >>> small_fn, small = jp.shrink(mlp, params, masks)
-      >>> tx = jp.hold(optax.adam(0.1))  # from here on
-      >>> state = shrink_state(tx, state, params, masks)
-      >>> updates, state = tx.update(small, state, small)
-      >>> updates["w"].shape
-      (1, 2)
+      whole: the whole params or their shapes, without variables around them.
+      small: the same once they are cut.
+      kept: for each path and axis the indices that stay.
     """
     if hasattr(opt_state, "opt_state"):
         raise TypeError(
@@ -76,22 +50,20 @@ def shrink_state(
             "its `opt_state`, and `nnx.state(model, nnx.Param)` as params."
         )
     _refuse_events(tx, opt_state)
-    plain = without_variables(params)
-    kept = read_cut(cut_list(plain, masks), plain)
-    cuts = map_with_path(lambda path, leaf: _Axes(kept.get(path, {}), jnp.shape(leaf)), plain)
-    opt_state = _adopted(tx, opt_state, plain)
+    places = map_with_path(lambda path, leaf: _Place(kept.get(path, {}), jnp.shape(leaf)), whole)
+    opt_state = _adopted(tx, opt_state, whole)
     given = without_variables(opt_state)
     old = jax.tree.map(_unpacked, given, is_leaf=is_pruner)
     try:
-        cut = optax.tree.map_params(tx, _cut_beside, old, cuts, is_leaf=lambda _: True)
+        cut = optax.tree.map_params(tx, _cut_beside, old, places, is_leaf=lambda _: True)
     except ValueError as error:
         raise ValueError(
             "`shrink_state` got the state of another tree than its params, which have "
-            f"{list_paths([path for path, _ in leaves_with_path(plain)])}. Pass `tx` as it made "
+            f"{list_paths([path for path, _ in leaves_with_path(whole)])}. Pass `tx` as it made "
             "the state (or `jp.hold` of the same optimizer), and the tree that `tx.init` got with "
-            'the masks of this tree: `variables["params"]` and `masks["params"]`, mostly.'
+            'the masks of this tree: `variables["params"]` and `masks["params"]`, mostly; '
+            '`cut.at("params")` of a cut.'
         ) from error
-    small = cut_tree(plain, kept)
     cut = _settled(tx, jax.tree.map(_packed_like, given, cut, is_leaf=is_pruner), small)
     return _as_given(opt_state, cut)
 
@@ -110,31 +82,31 @@ def _refuse_events(tx: optax.GradientTransformation, opt_state: optax.OptState) 
         )
 
 
-def _cut_beside(value: Any, cuts: Any) -> Any:
+def _cut_beside(value: Any, places: Any) -> Any:
     """Cut what an optimizer keeps in the place of the params."""
-    places: Any = jax.tree.structure(cuts)
+    treedef: Any = jax.tree.structure(places)
     try:
-        parts = places.flatten_up_to(value)
+        parts = treedef.flatten_up_to(value)
     except ValueError:  # one hole in the place of several params
-        return jax.tree.map(_cut_one, value, cuts, is_leaf=is_hole)
-    return places.unflatten(map(_cut_one, parts, jax.tree.leaves(cuts)))
+        return jax.tree.map(_cut_one, value, places, is_leaf=is_hole)
+    return treedef.unflatten(map(_cut_one, parts, jax.tree.leaves(places)))
 
 
-def _cut_one(part: Any, axes: "_Axes") -> Any:
+def _cut_one(part: Any, place: "_Place") -> Any:
     """Cut what an optimizer keeps beside one parameter: an array, mostly like it."""
     if is_hole(part):
         return part
     if isinstance(part, list | tuple):  # one vector for each axis, in sm3
-        alone = [_Axes({0: axes.kept[i]} if i in axes.kept else {}, (n,))
-                 for i, n in enumerate(axes.shape)]  # fmt: skip
-        return type(part)(map(_cut_one, part, alone)) if len(part) == len(alone) else part
+        vectors = [place.along(axis) for axis in range(len(place.shape))]
+        return type(part)(map(_cut_one, part, vectors)) if len(part) == len(vectors) else part
     if not is_array(part):
         return part
-    if part.ndim == len(axes.shape) - 1:  # adafactor sums over one axis
-        axes = axes.summed(part.shape)
-    if part.ndim != len(axes.shape):
+    if part.ndim == len(place.shape) - 1:  # adafactor sums over one axis
+        place = place.summed(part.shape)
+    if part.ndim != len(place.shape):
         return part
-    return cut_leaf(part, {i: k for i, k in axes.kept.items() if part.shape[i] == axes.shape[i]})
+    same = {i for i, n in enumerate(place.shape) if part.shape[i] == n}
+    return take_kept(part, {i: k for i, k in place.kept.items() if i in same})
 
 
 def _adopted(tx: optax.GradientTransformation, state: Any, params: Params) -> Any:
@@ -258,24 +230,34 @@ def _packed_like(old: Any, new: Any) -> Any:
     return new._replace(masks=pack(new.masks)) if packed else new
 
 
-class _Axes:
-    """What to keep of a parameter: a leaf, whatever the tree around it."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Place:
+    """What to keep of a parameter of a shape: a leaf, whatever the tree around it."""
 
-    def __init__(self, kept: Mapping[int, np.ndarray], shape: tuple[int, ...]) -> None:
-        self.kept, self.shape = kept, shape
+    kept: Mapping[int, np.ndarray]
+    shape: tuple[int, ...]
 
-    def summed(self, shape: tuple[int, ...]) -> "_Axes":
-        """What to keep of a sum over one axis, if its shape tells which of them that was."""
+    def along(self, axis: int) -> "_Place":
+        """What to keep of a vector along one axis."""
+        kept = {0: self.kept[axis]} if axis in self.kept else {}
+        return _Place(kept, (self.shape[axis],))
+
+    def summed(self, shape: tuple[int, ...]) -> "_Place":
+        """What to keep of a sum over one axis, if its shape tells which of them that was.
+
+        Of a weight `[8, 3]` a sum of shape `[3]` was taken over axis 0, so that it is cut along
+        what was axis 1. Of a square weight it may be either, which matters where they are cut
+        differently.
+        """
         found = []
         for gone in range(len(self.shape)):
             left = [i for i in range(len(self.shape)) if i != gone]
             if tuple(self.shape[i] for i in left) == shape:
-                found.append(
-                    _Axes({j: self.kept[i] for j, i in enumerate(left) if i in self.kept}, shape)
-                )
-        if len({str(axes.kept) for axes in found}) > 1:
+                kept = {j: self.kept[i] for j, i in enumerate(left) if i in self.kept}
+                found.append(_Place(kept, shape))
+        if len({str({i: k.tolist() for i, k in p.kept.items()}) for p in found}) > 1:
             raise ValueError(
                 f"The optimizer keeps sums of shape {shape} for a parameter of shape {self.shape}, "
                 "which do not tell the axis that was summed. Start anew: `tx.init(small_params)`."
             )
-        return found[0] if found else _Axes({}, ())
+        return found[0] if found else _Place({}, ())

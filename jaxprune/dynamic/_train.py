@@ -1,5 +1,6 @@
 """Training at one sparsity while masks move: what RigL and SET share."""
 
+import functools
 from typing import Any
 
 import jax
@@ -58,6 +59,8 @@ def sparse_training(
     check_key(user, key)
     _check_parts(parts, sparsity)
 
+    settings: dict[str, Any] = {"grow": grow, "fraction": events, "parts": parts}
+
     def first(params: Params) -> tuple[Masks, Any]:
         if is_placeholder(params):
             return params, ()
@@ -70,36 +73,18 @@ def sparse_training(
 
     def step(optimizer: Inner, now: Step, store: Store) -> Done:
         check_extra(user, inner, now.extra)
-        params, part, count = now.params, now.part, now.state.count
+        params, count = now.params, now.state.count
         folded = None if now.state.key is None else jax.random.fold_in(now.state.key, count)
         grads = live(now.grads, now.masks)
         updates, moments = optimizer.update(grads, now.state.inner_state, params, **now.extra)
         updates = map_leaves(enforce, updates, params, now.masks)
 
-        def renew(loop: tuple[Masks, optax.Updates, optax.OptState]) -> Any:
-            stored, updates, moments = loop
-            # From what the loop carries: the masks beside it would be copied at every step.
-            old = check_masks(unpack(stored), params, "masks")
-            moved = map_leaves(_moved, params, updates)
-            new = drop_and_grow(
-                old,
-                worth=magnitude(narrow(moved, part)),
-                promise=grow(narrow(now.grads, part), key=folded),
-                fraction=events(count),
-                parts=parts,
-            )
-            grown = jax.tree.map(lambda n, o: n & ~o, new, old)
-            fresh = optimizer.init(moved)
-            # What grows was zero and stays so for now: no update but that of what is removed.
-            return (
-                store(new),
-                map_leaves(enforce, updates, params, new),
-                reset_moments(optimizer, moments, fresh, params, grown),
-            )
-
+        renew = functools.partial(
+            _event, now=now, key=folded, optimizer=optimizer, store=store, **settings
+        )
         # All that an event changes goes through the loop. What were changed outside of it, fused
         # with the optimizer, would make XLA copy the moments at every step.
-        stored = store(widen(now.state.masks, part, pattern))
+        stored = store(widen(now.state.masks, now.part, pattern))
         loop = at_most_once(events.due(count), renew, (stored, updates, moments))
         stored, updates, moments = loop
         return Done(updates, stored, moments, ())
@@ -112,6 +97,40 @@ def sparse_training(
         key=key,
         packed=packed,
         by_default=by_default(where),
+    )
+
+
+def _event(
+    loop: tuple[Masks, optax.Updates, optax.OptState],
+    *,
+    now: Step,
+    key: jax.Array | None,
+    optimizer: Inner,
+    store: Store,
+    grow: Criterion,
+    fraction: Schedule,
+    parts: Parts,
+) -> tuple[Masks, optax.Updates, optax.OptState]:
+    """Move masks after the inner update: what they, the updates and the moments become."""
+    stored, updates, moments = loop
+    params, part = now.params, now.part
+    # From what the loop carries: the masks beside it would be copied at every step.
+    old = check_masks(unpack(stored), params, "masks")
+    moved = map_leaves(_moved, params, updates)
+    new = drop_and_grow(
+        old,
+        worth=magnitude(narrow(moved, part)),
+        promise=grow(narrow(now.grads, part), key=key),
+        fraction=fraction(now.state.count),
+        parts=parts,
+    )
+    grown = jax.tree.map(lambda n, o: n & ~o, new, old)
+    fresh = optimizer.init(moved)
+    # What grows was zero and stays so for now: no update but that of what is removed.
+    return (
+        store(new),
+        map_leaves(enforce, updates, params, new),
+        reset_moments(optimizer, moments, fresh, params, grown),
     )
 
 

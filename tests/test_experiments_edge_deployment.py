@@ -13,7 +13,7 @@ import rich.console
 import jaxprune as jp
 from experiments import edge_deployment as edge
 from experiments import edge_deployment_figures as figures
-from experiments.common import data, device, runner, small_networks, timing, train
+from experiments.common import data, device, runner, show, small_networks, timing, train
 from experiments.common.models import ResidualNet
 from experiments.edge_deployment import Config, Removal, Run, main, resolve
 from tests import crash

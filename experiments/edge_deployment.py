@@ -694,7 +694,7 @@ def search(settings: Config, ensure: Callable[[list[Run]], list[Record]]) -> flo
 
 def latencies(settings: Config, bench: Callable[[], Bench]) -> list[Record]:
     """Time the files of the first seed, or read how long they took when they were timed."""
-    path = settings.out / "timing.json"
+    path = settings.out / "latency.json"
     if path.exists():
         return json.loads(path.read_text())["stages"]
     names = [stage for stage in recipes(settings) if stage != "search"]

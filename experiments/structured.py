@@ -448,7 +448,7 @@ def measure(task: Task, outcome: Outcome, compile_: train.Compile) -> Record:
 
 def latencies(settings: Config, planned: list[Run]) -> list[Record]:
     """Time the networks of the first seed, or read how long they took when they were timed."""
-    path = settings.out / "timing.json"
+    path = settings.out / "latency.json"
     if path.exists():
         return json.loads(path.read_text())["networks"]
     timed = [run for run in planned if run.seed == 0 and run.method != "dense"]

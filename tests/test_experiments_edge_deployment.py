@@ -117,7 +117,7 @@ def test_a_run_leaves_its_files(toy):
     found = runner.read_summary(toy)["search"]["sparsity"]
     float_ = [stage for stage in STAGES if not stage.startswith("search") and "quant" not in stage]
     assert names == {
-        *("config.json", "metrics.jsonl", "timing.json"),
+        *("config.json", "metrics.jsonl", "latency.json"),
         *("summary.json", "pareto.png", "answer.md"),
         *(f"seed_0/{stage}.onnx" for stage in STAGES),
         *(

@@ -100,7 +100,7 @@ def test_a_run_leaves_its_files(toy):
     names = {str(path.relative_to(toy)) for path in toy.rglob("*") if path.is_file()}
     networks = "trained", "dense_channels_0_layers_0", "iterative_channels_0.5_layers_0"
     assert names == {
-        *("config.json", "metrics.jsonl", "timing.json"),
+        *("config.json", "metrics.jsonl", "latency.json"),
         *("summary.json", "tradeoff.png", "answer.md"),
         *(f"cnn/seed_0/{name}.safetensors" for name in networks),
     }

@@ -57,9 +57,9 @@ def train_all(config: Config, missing: list[runner.Key]) -> Iterator[runner.Reco
 @jax.jit
 def fit(params: Any, masks: Any, examples: data.Examples, order: jax.Array) -> Any:
     """Train under masks: the whole training is one program."""
-    recipe = train.Recipe(train.learner(MODEL), jp.hold(optax.adam(1e-3)))
-    state = jp.with_masks(recipe.tx.init(params), masks)
-    return train.scan(recipe, {"params": params}, state, examples, order)[0]["params"]
+    tx = jp.hold(optax.adam(1e-3), masks=masks)
+    recipe = train.Recipe(train.learner(MODEL), tx)
+    return train.scan(recipe, {"params": params}, tx.init(params), examples, order)[0]["params"]
 
 
 def accuracy_of(records: list[runner.Record], criterion: str, sparsity: float) -> runner.Record:

@@ -137,16 +137,6 @@ class Trial(NamedTuple):
         return jax.tree.map(lambda h, s: jnp.where(last, s, h), halfway, self.layers)
 
 
-def fixed(
-    inner: optax.GradientTransformation, find: Callable[[Any], Any]
-) -> optax.GradientTransformationExtraArgs:
-    """Hold the masks that ``find`` gives for the weights that training starts from."""
-    tx = jp.hold(inner)
-    return optax.GradientTransformationExtraArgs(
-        lambda params: jp.with_masks(tx.init(params), find(params)), tx.update
-    )
-
-
 def across(trial: Trial, criterion: Callable[..., Any], **evidence: Any) -> Callable[[Any], Any]:
     """Find masks at initialisation by one ranking of all layers."""
     return lambda params: jp.find_masks(
@@ -180,25 +170,29 @@ METHODS: dict[str, Callable[[Any, Trial], Any]] = {
     # Train sparsely all along.
     "rigl": lambda tx, t: jp.dynamic.rigl(tx, sparsity=t.layers, key=t.key, **beat(t.steps)),
     "set": lambda tx, t: jp.dynamic.set(tx, sparsity=t.layers, key=t.key, **beat(t.steps)),
-    "static": lambda tx, t: fixed(
-        tx, lambda p: jp.find_masks(p, t.layers, criterion=jp.criteria.random, key=t.key)
+    "static": lambda tx, t: jp.hold(
+        tx, masks=lambda p: jp.find_masks(p, t.layers, criterion=jp.criteria.random, key=t.key)
     ),
     # Prune at initialisation.
-    "random_init": lambda tx, t: fixed(tx, across(t, jp.criteria.random, key=t.key)),
-    "magnitude_init": lambda tx, t: fixed(tx, across(t, jp.criteria.magnitude)),
-    "snip": lambda tx, t: fixed(tx, across(t, jp.criteria.snip, loss_fn=t.loss, batch=t.examples)),
-    "grasp": lambda tx, t: fixed(
+    "random_init": lambda tx, t: jp.hold(tx, masks=across(t, jp.criteria.random, key=t.key)),
+    "magnitude_init": lambda tx, t: jp.hold(tx, masks=across(t, jp.criteria.magnitude)),
+    "snip": lambda tx, t: jp.hold(
+        tx, across(t, jp.criteria.snip, loss_fn=t.loss, batch=t.examples)
+    ),
+    "grasp": lambda tx, t: jp.hold(
         tx,
-        across(
+        masks=across(
             t,
             jp.criteria.grasp,
             loss_fn=functools.partial(t.loss, temperature=200.0),
             batch=t.examples,
         ),
     ),
-    "synflow": lambda tx, t: fixed(
+    "synflow": lambda tx, t: jp.hold(
         tx,
-        across(t, jp.criteria.synflow, rounds=100, apply_fn=t.apply, batch=t.examples.inputs[:1]),
+        masks=across(
+            t, jp.criteria.synflow, rounds=100, apply_fn=t.apply, batch=t.examples.inputs[:1]
+        ),
     ),
 }
 
@@ -463,21 +457,13 @@ def training_flops(
 ) -> int:
     """Count what a training run would cost on a device that skips every zero.
 
-    A weight that is kept costs a multiplication and an addition, 2 FLOPs, at each position of its
-    layer's output (a dense layer has one), for each example:
-
-    - forward: 2 FLOPs for each kept weight and position;
-    - backward: the same for the gradient of the layer's input and again for the gradient of its
-      weights, together twice the forward pass;
-    - but where a method needs the gradient of removed weights too, that last part is dense: RigL
-      when it grows weights, straight-through at every step.
-
-    Which weights are kept is read off the masks of every step, so schedules need no formula.
-    Biases, activations, the optimizer, the search for masks and the scores of pruning at
-    initialisation (a dozen steps' worth at most) are left out.
+    A weight that is kept costs 2 FLOPs at each position of its layer's output, for each example:
+    forward, backward for the gradient of the layer's input, and again for that of its weights.
+    This last part is dense where a method needs the gradient of removed weights too. Biases,
+    activations, the optimizer, the search for masks and scores at initialisation are left out.
 
     Args:
-      kept: weights that each layer keeps at each step, `[steps, layers]`.
+      kept: weights that each layer keeps at each step, read off its masks, `[steps, layers]`.
       sizes: weights of each layer, `[layers]`.
       positions: positions at which each layer applies its weights, `[layers]`.
       dense_gradients: whether a step needs the gradient of all weights, bool `[steps]`.

@@ -13,35 +13,29 @@ from experiments.common.show import gap, mean, percent, plain, spread
 
 # A method keeps its colour and marker in all figures; within a family both differ. Colours are
 # Okabe and Ito's, which all eyes can tell apart.
-STYLES = {
-    "dense": ("0.35", "_"),
-    "one_shot": ("#0072B2", "o"),
-    "iterative": ("#009E73", "s"),
-    "iterative_one_shot": ("#56B4E9", "D"),
-    "gradual": ("#D55E00", "^"),
-    "ac_dc": ("#CC79A7", "v"),
-    "straight_through": ("#E69F00", "P"),
-    "rigl": ("#D55E00", "o"),
-    "set": ("#0072B2", "s"),
-    "static": ("#009E73", "^"),
-    "random_init": ("#000000", "x"),
-    "magnitude_init": ("#56B4E9", "D"),
-    "snip": ("#D55E00", "o"),
-    "grasp": ("#009E73", "^"),
-    "synflow": ("#0072B2", "s"),
-}
 FAMILIES = {
-    "dense to sparse": (
-        "one_shot",
-        "iterative",
-        "iterative_one_shot",
-        "gradual",
-        "ac_dc",
-        "straight_through",
-    ),
-    "sparse all along": ("rigl", "set", "static"),
-    "pruned at initialisation": ("random_init", "magnitude_init", "snip", "grasp", "synflow"),
+    "dense to sparse": {
+        "one_shot": ("#0072B2", "o"),
+        "iterative": ("#009E73", "s"),
+        "iterative_one_shot": ("#56B4E9", "D"),
+        "gradual": ("#D55E00", "^"),
+        "ac_dc": ("#CC79A7", "v"),
+        "straight_through": ("#E69F00", "P"),
+    },
+    "sparse all along": {
+        "rigl": ("#D55E00", "o"),
+        "set": ("#0072B2", "s"),
+        "static": ("#009E73", "^"),
+    },
+    "pruned at initialisation": {
+        "random_init": ("#000000", "x"),
+        "magnitude_init": ("#56B4E9", "D"),
+        "snip": ("#D55E00", "o"),
+        "grasp": ("#009E73", "^"),
+        "synflow": ("#0072B2", "s"),
+    },
 }
+STYLES = {"dense": ("0.35", "_")} | {n: s for names in FAMILIES.values() for n, s in names.items()}
 
 
 def summarise(records: list[Record]) -> list[Record]:

@@ -5,13 +5,14 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 import jaxprune as jp
@@ -22,13 +23,13 @@ from experiments.common.runner import Record
 
 CONTROLS = ("reinit", "shuffle", "random")
 FIELDS = ("seed", "level", "condition")  # that tell training runs apart
+PIXELS = {"digits": 64, "mnist": 784}
 MODELS = {"digits": MLP((100, 50), 10), "mnist": MLP((300, 100), 10)}
 DEFAULTS = {
     "digits": {"levels": 8, "rate": 0.36, "output_rate": 0.18, "steps": 400, "seeds": 8},
     "mnist": {"levels": 20, "rate": 0.2, "output_rate": 0.1, "steps": 3000, "seeds": 3},
 }
 EVAL_EVERY = {"digits": 10, "mnist": 100}
-Draw = Callable[[jax.Array], Any]  # fresh weights from a key
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,21 +177,14 @@ class Seed(NamedTuple):
     Attributes:
       number: counted from 0.
       start: weights that its tickets are rewound to.
-      before: examples of each batch up to the step that they are rewound to, `[evaluations, steps
-        between them, batch size]`.
-      after: those from there on.
+      order: examples of each batch from there on, `[evaluations, steps between, batch size]`.
       key: for what its controls draw.
     """
 
     number: int
     start: Any
-    before: jax.Array
-    after: jax.Array
+    order: jax.Array
     key: jax.Array
-
-    def key_of(self, level: int, control: str) -> jax.Array:
-        """Give the key of one of its controls."""
-        return jax.random.fold_in(jax.random.fold_in(self.key, level), CONTROLS.index(control))
 
 
 def train_seeds(
@@ -205,58 +199,64 @@ def train_seeds(
     Yields:
       A record for each training run that is ``missing``, and maybe for others.
     """
-    model = MODELS[config.dataset]
 
-    def fit(starts: list[Any], masks: list[Any], orders: list[jax.Array]) -> list[Outcome]:
-        return list(
-            train.each_seed(
-                train_ticket,
-                list(zip(starts, masks, orders, strict=True)),
-                dataset.train,
-                dataset.validation,
-                together=together(config),
-                model=model,
-                learning_rate=config.learning_rate,
-            )
-        )
+    def is_missing(level: int, condition: str) -> bool:
+        return any((number, level, condition) in missing for number in numbers)
 
-    def draw(key: jax.Array) -> Any:
-        return model.init(key, dataset.train.inputs[:1])["params"]
-
-    seeds = [make_seed(config, number, draw, len(dataset.train.targets)) for number in numbers]
-    if config.rewind_step:
-        starts = [seed.start for seed in seeds]
-        ran = fit(starts, [jp.dense_masks(start) for start in starts], [s.before for s in seeds])
-        seeds = [s._replace(start=outcome.final) for s, outcome in zip(seeds, ran, strict=True)]
-    for seed in seeds:
-        runner.save(start_of(config.out, seed.number), seed.start)
-
-    after = [seed.after for seed in seeds]
+    seeds = start_seeds(config, dataset, numbers)
     levels: list[Any] = [None for _ in seeds]
     for index in range(config.levels + 1):
-        found = zip(seeds, levels, strict=True)
-        levels = [next_level(config, seed.start, level) for seed, level in found]
-        files_ = [level_of(config.out, seed.number, index) for seed in seeds]
-        name = "ticket" if index else "dense"
-        masks = [level.masks for level in levels]
-        if all(f.exists() for f in files_) and not missing & {(n, index, name) for n in numbers}:
-            trained = [runner.load(file)[0] for file in files_]
-        else:
-            ran = fit([level.ticket for level in levels], masks, after)
-            trained = [outcome.final for outcome in ran]
-            for file, params, mask in zip(files_, trained, masks, strict=True):
-                runner.save(file, params, mask)
-            yield from measure(config, dataset.test, seeds, levels, ran, condition=name)
-        found = zip(levels, trained, strict=True)
-        levels = [level._replace(trained=params) for level, params in found]
+        levels = [
+            next_level(config, seed.start, level) for seed, level in zip(seeds, levels, strict=True)
+        ]
+        paths = [level_of(config.out, number, index) for number in numbers]
+        found = "ticket" if index else "dense"
+        if is_missing(index, found) or not all(path.exists() for path in paths):
+            starts = [(level.ticket, level.masks) for level in levels]
+            outcomes = fit(config, dataset, starts, [seed.order for seed in seeds])
+            for path, outcome, level in zip(paths, outcomes, levels, strict=True):
+                runner.save(path, outcome.final, level.masks)
+            yield from measure(config, dataset.test, seeds, levels, outcomes, condition=found)
+        levels = [
+            level._replace(trained=runner.load(path)[0])
+            for path, level in zip(paths, levels, strict=True)
+        ]
         for name in config.controls if index else ():
-            if missing & {(n, index, name) for n in numbers}:
-                pairs = [
-                    control(name, seed.start, mask, draw=draw, key=seed.key_of(index, name))
-                    for seed, mask in zip(seeds, masks, strict=True)
+            if is_missing(index, name):
+                starts = [
+                    control(config, name, seed, level)
+                    for seed, level in zip(seeds, levels, strict=True)
                 ]
-                ran = fit(*map(list, zip(*pairs, strict=True)), after)
-                yield from measure(config, dataset.test, seeds, levels, ran, condition=name)
+                outcomes = fit(config, dataset, starts, [seed.order for seed in seeds])
+                yield from measure(config, dataset.test, seeds, levels, outcomes, condition=name)
+
+
+def start_seeds(config: Config, dataset: data.Dataset, numbers: list[int]) -> list[Seed]:
+    """Draw initial weights and the order of the examples, and train up to the rewinding step."""
+    seeds, before = [], []
+    for number in numbers:
+        init_key, order_key, control_key = jax.random.split(jax.random.key(number), 3)
+        order = train.batch_order(
+            order_key,
+            examples=len(dataset.train.targets),
+            steps=config.steps,
+            batch_size=config.batch_size,
+        ).reshape(-1, config.eval_every, config.batch_size)
+        first, rest = jnp.split(order, [config.rewind_step // config.eval_every])
+        seeds.append(Seed(number, draw(config, init_key), rest, control_key))
+        before.append(first)
+    if config.rewind_step:
+        starts = [(seed.start, jp.dense_masks(seed.start)) for seed in seeds]
+        outcomes = fit(config, dataset, starts, before)
+        seeds = [s._replace(start=o.final) for s, o in zip(seeds, outcomes, strict=True)]
+    for seed in seeds:
+        runner.save(start_of(config.out, seed.number), seed.start)
+    return seeds
+
+
+def draw(config: Config, key: jax.Array) -> Any:
+    """Draw initial weights."""
+    return MODELS[config.dataset].init(key, np.zeros((1, PIXELS[config.dataset])))["params"]
 
 
 def start_of(folder: Path, seed: int) -> Path:
@@ -267,17 +267,6 @@ def start_of(folder: Path, seed: int) -> Path:
 def level_of(folder: Path, seed: int, level: int) -> Path:
     """Say where the masks of a level lie, and the weights trained under them."""
     return folder / f"seed_{seed}" / f"level_{level:02d}.safetensors"
-
-
-def make_seed(config: Config, number: int, draw: Draw, examples: int) -> Seed:
-    """Draw initial weights, and the order of the examples."""
-    init_key, order_key, control_key = jax.random.split(jax.random.key(number), 3)
-    order = train.batch_order(
-        order_key, examples=examples, steps=config.steps, batch_size=config.batch_size
-    )
-    order = order.reshape(-1, config.eval_every, config.batch_size)
-    before, after = jnp.split(order, [config.rewind_step // config.eval_every])
-    return Seed(number=number, start=draw(init_key), before=before, after=after, key=control_key)
 
 
 def next_level(config: Config, start: Any, last: jp.Level | None) -> jp.Level:
@@ -292,35 +281,19 @@ def next_level(config: Config, start: Any, last: jp.Level | None) -> jp.Level:
     )
 
 
-def control(
-    condition: str, start: Any, masks: Any, *, draw: Draw, key: jax.Array
-) -> tuple[Any, Any]:
-    """Make what a ticket is compared with.
-
-    Args:
-      condition: one of ``CONTROLS``.
-      start: the ticket's weights before masking.
-      masks: the ticket's masks.
-      draw: makes fresh initial weights from a key.
-      key: for whatever the control draws.
-
-    Returns:
-      Masked weights to start from, and their masks.
-    """
+def control(config: Config, condition: str, seed: Seed, level: jp.Level) -> tuple[Any, Any]:
+    """Make what a ticket is compared with: masked weights to start from, and their masks."""
+    key = jax.random.fold_in(jax.random.fold_in(seed.key, level.index), CONTROLS.index(condition))
+    start, masks = seed.start, level.masks
     if condition == "reinit":
-        start = draw(key)
+        start = draw(config, key)
     elif condition == "shuffle":
         masks = shuffle(masks, key)
     else:
         # Inside the layers a random mask would be a shuffled one; over all layers it also loses
         # how the ticket shares its weights out among them.
-        masks = jp.find_masks(
-            start,
-            jp.sparsity(masks, start),
-            criterion=jp.criteria.random,
-            scope=jp.scopes.across,
-            key=key,
-        )
+        gone, criterion = jp.sparsity(masks, start), jp.criteria.random
+        masks = jp.find_masks(start, gone, criterion=criterion, scope=jp.scopes.across, key=key)
     return jp.apply_masks(start, masks), masks
 
 
@@ -353,6 +326,22 @@ class Outcome(NamedTuple):
     early: Any
     losses: jax.Array
     accuracies: jax.Array
+
+
+def fit(
+    config: Config, dataset: data.Dataset, starts: list[tuple[Any, Any]], orders: list[jax.Array]
+) -> list[Outcome]:
+    """Train seeds from params under masks, each on batches of its own."""
+    outcomes = train.each_seed(
+        train_ticket,
+        [(*start, order) for start, order in zip(starts, orders, strict=True)],
+        dataset.train,
+        dataset.validation,
+        together=together(config),
+        model=MODELS[config.dataset],
+        learning_rate=config.learning_rate,
+    )
+    return list(outcomes)
 
 
 def early_evaluation(evaluations: int) -> int:

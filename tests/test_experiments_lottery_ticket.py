@@ -117,14 +117,14 @@ def paths(tree):
 
 @pytest.fixture
 def ticket(key):
-    model, images = MLP((100, 50), 10), np.zeros((1, 64), np.float32)
-    start = model.init(key, images)["params"]
-    return start, jp.find_masks(start, 0.6), lambda key: model.init(key, images)["params"]
+    start = lottery_ticket.draw(Config(), key)
+    return start, jp.find_masks(start, 0.6)
 
 
 def control(name, ticket, key):
-    start, masks, draw = ticket
-    return lottery_ticket.control(name, start, masks, draw=draw, key=jax.random.fold_in(key, 1))
+    start, masks = ticket
+    seed = lottery_ticket.Seed(0, start, None, jax.random.fold_in(key, 1))
+    return lottery_ticket.control(Config(), name, seed, jp.Level(1, masks, None, None))
 
 
 def test_reinit_keeps_the_mask_and_draws_the_weights_again(ticket, key):

@@ -98,6 +98,7 @@ def open_run(folder: Path, config: Record, fields: Sequence[str]) -> Iterator[Ru
       ValueError: the folder holds a run of other settings, or a damaged one.
       OSError: nothing can be written there.
     """
+    config = json.loads(json.dumps(config))
     with files.locked(folder):
         path, metrics = folder / "config.json", folder / "metrics.jsonl"
         files.sweep(folder)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import rich.table
 from matplotlib.figure import Figure
 
 import jaxprune as jp
-from experiments.common import data, files, runner, settings, show, train
+from experiments.common import data, runner, settings, show, train
 from experiments.common.models import MLP
 
 MODEL = MLP((100, 50), 10)
@@ -43,14 +42,14 @@ def main(config: Config) -> runner.Record:
 def train_all(config: Config, missing: list[runner.Key]) -> Iterator[runner.Record]:
     """Train what is missing; a training run depends on its own settings and seed, on no other."""
     digits = jax.device_put(data.load_digits())
+    count = len(digits.train.targets)
     for criterion, sparsity, seed in missing:
         keys = jax.random.split(jax.random.key(seed), 3)
         start = MODEL.init(keys[0], digits.train.inputs[:1])["params"]
-        order = train.batch_order(keys[1], examples=1077, steps=config.steps, batch_size=64)
+        order = train.batch_order(keys[1], examples=count, steps=config.steps, batch_size=64)
         masks = jp.find_masks(start, sparsity, criterion=CRITERIA[criterion], key=keys[2])
         params = fit(jp.apply_masks(start, masks), masks, digits.train, order)
-        hits = MODEL.apply({"params": params}, digits.test.inputs).argmax(-1) == digits.test.targets
-        accuracy = int(hits.sum()) / len(hits)
+        accuracy = train.accuracy(params, test=digits.test, model=MODEL)
         yield dict(zip(FIELDS, (criterion, sparsity, seed), strict=True)) | {"accuracy": accuracy}
 
 
@@ -81,8 +80,7 @@ def report(config: Config, records: list[runner.Record]) -> runner.Record:
         axes.plot(config.sparsities, [row["accuracy"]["mean"] for row in rows], "o-", label=name)
     axes.set(xlabel="sparsity", ylabel="test accuracy")
     axes.legend()
-    files.write(config.out / "accuracy.png", show.png(figure))
-    files.write(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    show.write(config.out, summary, accuracy=figure)
     show.printed(table, f"Figure and metrics: {config.out}")
     return summary
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ from flax.traverse_util import flatten_dict
 
 import jaxprune as jp
 from experiments import compare_methods_figures as figures
-from experiments.common import data, files, runner, settings, show, train
+from experiments.common import data, runner, settings, show, train
 from experiments.common.models import MLP, LeNet5
 from experiments.common.runner import Record
 
@@ -498,9 +497,7 @@ def report(config: Config, records: list[Record]) -> Record:
     rows = figures.summarise(records)
     summary = {"dataset": config.dataset, "steps": config.steps, "rows": rows}
     answer = figures.answer(rows, dataset=config.dataset, steps=config.steps)
-    files.write(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    files.write(config.out / "accuracy.png", show.png(figures.comparison_figure(rows)))
-    files.write(config.out / "answer.md", answer)
+    show.write(config.out, summary, answer=answer, accuracy=figures.comparison_figure(rows))
     where = f"{config.dataset}, seeds: {config.seeds}"
     show.printed(
         figures.accuracy_table(rows, title=f"Test accuracy [%], mean ± std; {where}"),

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import itertools
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +16,7 @@ import optax
 
 import jaxprune as jp
 from experiments import lottery_ticket_figures as figures
-from experiments.common import data, files, runner, settings, show, train
+from experiments.common import data, runner, settings, show, train
 from experiments.common.models import MLP
 from experiments.common.runner import Record
 
@@ -411,7 +410,7 @@ def measure(
 ) -> Iterator[Record]:
     """Put training runs in figures: the test set at three moments, and the learning curves."""
     steps = range(config.rewind_step + config.eval_every, config.steps + 1, config.eval_every)
-    hit = functools.partial(accuracy, test=test, model=MODELS[config.dataset])
+    hit = functools.partial(train.accuracy, test=test, model=MODELS[config.dataset])
     for seed, level, outcome in zip(seeds, levels, outcomes, strict=True):
         yield {
             "seed": seed.number,
@@ -428,27 +427,18 @@ def measure(
         }
 
 
-def accuracy(params: Any, *, test: data.Examples, model: nn.Module) -> float:
-    """Fraction of the examples that the network gets right, from an exact count."""
-    return int(_hits(params, test, model=model)) / len(test.targets)
-
-
-@functools.partial(jax.jit, static_argnames="model")
-def _hits(params: Any, test: data.Examples, *, model: nn.Module) -> jax.Array:
-    return (model.apply({"params": params}, test.inputs).argmax(-1) == test.targets).sum()
-
-
 def report(config: Config, records: list[Record]) -> Record:
     """Write the summary and the figures, print the table, return the summary."""
     rows = figures.summarise(records)
     steps = records[0]["steps"]
     early_step = steps[early_evaluation(len(steps))]
     summary = {"dataset": config.dataset, "early_step": early_step, "rows": rows}
-    accuracy = figures.accuracy_figure(rows, steps=config.steps, early_step=early_step)
-    learning = figures.learning_figure(records)
-    files.write(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    files.write(config.out / "accuracy.png", show.png(accuracy))
-    files.write(config.out / "learning_curves.png", show.png(learning))
+    show.write(
+        config.out,
+        summary,
+        accuracy=figures.accuracy_figure(rows, steps=config.steps, early_step=early_step),
+        learning_curves=figures.learning_figure(records),
+    )
     show.printed(
         figures.table(rows, title=f"{config.dataset}, seeds: {config.seeds}"),
         f"Test accuracy in percent after {config.steps} steps, mean ± std over the seeds, and in "

@@ -453,7 +453,7 @@ def test_accuracy_counts_hits():
         "out": {"kernel": jnp.eye(3), "bias": jnp.zeros(3)},
     }
     examples = Examples(images, jnp.array([0, 1, 0]))
-    assert lottery_ticket.accuracy(params, test=examples, model=MLP((3,), 3)) == 2 / 3
+    assert train.accuracy(params, test=examples, model=MLP((3,), 3)) == 2 / 3
 
 
 def record(level, seed, condition, accuracy):

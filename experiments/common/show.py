@@ -1,7 +1,9 @@
 """What tables, figures and answers of the experiments share."""
 
 import io
+import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,6 +11,7 @@ import rich.console
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.common import files
 from experiments.common.runner import Record
 
 
@@ -31,6 +34,15 @@ def gap(row: Record, other: Record) -> tuple[float, float]:
     """Compare two rows seed by seed: mean and standard deviation of row minus other."""
     gaps = np.subtract(row["accuracy"]["seeds"], other["accuracy"]["seeds"])
     return float(gaps.mean()), float(gaps.std())
+
+
+def write(folder: Path, summary: Record, *, answer: str | None = None, **figures: Figure) -> None:
+    """Write what a finished run ends with: ``summary.json``, figures by name, ``answer.md``."""
+    files.write(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+    for name, figure in figures.items():
+        files.write(folder / f"{name}.png", png(figure))
+    if answer is not None:
+        files.write(folder / "answer.md", answer)
 
 
 def printed(*what: Any, width: int = 120) -> None:

@@ -83,14 +83,7 @@ def gradient(
 def step(
     recipe: Recipe, variables: Variables, state: Any, batch: Examples
 ) -> tuple[Variables, Any]:
-    """Take a step of training, which is what all trainings repeat.
-
-    Args:
-      recipe: what to do.
-      variables: ``params``, and the statistics that the network moves.
-      state: of the optimizer.
-      batch: examples.
-    """
+    """Take a step: from variables and the optimizer's state to those after a batch."""
     learn, tx, loss, shown = recipe
     seen = {**variables, "params": shown(variables["params"], state)}
     grads, moved = gradient(learn, seen, batch, loss=loss)
@@ -232,6 +225,16 @@ def evaluate(
     return {"accuracy": hits / test.targets.size, "loss": total / test.targets.size}
 
 
+def accuracy(params: Any, *, test: Examples, model: nn.Module) -> float:
+    """Fraction of the examples that the network gets right, from an exact count."""
+    return int(_hits(params, test, model=model)) / len(test.targets)
+
+
+@functools.partial(jax.jit, static_argnames="model")
+def _hits(params: Any, test: Examples, *, model: nn.Module) -> jax.Array:
+    return (model.apply({"params": params}, test.inputs).argmax(-1) == test.targets).sum()
+
+
 def each_seed(
     run: Callable[..., Any], starts: Sequence[Any], *common: Any, together: bool, **static: Any
 ) -> Iterator[Any]:
@@ -263,19 +266,11 @@ def _together(run: Callable[..., Any], settings: Any, stacked: Any, *common: Any
 
 
 def side_by_side(run: Callable[..., Any], stacked: Any, *common: Any) -> Any:
-    """Run a function for every seed, in one program.
+    """Run a function for every seed in one program; ``stacked`` and the result are `[seeds, ...]`.
 
     Each device maps over the seeds that it has, and knows nothing of the others: a loop inside
     ends when its own seeds have. How XLA rounds may depend on how many seeds a device has; alone
     on its device a seed has the numbers that it has alone.
-
-    Args:
-      run: from what belongs to one seed, and what is common to all, to arrays.
-      stacked: what belongs to the seeds, with a leading axis.
-      common: handed to every seed as it is.
-
-    Returns:
-      What ``run`` gave, with a leading axis.
     """
     mapped = jax.vmap(run, in_axes=(0, *(None for _ in common)))
     return jax.shard_map(

@@ -4,7 +4,7 @@
     python -m experiments.lottery_ticket --seeds 4:8 --out results/second
     python -m experiments.merge lottery_ticket results/whole results/first results/second
 
-leaves in the last folder what one run with ``--seeds 8`` leaves, to the byte where seeds train one
+leaves in the first folder what one run with ``--seeds 8`` leaves, to the byte where seeds train one
 after another or each on a device of its own. Side by side on one device they round as their number
 has it.
 """
@@ -71,4 +71,4 @@ def _read_as(config: type, record: Record) -> Any:
 
 
 if __name__ == "__main__":
-    tyro.cli(merge)
+    tyro.cli(merge, config=(tyro.conf.PositionalRequiredArgs,))

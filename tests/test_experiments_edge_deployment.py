@@ -1,4 +1,4 @@
-"""Tests of experiments/edge_figures.py, what only it uses, and the notebook over its results."""
+"""Tests of experiments/edge_deployment.py, what only it uses, and the notebook over its results."""
 
 import dataclasses
 import signal
@@ -536,8 +536,8 @@ def test_the_figure_shows_each_stage_in_both_panels():
 
 def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():
     jupytext = pytest.importorskip("jupytext")
-    notebook = jupytext.read(ROOT / "notebooks" / "edge_figures.ipynb")
-    script = jupytext.read(ROOT / "notebooks" / "edge_figures.py")
+    notebook = jupytext.read(ROOT / "notebooks" / "edge_deployment.ipynb")
+    script = jupytext.read(ROOT / "notebooks" / "edge_deployment.py")
     assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
     for cell in notebook.cells:
         assert not cell.get("outputs") and not cell.get("execution_count")
@@ -548,7 +548,7 @@ def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():
 def test_the_notebook_runs_on_toy_results(whole, monkeypatch, folder):
     nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("JAXPRUNE_RESULTS", str(whole))
-    notebook = nbformat.read(ROOT / "notebooks" / "edge_figures.ipynb", as_version=4)
+    notebook = nbformat.read(ROOT / "notebooks" / "edge_deployment.ipynb", as_version=4)
     resources = {"metadata": {"path": str(ROOT / folder)}}
     nbclient.NotebookClient(notebook, resources=resources).execute()
     drawn = [out for cell in notebook.cells for out in cell.get("outputs", []) if "data" in out]

@@ -297,6 +297,16 @@ def test_weights_may_compete_across_the_layers(tmp_path):
     assert len({row.sparsity for row in jp.summary(trained, masks).rows}) == 3
 
 
+def test_the_network_of_mnist_is_lenet_300_100(key):
+    start = lottery_ticket.draw(Config(dataset="mnist"), key)
+    assert [layer["kernel"].shape for layer in start.values()] == [
+        (784, 300),
+        (300, 100),
+        (100, 10),
+    ]
+
+
+@pytest.mark.slow
 def test_mnist_comes_from_the_data_path(tmp_path):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (140, 28, 28), dtype=np.uint8)

@@ -8,18 +8,18 @@ Networks and training steps are those of the experiments, on random data: ``dens
 """
 
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 import tyro
 
 from benchmarks.common import Task, interleave, machine, paired_ratio, print_table, write_json
 from experiments import compare_methods
-from experiments.common import data, parallel
+from experiments.common import data, train
 from experiments.common.models import MLP, LeNet5
 
 Network = Literal["digits", "lenet_300_100", "lenet_5"]
@@ -61,9 +61,9 @@ def draw(config: Config, pixels: int) -> data.Dataset:
     """Draw images and labels, few of them to test."""
     rng = np.random.default_rng(0)
 
-    def split(count: int) -> data.Split:
+    def split(count: int) -> data.Examples:
         images = rng.standard_normal((count, pixels), np.float32)
-        return data.Split(images, rng.integers(0, 10, count).astype(np.int32))
+        return data.Examples(images, rng.integers(0, 10, count).astype(np.int32))
 
     return data.Dataset(split(config.examples), split(10), split(10))
 
@@ -77,22 +77,27 @@ def trainings(config: Config, network: Network, method: str) -> dict[str, Task]:
         compare_methods.make_seed(settings, model, dataset, n) for n in range(max(config.seeds))
     ]
     target = compare_methods.share_out(drawn[0].start, config.sparsity)
-    static: Any = {"method": method, "model": model, "learning_rate": settings.learning_rate}
+    one = functools.partial(
+        compare_methods.train_method,
+        method=method,
+        model=model,
+        learning_rate=settings.learning_rate,
+    )
 
-    def task(train: Any, start: Any, common: Any) -> Task:
-        run = train.lower(start, target, common, **static).compile()
-        return lambda: jax.block_until_ready(run(start, target, common))
+    def task(run: Any, *args: Any) -> Task:
+        compiled = jax.jit(run).lower(*args).compile()
+        return lambda: jax.block_until_ready(compiled(*args))
 
     together = {
         str(count): task(
-            compare_methods.train_together,
-            parallel.stack(drawn[:count]),
-            parallel.everywhere(dataset, count),
+            functools.partial(train.side_by_side, one),
+            train.stack(drawn[:count]),
+            target,
+            train.placed(dataset, count, together=True),
         )
         for count in config.seeds
     }
-    alone = task(compare_methods.train_alone, drawn[0], jax.tree.map(jnp.asarray, dataset))
-    return {"alone": alone, **together}
+    return {"alone": task(one, drawn[0], target, jax.device_put(dataset)), **together}
 
 
 def measure(config: Config, network: Network, method: str) -> dict[str, Any]:

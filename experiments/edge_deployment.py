@@ -6,7 +6,6 @@ import gzip
 import itertools
 import json
 import math
-import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,27 +14,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import flax.linen as nn
 import jax
 import numpy as np
-import rich.console
 import rich.markdown
 import rich.table
-import tyro
-from tqdm import tqdm
 
 import jaxprune as jp
-from benchmarks.common import machine, paired_ratio
-from experiments.common import (
-    data,
-    deployment,
-    device,
-    figures,
-    files,
-    latency,
-    loop,
-    programs,
-    runs,
-    training,
-)
+from experiments import edge_deployment_figures as deployment
+from experiments.common import data, device, files, runner, show, small_networks, timing, train
 from experiments.common.models import ResidualNet
+from experiments.common.runner import Record
 
 Method = Literal["one_shot", "iterative"]
 DEFAULTS = {
@@ -164,7 +150,7 @@ class Bench(NamedTuple):
       data: what to fit, what to choose by, and what to report.
       channels: groups of coupled channels of the model.
       branches: its residual branches, of those around an identity.
-      compile_: what ``loop.compiler`` made.
+      compile_: what ``train.compiler`` made.
     """
 
     settings: Config
@@ -172,7 +158,7 @@ class Bench(NamedTuple):
     data: data.Dataset
     channels: jp.Groups
     branches: jp.Groups
-    compile_: loop.Compile
+    compile_: train.Compile
 
     def learn(self, variables: Any, inputs: Any) -> tuple[jax.Array, Any]:
         """Give logits as in training, and the running statistics that move."""
@@ -182,9 +168,9 @@ class Bench(NamedTuple):
         """Give logits."""
         return self.model.apply(variables, inputs)
 
-    def take(self, indices: np.ndarray) -> loop.Batch:
+    def take(self, indices: np.ndarray) -> data.Examples:
         """Give the training examples of some indices."""
-        return loop.Batch(self.data.train.images[indices], self.data.train.labels[indices])
+        return data.Examples(self.data.train.inputs[indices], self.data.train.targets[indices])
 
 
 class Course(NamedTuple):
@@ -208,8 +194,8 @@ class Course(NamedTuple):
 class Lesson(NamedTuple):
     """What a network learns from: batches of given examples, and the loss of its logits on them."""
 
-    take: Callable[[np.ndarray], loop.Batch]
-    loss: loop.Loss
+    take: Callable[[np.ndarray], data.Examples]
+    loss: train.Loss
 
 
 class Removal(NamedTuple):
@@ -229,33 +215,32 @@ class Outcome(NamedTuple):
       cut: what is left of the dense variables; empty if that is all.
     """
 
-    infer: loop.Infer
+    infer: train.Infer
     variables: Any
-    cut: runs.Cut
+    cut: small_networks.Cut
 
 
-def main(config: Config) -> runs.Record:
+def main(config: Config) -> Record:
     """Run the experiment, or what is left of it, and print, draw and return its summary."""
     settings = resolve(config)
     bench = functools.cache(lambda: load(settings))  # a finished run does without
     if not (settings.out / "config.json").exists():
         bench()  # what cannot be run leaves no folder
-    with files.locked(settings.out):
-        known = {run_of(r): r for r in runs.open_run(settings.out, recorded(settings))}
+    with runner.open_run(settings.out, recorded(settings), Run._fields) as opened:
 
-        def ensure(planned: list[Run]) -> list[runs.Record]:
+        def ensure(planned: list[Run]) -> list[Record]:
             """Give the records of networks, of which what is missing is made first."""
-            missing = [run for run in planned if run not in known or not is_saved(settings, run)]
-            for run, record in make_all(bench(), missing) if missing else ():
-                if run not in known:  # or only a file of it was missing
-                    runs.append_record(settings.out, record)
-                    known[run] = record
-            return [known[run] for run in planned]
+            return opened.fill(
+                planned,
+                lambda missing: make_all(bench(), missing),
+                is_saved=lambda key: is_saved(settings, Run(*key)),
+            )
 
         ensure(plan(settings))
         sparsity = search(settings, ensure)
         ensure(plan_searched(settings, sparsity))
-        return report(settings, list(known.values()), sparsity, latencies(settings, bench))
+        records = list(opened.records.values())
+        return report(settings, records, sparsity, latencies(settings, bench))
 
 
 def resolve(config: Config) -> Config:
@@ -317,7 +302,7 @@ def _problems(settings: Config) -> list[str]:
     return [f"`{name}={getattr(s, name)!r}` {wanted}" for name, good, wanted in checks if not good]
 
 
-def recorded(settings: Config) -> runs.Record:
+def recorded(settings: Config) -> Record:
     """Settings that the results depend on, as JSON types; where the folder lies is not one."""
     fields = dataclasses.asdict(settings)
     del fields["out"]
@@ -361,11 +346,6 @@ def plan_searched(settings: Config, sparsity: float) -> list[Run]:
     ]
 
 
-def run_of(record: runs.Record) -> Run:
-    """Name the network that a record tells of."""
-    return Run(*(record[field] for field in Run._fields))
-
-
 def load(settings: Config) -> Bench:
     """Load what the networks are trained and tested on, and find what can be removed.
 
@@ -374,12 +354,12 @@ def load(settings: Config) -> Bench:
     """
     mnist = settings.dataset == "mnist"
     examples = data.load_mnist(settings.data_path) if mnist else data.load_digits()
-    model, inputs = model_of(settings), examples.test.images[:1]
+    model, inputs = model_of(settings), examples.test.inputs[:1]
     shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)
     channels = jp.find_groups(model.apply, shapes, inputs)
     branches = jp.find_blocks(model.apply, shapes, inputs)
     _refuse_to_remove_nothing(settings, min(group.size for group in channels), len(branches))
-    return Bench(settings, model, examples, channels, branches, loop.compiler())
+    return Bench(settings, model, examples, channels, branches, train.compiler())
 
 
 def model_of(settings: Config) -> nn.Module:
@@ -399,38 +379,36 @@ def _refuse_to_remove_nothing(settings: Config, channels: int, branches: int) ->
         raise ValueError(f"{'; '.join(problems)}. Remove more, or no branches with `blocks=0`.")
 
 
-def make_all(bench: Bench, missing: list[Run]) -> Iterator[tuple[Run, runs.Record]]:
+def make_all(bench: Bench, missing: list[Run]) -> Iterator[Record]:
     """Make networks, and yield a record for each."""
-    with tqdm(total=len(missing), unit="network") as bar:
-        for seed, of_seed in itertools.groupby(missing, lambda run: run.seed):
-            course = begin(bench, seed)
-            for run in of_seed:
-                bar.set_postfix_str(f"{run.stage}, seed {seed}")
-                yield run, {**run._asdict(), **make(bench, course, run)}
-                bar.update()
+    for seed, of_seed in itertools.groupby(missing, lambda run: run.seed):
+        course = begin(bench, seed)
+        for run in of_seed:
+            yield {**run._asdict(), **make(bench, course, run)}
 
 
 def begin(bench: Bench, seed: int) -> Course:
     """Train the dense network of a seed for the first part of its steps, or load it."""
     settings = bench.settings
     init_key, order_key, thin_key = jax.random.split(jax.random.key(seed), 3)
-    order = training.batch_order(
+    order = train.batch_order(
         order_key,
-        examples=len(bench.data.train.labels),
+        examples=len(bench.data.train.targets),
         steps=settings.steps + settings.fine_tune_steps,
         batch_size=settings.batch_size,
     )
     before, after = np.split(np.asarray(order), [settings.steps])
-    path = folder_of(settings, seed) / "trained.npz"
+    path = folder_of(settings, seed) / "trained.safetensors"
     if not path.exists():
         start = initial(bench, init_key)
-        runs.save_network(path, fit(bench, bench.learn, start, by_labels(bench), before), {})
-    return Course(seed, before, after, runs.load_network(path)[0], thin_key)
+        variables = fit(bench, bench.learn, start, by_labels(bench), before)
+        small_networks.save_network(path, variables, {})
+    return Course(seed, before, after, small_networks.load_network(path)[0], thin_key)
 
 
 def initial(bench: Bench, key: jax.Array) -> Any:
     """Draw the variables of the dense network."""
-    images = bench.data.test.images[:1]
+    images = bench.data.test.inputs[:1]
     return bench.compile_(bench.model.init, key, images)(key, images)
 
 
@@ -444,7 +422,7 @@ def network_of(settings: Config, run: Run) -> Path:
     name = run.stage
     if name.startswith("search"):
         name = f"search_{run.channels_removed:g}" if run.channels_removed else "dense"
-    return folder_of(settings, run.seed) / f"{name}.npz"
+    return folder_of(settings, run.seed) / f"{name}.safetensors"
 
 
 def file_of(settings: Config, stage: str, seed: int) -> Path:
@@ -460,24 +438,24 @@ def is_saved(settings: Config, run: Run) -> bool:
     return all(path.exists() for path in found)
 
 
-def make(bench: Bench, course: Course, run: Run) -> runs.Record:
+def make(bench: Bench, course: Course, run: Run) -> Record:
     """Make a network, save it, and put it in figures."""
     recipe, path = recipes(bench.settings)[run.stage], network_of(bench.settings, run)
     if recipe.int8_of:
         return {**recipe._asdict(), **quantize(bench, course, run, recipe.int8_of)}
     if run.stage == "searched":
-        variables, cut = runs.load_network(path)
+        variables, cut = small_networks.load_network(path)
         outcome = Outcome(cut_down(bench, course.trained, cut)[1], variables, cut)
     else:
-        outcome = train(bench, course, run, recipe)
-        runs.save_network(path, outcome.variables, outcome.cut)
+        outcome = train_network(bench, course, run, recipe)
+        small_networks.save_network(path, outcome.variables, outcome.cut)
     images, labels = bench.data.validation
-    logits = loop.predict(outcome.infer, outcome.variables, images, bench.compile_)
+    logits = train.predict(outcome.infer, outcome.variables, images, bench.compile_)
     record = {**recipe._asdict(), "validation_accuracy": hits(logits, labels)}
     return record if run.stage == "search" else {**record, **export(bench, run, outcome)}
 
 
-def train(bench: Bench, course: Course, run: Run, recipe: Recipe) -> Outcome:
+def train_network(bench: Bench, course: Course, run: Run, recipe: Recipe) -> Outcome:
     """Train the network of a run."""
     lesson = by_teacher(bench, course) if recipe.taught else by_labels(bench)
     if recipe.method == "none":
@@ -495,22 +473,22 @@ def train(bench: Bench, course: Course, run: Run, recipe: Recipe) -> Outcome:
 
 def by_labels(bench: Bench) -> Lesson:
     """Learn from the labels alone."""
-    return Lesson(bench.take, loop.cross_entropy)
+    return Lesson(bench.take, train.cross_entropy)
 
 
 def by_teacher(bench: Bench, course: Course) -> Lesson:
     """Learn from the labels and from the dense network, which is asked about each example once."""
     settings = bench.settings
-    path = folder_of(settings, course.seed) / "teacher.npz"
+    path = folder_of(settings, course.seed) / "teacher.safetensors"
     if not path.exists():
-        dense, _ = runs.load_network(network_of(settings, Run("dense", course.seed, 0.0)))
-        logits = loop.predict(bench.infer, dense, bench.data.train.images, bench.compile_)
-        runs.save_network(path, {"logits": logits}, {})
-    logits = runs.load_network(path)[0]["logits"]
+        dense, _ = small_networks.load_network(network_of(settings, Run("dense", course.seed, 0.0)))
+        logits = train.predict(bench.infer, dense, bench.data.train.inputs, bench.compile_)
+        small_networks.save_network(path, {"logits": logits}, {})
+    logits = small_networks.load_network(path)[0]["logits"]
 
-    def take(indices: np.ndarray) -> loop.Batch:
+    def take(indices: np.ndarray) -> data.Examples:
         images, labels = bench.take(indices)
-        return loop.Batch(images, (labels, logits[indices]))
+        return data.Examples(images, (labels, logits[indices]))
 
     def loss(student: jax.Array, targets: tuple[jax.Array, jax.Array]) -> jax.Array:
         labels, teacher = targets
@@ -521,17 +499,27 @@ def by_teacher(bench: Bench, course: Course) -> Lesson:
     return Lesson(take, loss)
 
 
-def fit(bench: Bench, learn: loop.Learn, variables: Any, lesson: Lesson, order: np.ndarray) -> Any:
+def fit(bench: Bench, learn: train.Learn, variables: Any, lesson: Lesson, order: np.ndarray) -> Any:
     """Train from a fresh state of the optimizer."""
-    state = loop.optimizer(0.0).init(variables["params"])
-    rates = loop.learning_rates(LEARNING_RATE, len(order))
+    state = train.clipped_adam(0.0).init(variables["params"])
+    rates = train.learning_rates(LEARNING_RATE, len(order))
     steps = zip(map(lesson.take, order), rates, strict=True)
-    return loop.train(learn, variables, state, steps, bench.compile_, loss=lesson.loss)[0]
+    recipe = functools.partial(recipe_of, learn, lesson)
+    return train.loop(recipe, variables, state, steps, bench.compile_)[0]
+
+
+def recipe_of(
+    learn: train.Learn, lesson: Lesson, rate: jax.Array, *, held: bool = False
+) -> train.Recipe:
+    """Say how to take a step at a learning rate; if ``held``, under masks."""
+    return train.Recipe(learn, train.clipped_adam(rate, held=held), lesson.loss)
 
 
 def train_thin(bench: Bench, course: Course, lesson: Lesson) -> Outcome:
     """Train a network of the size of the pruned one, as long as the dense one was."""
-    _, cut = runs.load_network(network_of(bench.settings, Run("pruned", course.seed, 0.0)))
+    _, cut = small_networks.load_network(
+        network_of(bench.settings, Run("pruned", course.seed, 0.0))
+    )
     start = initial(bench, course.key)
     learn, infer, small = cut_down(bench, start, cut)
     variables = rescale(small, start)
@@ -554,7 +542,9 @@ def rescale(small: Any, whole: Any) -> Any:
     return jax.tree.map_with_path(scale, small, whole)
 
 
-def cut_down(bench: Bench, variables: Any, cut: runs.Cut) -> tuple[loop.Learn, loop.Infer, Any]:
+def cut_down(
+    bench: Bench, variables: Any, cut: small_networks.Cut
+) -> tuple[train.Learn, train.Infer, Any]:
     """Give the network, as in training and as it is used, and its variables after a cut."""
     learn, _ = jp.shrink(bench.learn, variables, cut=cut)
     return learn, *jp.shrink(bench.infer, variables, cut=cut)
@@ -578,18 +568,21 @@ def prune(
     Then what they remove is cut out of the network and of the optimizer's state, and the small
     network goes on. What is removed is chosen by the loss on the labels, whoever teaches.
     """
-    compile_, rates = bench.compile_, loop.learning_rates(LEARNING_RATE, len(order))
+    compile_, rates = bench.compile_, train.learning_rates(LEARNING_RATE, len(order))
     parts = np.split(np.arange(len(order)), [cut.step for cut in cuts[1:]])
 
-    def go_on(learn: loop.Learn, part: np.ndarray, variables: Any, state: Any, **held: bool) -> Any:
+    def go_on(
+        learn: train.Learn, part: np.ndarray, variables: Any, state: Any, **held: bool
+    ) -> Any:
         steps = ((lesson.take(order[i]), rates[i]) for i in part)
-        return loop.train(learn, variables, state, steps, compile_, loss=lesson.loss, **held)
+        recipe = functools.partial(recipe_of, learn, lesson, **held)
+        return train.loop(recipe, variables, state, steps, compile_)
 
-    tx, held = loop.optimizer(0.0), loop.optimizer(0.0, held=True)
+    tx, held = train.clipped_adam(0.0), train.clipped_adam(0.0, held=True)
     variables, state, masks = course.trained, held.init(course.trained["params"]), {}
     for cut, part in zip(cuts, parts, strict=True):
         batches = map(bench.take, order[cut.step : cut.step + SCORED_BATCHES])
-        grads = loop.mean_gradient(bench.learn, variables, batches, compile_)
+        grads = train.mean_gradient(bench.learn, variables, batches, compile_)
         masks[cut.kind] = find(bench, cut, variables, grads, within=masks.get(cut.kind))
         together = jp.combine_masks(*masks.values())
         params = jp.apply_masks(variables["params"], together["params"])
@@ -623,11 +616,11 @@ def find(bench: Bench, cut: Removal, variables: Any, grads: Any, *, within: Any)
     return groups.spread({"params": masks}, variables)
 
 
-def export(bench: Bench, run: Run, outcome: Outcome) -> runs.Record:
+def export(bench: Bench, run: Run, outcome: Outcome) -> Record:
     """Write the file of a network, and put in figures what it does with the whole test set."""
     infer, variables = outcome.infer, outcome.variables
     images, _ = bench.data.test
-    ours = loop.predict(infer, variables, images, bench.compile_)
+    ours = train.predict(infer, variables, images, bench.compile_)
     path = file_of(bench.settings, run.stage, run.seed)
     place(path, jp.export.onnx, infer, variables, images[:1])
     return {
@@ -638,13 +631,13 @@ def export(bench: Bench, run: Run, outcome: Outcome) -> runs.Record:
     }
 
 
-def quantize(bench: Bench, course: Course, run: Run, stage: str) -> runs.Record:
+def quantize(bench: Bench, course: Course, run: Run, stage: str) -> Record:
     """Write the int8 file of a stage, calibrated on training examples."""
     batches = [bench.take(indices).inputs for indices in course.after[:CALIBRATED_BATCHES]]
     source = file_of(bench.settings, stage, run.seed)
     path = file_of(bench.settings, run.stage, run.seed)
     place(path, jp.export.quantize_onnx, source, batches)
-    return measure(bench, path, device.predict(source, bench.data.test.images))
+    return measure(bench, path, device.predict(source, bench.data.test.inputs))
 
 
 def place(path: Path, write: Callable[..., Any], *args: Any) -> None:
@@ -654,7 +647,7 @@ def place(path: Path, write: Callable[..., Any], *args: Any) -> None:
         files.write(path, report.path.read_bytes())
 
 
-def measure(bench: Bench, path: Path, reference: np.ndarray) -> runs.Record:
+def measure(bench: Bench, path: Path, reference: np.ndarray) -> Record:
     """Put a file in figures: its size, and what it answers to the test set.
 
     Args:
@@ -677,7 +670,7 @@ def hits(logits: np.ndarray, labels: np.ndarray) -> float:
     return int((logits.argmax(-1) == labels).sum()) / len(labels)
 
 
-def search(settings: Config, ensure: Callable[[list[Run]], list[runs.Record]]) -> float:
+def search(settings: Config, ensure: Callable[[list[Run]], list[Record]]) -> float:
     """Find the largest fraction of the channels that can go within the tolerance.
 
     What it is measured by is the mean accuracy of all seeds on the validation set.
@@ -699,29 +692,27 @@ def search(settings: Config, ensure: Callable[[list[Run]], list[runs.Record]]) -
     )
 
 
-def latencies(settings: Config, bench: Callable[[], Bench]) -> list[runs.Record]:
+def latencies(settings: Config, bench: Callable[[], Bench]) -> list[Record]:
     """Time the files of the first seed, or read how long they took when they were timed."""
     path = settings.out / "latency.json"
     if path.exists():
         return json.loads(path.read_text())["stages"]
     names = [stage for stage in recipes(settings) if stage != "search"]
-    images = bench().data.test.images
-    found: dict[str, runs.Record] = {name: {"stage": name} for name in names}
+    images = bench().data.test.inputs
+    found: dict[str, Record] = {name: {"stage": name} for name in names}
     for batch in LATENCY_BATCHES:
         calls = {n: device.call(file_of(settings, n, seed=0), images[:batch]) for n in names}
-        seconds = latency.in_turns(calls, turns=LATENCY_TURNS)
+        seconds = timing.in_turns(calls, turns=LATENCY_TURNS)
         for name, taken in seconds.items():
-            ratio = paired_ratio(taken, seconds["dense"], seed=0)
+            ratio = timing.paired_ratio(taken, seconds["dense"], seed=0)
             times = {"ms": 1e3 * float(np.median(taken)), "ratio": ratio}
             found[name][str(batch)] = times
-    told = {"machine": machine(), "stages": list(found.values())}
+    told = {"machine": timing.machine(), "stages": list(found.values())}
     files.write(path, json.dumps(told, indent=2) + "\n")
     return told["stages"]
 
 
-def report(
-    settings: Config, records: list[runs.Record], sparsity: float, times: list[runs.Record]
-) -> runs.Record:
+def report(settings: Config, records: list[Record], sparsity: float, times: list[Record]) -> Record:
     """Write the summary, the figure and the answer, print the table, return the summary."""
     summary = {
         "dataset": settings.dataset,
@@ -729,20 +720,21 @@ def report(
         "search": deployment.trials(records, sparsity=sparsity, tolerance=settings.tolerance),
     }
     answer = deployment.answer(summary)
-    figure = figures.pareto_figure(summary["rows"], tolerance=settings.tolerance)
+    figure = deployment.pareto_figure(summary["rows"], tolerance=settings.tolerance)
     files.write(settings.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    files.write(settings.out / "pareto.png", figures.png(figure))
+    files.write(settings.out / "pareto.png", show.png(figure))
     files.write(settings.out / "answer.md", answer)
 
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 140)
-    for lines in tables(summary["rows"], title=f"{settings.dataset}, seeds: {settings.seeds}"):
-        console.print(lines)
-    console.print(rich.markdown.Markdown(answer))
-    console.print(f"Figure, metrics, networks, files and answer: {settings.out}")
+    show.printed(
+        *tables(summary["rows"], title=f"{settings.dataset}, seeds: {settings.seeds}"),
+        rich.markdown.Markdown(answer),
+        f"Figure, metrics, networks, files and answer: {settings.out}",
+        width=140,
+    )
     return summary
 
 
-def tables(rows: list[runs.Record], *, title: str) -> list[rich.table.Table]:
+def tables(rows: list[Record], *, title: str) -> list[rich.table.Table]:
     """Lay out a stage a line: what it gets right, then what it costs, in 80 columns each."""
     found = []
     for columns in (slice(0, 3), slice(3, None)):
@@ -758,5 +750,4 @@ def tables(rows: list[runs.Record], *, title: str) -> list[rich.table.Table]:
 
 
 if __name__ == "__main__":
-    programs.keep()
-    main(tyro.cli(Config))
+    runner.start(Config, main)

@@ -5,7 +5,6 @@ import functools
 import itertools
 import json
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
@@ -13,26 +12,15 @@ from typing import Any, Literal, NamedTuple, get_args
 import flax.linen as nn
 import jax
 import numpy as np
-import rich.console
 import rich.markdown
 import rich.table
-import tyro
 from tqdm import tqdm
 
 import jaxprune as jp
-from benchmarks.common import machine
-from experiments.common import (
-    data,
-    figures,
-    files,
-    latency,
-    loop,
-    programs,
-    runs,
-    tradeoff,
-    training,
-)
+from experiments import structured_figures as tradeoff
+from experiments.common import data, files, runner, show, small_networks, timing, train
 from experiments.common.models import ResidualNet, Transformer
+from experiments.common.runner import Record
 
 ModelName = Literal["cnn", "transformer"]
 Method = Literal["one_shot", "iterative"]
@@ -133,9 +121,9 @@ class Task(NamedTuple):
     """
 
     model: nn.Module
-    take: Callable[[np.ndarray], loop.Batch]
+    take: Callable[[np.ndarray], data.Examples]
     examples: int
-    test: loop.Batch
+    test: data.Examples
     steps: int
     fine_tune_steps: int
     batch_size: int
@@ -160,27 +148,22 @@ class Outcome(NamedTuple):
       left: how many units of every group are left, by its name.
     """
 
-    infer: loop.Infer
+    infer: train.Infer
     variables: Any
-    cut: runs.Cut
+    cut: small_networks.Cut
     left: dict[str, int]
 
 
-def main(config: Config) -> runs.Record:
+def main(config: Config) -> Record:
     """Run the experiment, or what is left of it, and print, draw and return its summary."""
     settings = resolve(config)
     planned = plan(settings)
-    with files.locked(settings.out):
-        records = runs.open_run(settings.out, recorded(settings))
-        finished = {run_of(record) for record in records}
-
-        with tqdm(total=len(planned), initial=len(finished), unit="run") as bar:
-            for record in run_all(settings, planned, finished):
-                runs.append_record(settings.out, record)
-                records.append(record)
-                bar.set_postfix_str("{model} {method}, seed {seed}".format(**record), refresh=False)
-                bar.update()
-
+    with runner.open_run(settings.out, recorded(settings), Run._fields) as run:
+        records = run.fill(
+            planned,
+            functools.partial(run_all, settings),
+            is_saved=lambda key: checkpoint(settings, Run(*key)).exists(),
+        )
         return report(settings, records, latencies(settings, planned))
 
 
@@ -246,7 +229,7 @@ def _fractions(field: str, values: tuple[float, ...]) -> list[Any]:
     ]
 
 
-def recorded(settings: Config) -> runs.Record:
+def recorded(settings: Config) -> Record:
     """Settings that the results depend on, as JSON types; where the folder lies is not one."""
     fields = dataclasses.asdict(settings)
     for name in ("out", "steps", "fine_tune_steps", "batch_size"):
@@ -259,7 +242,7 @@ def recorded(settings: Config) -> runs.Record:
     }
 
 
-def training_of(settings: Config, model: str) -> runs.Record:
+def training_of(settings: Config, model: str) -> Record:
     """Say how a network is trained: what is given, and for the rest what its data decide."""
     defaults = TRAININGS[data_of(settings, model)]
     given = {name: getattr(settings, name, None) for name in defaults}
@@ -283,22 +266,12 @@ def plan(settings: Config) -> list[Run]:
     ]
 
 
-def run_of(record: runs.Record) -> Run:
-    """Name the training run that a record tells of."""
-    return Run(*(record[field] for field in Run._fields))
-
-
-def run_all(settings: Config, planned: list[Run], finished: set[Run]) -> Iterator[runs.Record]:
-    """Train what is not ``finished``, and yield a record for each training run."""
-    missing = [
-        run for run in planned if run not in finished or not checkpoint(settings, run).exists()
-    ]
+def run_all(settings: Config, missing: list[Run]) -> Iterator[Record]:
+    """Train what is ``missing``, and yield a record for each training run."""
     for model, of_model in itertools.groupby(missing, lambda run: run.model):
-        task, compile_ = load(settings, model), loop.compiler()
+        task, compile_ = load(settings, model), train.compiler()
         for seed, of_seed in itertools.groupby(of_model, lambda run: run.seed):
-            for run, record in run_seed(settings, task, list(of_seed), seed, compile_):
-                if run not in finished:  # or only its network was missing
-                    yield record
+            yield from run_seed(settings, task, list(of_seed), seed, compile_)
 
 
 def load(settings: Config, model: str) -> Task:
@@ -312,10 +285,10 @@ def image_task(model: nn.Module, name: str, data_path: Path | None, **settings: 
     """Tell digits apart."""
     images = data.load_mnist(data_path) if name == "mnist" else data.load_digits()
 
-    def take(indices: np.ndarray) -> loop.Batch:
-        return loop.Batch(images.train.images[indices], images.train.labels[indices])
+    def take(indices: np.ndarray) -> data.Examples:
+        return data.Examples(images.train.inputs[indices], images.train.targets[indices])
 
-    return Task(model, take, len(images.train.labels), loop.Batch(*images.test), **settings)
+    return Task(model, take, len(images.train.targets), data.Examples(*images.test), **settings)
 
 
 def text_task(model: nn.Module, name: str, data_path: Path | None, **settings: Any) -> Task:
@@ -323,9 +296,9 @@ def text_task(model: nn.Module, name: str, data_path: Path | None, **settings: A
     del name, data_path
     text = data.load_text()
 
-    def windows(codes: np.ndarray, starts: np.ndarray) -> loop.Batch:
+    def windows(codes: np.ndarray, starts: np.ndarray) -> data.Examples:
         cut = codes[starts[:, None] + np.arange(CONTEXT + 1)]
-        return loop.Batch(cut[:, :-1], cut[:, 1:])
+        return data.Examples(cut[:, :-1], cut[:, 1:])
 
     examples = len(text.train) - CONTEXT
     test = windows(text.test, np.arange(0, len(text.test) - CONTEXT, CONTEXT))
@@ -333,11 +306,11 @@ def text_task(model: nn.Module, name: str, data_path: Path | None, **settings: A
 
 
 def run_seed(
-    settings: Config, task: Task, missing: list[Run], seed: int, compile_: loop.Compile
-) -> Iterator[tuple[Run, runs.Record]]:
+    settings: Config, task: Task, missing: list[Run], seed: int, compile_: train.Compile
+) -> Iterator[Record]:
     """Train a network or load it, then prune and fine-tune it in all ways that are ``missing``."""
     init_key, order_key, prune_key = jax.random.split(jax.random.key(seed), 3)
-    order = training.batch_order(
+    order = train.batch_order(
         order_key,
         examples=task.examples,
         steps=task.steps + task.fine_tune_steps,
@@ -347,28 +320,32 @@ def run_seed(
     path = trained_path(settings, missing[0].model, seed)
     if not path.exists():
         start = jax.jit(task.model.init)(init_key, task.test.inputs[:1])
-        state = loop.optimizer(0.0).init(start["params"])
-        rates = loop.learning_rates(task.learning_rate, task.steps)
+        state = train.clipped_adam(0.0).init(start["params"])
+        rates = train.learning_rates(task.learning_rate, task.steps)
         steps = zip(map(task.take, before), rates, strict=True)
-        runs.save_network(path, loop.train(task.learn, start, state, steps, compile_)[0], {})
-    trained, _ = runs.load_network(path)
+        recipe = functools.partial(recipe_of, task.learn)
+        variables, _ = train.loop(recipe, start, state, steps, compile_)
+        small_networks.save_network(path, variables, {})
+    trained, _ = small_networks.load_network(path)
 
     for run in missing:
         outcome = fine_tune(
             settings, task, run, trained, order=after, key=prune_key, compile_=compile_
         )
-        runs.save_network(checkpoint(settings, run), outcome.variables, outcome.cut)
-        yield run, {**run._asdict(), **measure(task, outcome, compile_)}
+        small_networks.save_network(checkpoint(settings, run), outcome.variables, outcome.cut)
+        yield {**run._asdict(), **measure(task, outcome, compile_)}
 
 
 def trained_path(settings: Config, model: str, seed: int) -> Path:
     """Say where the network lies that all runs of a seed prune."""
-    return settings.out / model / f"seed_{seed}" / "trained.npz"
+    return settings.out / model / f"seed_{seed}" / "trained.safetensors"
 
 
 def checkpoint(settings: Config, run: Run) -> Path:
     """Say where the network of a training run lies."""
-    name = f"{run.method}_channels_{run.channels_removed:g}_layers_{run.layers_removed:g}.npz"
+    name = (
+        f"{run.method}_channels_{run.channels_removed:g}_layers_{run.layers_removed:g}.safetensors"
+    )
     return settings.out / run.model / f"seed_{run.seed}" / name
 
 
@@ -380,7 +357,7 @@ def fine_tune(
     *,
     order: np.ndarray,
     key: jax.Array,
-    compile_: loop.Compile,
+    compile_: train.Compile,
 ) -> Outcome:
     """Go on with the training, and prune on the way.
 
@@ -388,16 +365,19 @@ def fine_tune(
     already. With the last round, after a quarter of the steps, what they remove is cut out of the
     network and of the optimizer's state, and the small network goes on.
     """
-    rates = loop.learning_rates(task.learning_rate, len(order))
+    rates = train.learning_rates(task.learning_rate, len(order))
     rounds = {"dense": 0, "one_shot": 1, "iterative": settings.rounds}[run.method]
     starts = np.linspace(0, len(order) // 4, rounds).astype(int)
     parts = np.split(np.arange(len(order)), starts[1:])
 
-    def go_on(learn: loop.Learn, part: np.ndarray, variables: Any, state: Any, **held: bool) -> Any:
+    def go_on(
+        learn: train.Learn, part: np.ndarray, variables: Any, state: Any, **held: bool
+    ) -> Any:
         steps = ((task.take(order[i]), rates[i]) for i in part)
-        return loop.train(learn, variables, state, steps, compile_, **held)
+        recipe = functools.partial(recipe_of, learn, **held)
+        return train.loop(recipe, variables, state, steps, compile_)
 
-    tx, held = loop.optimizer(0.0), loop.optimizer(0.0, held=True)
+    tx, held = train.clipped_adam(0.0), train.clipped_adam(0.0, held=True)
     variables, state = trained, held.init(trained["params"])
     if not rounds:
         variables, _ = go_on(task.learn, parts[0], variables, state.inner_state)
@@ -415,7 +395,7 @@ def fine_tune(
             pattern=jp.patterns.Coupled(groups.at("params"), normalize=not run.layers_removed),
             scope=jp.scopes.across if across else jp.scopes.per_leaf,
             within=masks,
-            grads=loop.mean_gradient(task.learn, variables, batches, compile_),
+            grads=train.mean_gradient(task.learn, variables, batches, compile_),
             key=jax.random.fold_in(key, n),
         )
         variables = {**variables, "params": jp.apply_masks(variables["params"], masks)}
@@ -431,6 +411,11 @@ def fine_tune(
     variables, _ = go_on(learn, parts[-1], variables, state)
     left = {name: int(alive.sum()) for name, alive in groups.keep(masks).items()}
     return Outcome(infer, variables, cut, left)
+
+
+def recipe_of(learn: train.Learn, rate: jax.Array, *, held: bool = False) -> train.Recipe:
+    """Say how to take a step at a learning rate; if ``held``, under masks."""
+    return train.Recipe(learn, train.clipped_adam(rate, held=held))
 
 
 def find_units(task: Task, variables: Any, run: Run) -> jp.Groups:
@@ -449,19 +434,19 @@ def _inside_heads(member: jp.Member) -> bool:
     return re.fullmatch(r".*/(query|value)/bias", member.path) is not None and member.axis == 1
 
 
-def measure(task: Task, outcome: Outcome, compile_: loop.Compile) -> runs.Record:
+def measure(task: Task, outcome: Outcome, compile_: train.Compile) -> Record:
     """Put a training run in figures."""
     infer, variables = outcome.infer, outcome.variables
     sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
     return {
-        **loop.evaluate(infer, variables, task.test, compile_),
+        **train.evaluate(infer, variables, task.test, compile_),
         "parameters": sum(sizes),
         "flops": jp.count_flops(infer, variables, task.test.inputs[:1]),
         "left": outcome.left,
     }
 
 
-def latencies(settings: Config, planned: list[Run]) -> list[runs.Record]:
+def latencies(settings: Config, planned: list[Run]) -> list[Record]:
     """Time the networks of the first seed, or read how long they took when they were timed."""
     path = settings.out / "latency.json"
     if path.exists():
@@ -471,41 +456,41 @@ def latencies(settings: Config, planned: list[Run]) -> list[runs.Record]:
     with tqdm(total=len(timed), unit="network", desc="latency") as bar:
         for model, of_model in itertools.groupby(timed, lambda run: run.model):
             task = load(settings, model)
-            trained, _ = runs.load_network(trained_path(settings, model, seed=0))
+            trained, _ = small_networks.load_network(trained_path(settings, model, seed=0))
             inputs = task.test.inputs[:LATENCY_BATCH]
-            dense = latency.call(task.infer, trained, inputs)
+            dense = timing.call(task.infer, trained, inputs)
             for run in of_model:
-                variables, cut = runs.load_network(checkpoint(settings, run))
+                variables, cut = small_networks.load_network(checkpoint(settings, run))
                 infer, _ = jp.shrink(task.infer, trained, cut=cut)
-                small = latency.call(infer, variables, inputs)
-                times = latency.compare(small, dense, turns=LATENCY_TURNS)
+                small = timing.call(infer, variables, inputs)
+                times = timing.compare(small, dense, turns=LATENCY_TURNS)
                 found.append({**run._asdict(), **times})
                 bar.update()
-    told = {"batch": LATENCY_BATCH, "machine": machine(), "networks": found}
-    runs.write(path, json.dumps(told, indent=2) + "\n")
+    told = {"batch": LATENCY_BATCH, "machine": timing.machine(), "networks": found}
+    files.write(path, json.dumps(told, indent=2) + "\n")
     return found
 
 
-def report(settings: Config, records: list[runs.Record], times: list[runs.Record]) -> runs.Record:
+def report(settings: Config, records: list[Record], times: list[Record]) -> Record:
     """Write the summary, the figure and the answer, print the table, return the summary."""
     rows = tradeoff.summarise(records, times)
     summary = {"dataset": settings.dataset, "rows": rows}
     answer = tradeoff.answer(rows, dataset=settings.dataset)
-    runs.write(settings.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    runs.write(settings.out / "tradeoff.png", figures.png(figures.tradeoff_figure(rows)))
-    runs.write(settings.out / "answer.md", answer)
+    files.write(settings.out / "summary.json", json.dumps(summary, indent=2) + "\n")
+    files.write(settings.out / "tradeoff.png", show.png(tradeoff.tradeoff_figure(rows)))
+    files.write(settings.out / "answer.md", answer)
 
-    console = rich.console.Console(width=None if sys.stdout.isatty() else 125)
-    console.print(
-        accuracy_table(rows, title=f"images: {settings.dataset}, seeds: {settings.seeds}")
+    show.printed(
+        accuracy_table(rows, title=f"images: {settings.dataset}, seeds: {settings.seeds}"),
+        cost_table(rows),
+        rich.markdown.Markdown(answer),
+        f"Figure, metrics, networks and answer: {settings.out}",
+        width=125,
     )
-    console.print(cost_table(rows))
-    console.print(rich.markdown.Markdown(answer))
-    console.print(f"Figure, metrics, networks and answer: {settings.out}")
     return summary
 
 
-def accuracy_table(rows: list[runs.Record], *, title: str) -> rich.table.Table:
+def accuracy_table(rows: list[Record], *, title: str) -> rich.table.Table:
     """Lay out what each network gets right, a network a line."""
     cells = lambda row: [tradeoff.percent(row), f"{row['loss']['mean']:.3f}"]  # noqa: E731
     lines = _table(rows, ("accuracy [%]", "loss"), cells, title=title)
@@ -513,7 +498,7 @@ def accuracy_table(rows: list[runs.Record], *, title: str) -> rich.table.Table:
     return lines
 
 
-def cost_table(rows: list[runs.Record]) -> rich.table.Table:
+def cost_table(rows: list[Record]) -> rich.table.Table:
     """Lay out what is left of each network and how long it takes, a network a line."""
     lines = _table(rows, ("parameters", "MFLOPs", "(%)", "ms", "(%)", "over"), _costs, title=None)
     lines.caption = (
@@ -524,9 +509,9 @@ def cost_table(rows: list[runs.Record]) -> rich.table.Table:
 
 
 def _table(
-    rows: list[runs.Record],
+    rows: list[Record],
     columns: Iterable[str],
-    cells: Callable[[runs.Record], list[str]],
+    cells: Callable[[Record], list[str]],
     *,
     title: str | None,
 ) -> rich.table.Table:
@@ -543,7 +528,7 @@ def _table(
     return lines
 
 
-def _costs(row: runs.Record) -> list[str]:
+def _costs(row: Record) -> list[str]:
     return [
         f"{row['parameters']:,.0f}",
         f"{row['flops'] / 1e6:.2f}",
@@ -555,5 +540,4 @@ def _costs(row: runs.Record) -> list[str]:
 
 
 if __name__ == "__main__":
-    programs.keep()
-    main(tyro.cli(Config))
+    runner.start(Config, main)

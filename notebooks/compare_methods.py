@@ -30,14 +30,16 @@ from IPython.display import Markdown
 # The experiments are no installed package: find them from the repository or a folder in it.
 sys.path.extend(str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments").is_dir())
 
-from experiments.common import comparison, figures, runs
+from experiments import compare_methods_figures as figures
+from experiments.common import runner, show
 
-run = Path(runs.__file__).parents[2] / os.environ.get(
+run = Path(runner.__file__).parents[2] / os.environ.get(
     "JAXPRUNE_RESULTS", "results/compare_methods_digits"
 )
-config, summary, records = runs.read_config(run), runs.read_summary(run), runs.read_records(run)
+config, summary = runner.read_config(run), runner.read_summary(run)
+records = runner.read_records(run)
 rows = summary["rows"]
-methods, sparsities = comparison.methods(rows), comparison.sparsities(rows)
+methods, sparsities = figures.methods(rows), figures.sparsities(rows)
 print(config)
 
 # %% [markdown]
@@ -65,8 +67,8 @@ Markdown((run / "answer.md").read_text())
 head = ["method", *(f"{100 * sparsity:g} %" for sparsity in sparsities)]
 lines = [head, ["---"] * len(head)]
 for method in methods:
-    found = [comparison.row_at(rows, method, sparsity) for sparsity in sparsities]
-    cells = [f"{comparison.percent(row)} ({100 * row['flops_share']:.0f})" for row in found]
+    found = [figures.row_at(rows, method, sparsity) for sparsity in sparsities]
+    cells = [f"{show.percent(row)} ({100 * row['flops_share']:.0f})" for row in found]
     lines.append([method, *cells])
 Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
@@ -80,9 +82,9 @@ Markdown("\n".join(f"| {' | '.join(line)} |" for line in lines))
 figure, panels = plt.subplots(
     1, 3, figsize=(14, 4.6), sharex=True, sharey=True, layout="constrained"
 )
-for axes, (family, names) in zip(panels, comparison.FAMILIES.items(), strict=True):
+for axes, (family, names) in zip(panels, figures.FAMILIES.items(), strict=True):
     for name in [name for name in names if name in methods]:
-        found = [comparison.row_at(rows, name, sparsity) for sparsity in sparsities]
+        found = [figures.row_at(rows, name, sparsity) for sparsity in sparsities]
         accuracy = [100 * row["accuracy"]["mean"] for row in found]
         colour, marker = figures.STYLES[name]
         cost = [100 * row["flops_share"] for row in found]
@@ -149,8 +151,8 @@ figure, panels = plt.subplots(
     layout="constrained",
 )
 for axes, sparsity in zip(panels[0], shown, strict=True):
-    ranked = comparison.at_sparsity(rows, sparsity)
-    gaps = 100 * np.array([comparison.gap(row, ranked[0]) for row in ranked])
+    ranked = figures.at_sparsity(rows, sparsity)
+    gaps = 100 * np.array([show.gap(row, ranked[0]) for row in ranked])
     for height, (row, (mean, std)) in enumerate(zip(ranked, gaps, strict=True)):
         colour, marker = figures.STYLES[row["method"]]
         axes.errorbar(mean, -height, xerr=std, fmt=marker, color=colour, capsize=3)

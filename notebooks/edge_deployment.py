@@ -33,14 +33,15 @@ from IPython.display import Markdown
 # The experiments are no installed package: find them from the repository or a folder in it.
 sys.path.extend(str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments").is_dir())
 
-from experiments.common import comparison, deployment, figures, runs
+from experiments import edge_deployment_figures as figures
+from experiments.common import runner, show
 
-run = Path(runs.__file__).parents[2] / os.environ.get(
+run = Path(runner.__file__).parents[2] / os.environ.get(
     "JAXPRUNE_RESULTS", "results/edge_deployment_digits"
 )
-config, summary = runs.read_config(run), runs.read_summary(run)
+config, summary = runner.read_config(run), runner.read_summary(run)
 rows = summary["rows"]
-dense = deployment.row_of(rows, "dense")
+dense = figures.row_of(rows, "dense")
 print(config)
 print(json.loads((run / "latency.json").read_text())["machine"])
 
@@ -123,6 +124,6 @@ axes.imshow(np.log(table), cmap="Blues", aspect="auto", alpha=0.6)
 for (i, j), value in np.ndenumerate(table):
     axes.text(j, i, f"{value:.3g} %", ha="center", va="center")
 axes.set_xticks(range(len(measures)), list(measures))
-axes.set_yticks(range(len(others)), [f"{r['stage']}, {comparison.percent(r)} %" for r in others])
+axes.set_yticks(range(len(others)), [f"{r['stage']}, {show.percent(r)} %" for r in others])
 axes.set_title("percent of dense")
 plt.show()

@@ -31,15 +31,24 @@ from flax.traverse_util import flatten_dict
 sys.path.extend(str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments").is_dir())
 
 import jaxprune as jp
-from experiments.common import figures, results, runs
+from experiments import lottery_ticket as ticket
+from experiments import lottery_ticket_figures as figures
+from experiments.common import runner, settings
 
-run = Path(runs.__file__).parents[2] / os.environ.get(
+run = Path(runner.__file__).parents[2] / os.environ.get(
     "JAXPRUNE_RESULTS", "results/lottery_ticket_digits"
 )
-config, summary, records = runs.read_config(run), runs.read_summary(run), runs.read_records(run)
-rows, seeds, levels = summary["rows"], range(config["seeds"]), range(config["levels"] + 1)
-masks = {(seed, level): runs.load_level(run, seed, level)[0] for seed in seeds for level in levels}
-left = [100 * results.remaining(masks[0, level]) for level in levels]
+config, summary = runner.read_config(run), runner.read_summary(run)
+records = runner.read_records(run)
+rows, seeds = summary["rows"], settings.seed_range(config["seeds"])
+levels, first = range(config["levels"] + 1), seeds[0]
+start, _ = runner.load(ticket.start_of(run, first))
+masks = {
+    (seed, level): runner.load(ticket.level_of(run, seed, level))[1]
+    for seed in seeds
+    for level in levels
+}
+left = [100 * (1 - jp.sparsity(masks[first, level], start)) for level in levels]
 print(config)
 
 # %% [markdown]
@@ -68,7 +77,8 @@ figures.learning_figure(records)
 # Each layer loses its share; the output layer, small as it is, half as much a round.
 
 # %%
-sparsity = [results.layer_sparsity(masks[0, level]) for level in levels]
+tables = [jp.summary(jp.apply_masks(start, masks[first, n]), masks[first, n]) for n in levels]
+sparsity = [{row.path: row.sparsity for row in table.rows} for table in tables]
 figure, axes = plt.subplots(figsize=(6, 4), layout="constrained")
 for path in sparsity[0]:
     axes.plot(levels, [100 * layers[path] for layers in sparsity], "o-", markersize=3.5, label=path)
@@ -90,7 +100,7 @@ pairs = list(itertools.combinations(seeds, 2))
 if pairs:
     figure, (total, layers) = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
     overlaps = [[jp.overlap(masks[a, n], masks[b, n]) for a, b in pairs] for n in levels]
-    chance = [[results.chance_overlap(masks[a, n], masks[b, n]) for a, b in pairs] for n in levels]
+    chance = [[figures.chance_overlap(masks[a, n], masks[b, n]) for a, b in pairs] for n in levels]
     found = [[overlap.total for overlap in level] for level in overlaps]
     total.plot(left, np.mean(found, axis=1), "o-", markersize=3.5, label="between seeds")
     total.plot(left, np.mean(chance, axis=1), "k--", linewidth=1, label="chance")
@@ -115,11 +125,11 @@ else:
 
 # %%
 level = len(levels) // 2
-start, (_, trained) = runs.load_start(run, 0), runs.load_level(run, 0, 0)
+trained, _ = runner.load(ticket.level_of(run, first, 0))
 figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
 moments = {"where the ticket starts": start, "after training the dense network": trained}
 for axes, (moment, weights) in zip(panels, moments.items(), strict=True):
-    kept, removed = results.split_weights(weights, masks[0, level])
+    kept, removed = figures.split_weights(weights, masks[first, level])
     bins = np.linspace(*np.quantile(np.concatenate([kept, removed]), [0.001, 0.999]), 60)
     axes.hist(removed, bins, color="0.7", label=f"removed ({len(removed):,})")
     axes.hist(kept, bins, color=figures.COLOURS["ticket"], alpha=0.7, label=f"kept ({len(kept):,})")

@@ -31,14 +31,16 @@ from IPython.display import Markdown
 # The experiments are no installed package: find them from the repository or a folder in it.
 sys.path.extend(str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments").is_dir())
 
-from experiments.common import comparison, figures, runs, tradeoff
+from experiments import structured_figures as figures
+from experiments.common import runner, show
 
-run = Path(runs.__file__).parents[2] / os.environ.get(
+run = Path(runner.__file__).parents[2] / os.environ.get(
     "JAXPRUNE_RESULTS", "results/structured_digits"
 )
-config, summary, records = runs.read_config(run), runs.read_summary(run), runs.read_records(run)
+config, summary = runner.read_config(run), runner.read_summary(run)
+records = runner.read_records(run)
 rows = summary["rows"]
-models, methods = tradeoff.models(rows), tradeoff.methods(rows)
+models, methods = figures.models(rows), figures.methods(rows)
 print(config)
 
 # %% [markdown]
@@ -68,16 +70,16 @@ figure, panels = plt.subplots(
     1, len(models), figsize=(1 + 5 * len(models), 4), squeeze=False, layout="constrained"
 )
 for axes, model in zip(panels[0], models, strict=True):
-    base = tradeoff.dense(rows, model)
+    base = figures.dense(rows, model)
     kinds = ("channels", "layers")
     names = {
-        tradeoff.share(row): None
+        figures.share(row): None
         for kind in kinds
-        for row in tradeoff.line(rows, model, methods[0], kind)
+        for row in figures.line(rows, model, methods[0], kind)
     }
     for method, shift in zip(methods, np.linspace(0.12, -0.12, len(methods)), strict=True):
-        found = [row for kind in kinds for row in tradeoff.line(rows, model, method, kind)]
-        lost = 100 * np.array([comparison.gap(base, row) for row in found])
+        found = [row for kind in kinds for row in figures.line(rows, model, method, kind)]
+        lost = 100 * np.array([show.gap(base, row) for row in found])
         colour, marker = figures.STYLES[method]
         heights = shift - np.arange(len(found))
         axes.errorbar(
@@ -108,7 +110,7 @@ plt.show()
 def gone(model, method, share):
     """Count for each branch the seeds that leave it out."""
     wanted = (model, method, 0.0, share)
-    found = [record["left"] for record in records if tradeoff.key_of(record) == wanted]
+    found = [record["left"] for record in records if figures.key_of(record) == wanted]
     return {name: sum(not left[name] for left in found) for name in found[0]}
 
 

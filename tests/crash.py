@@ -6,14 +6,13 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from experiments.common import figures
+from experiments.common import show
 
 ROOT = Path(__file__).parents[1]
 
@@ -74,14 +73,12 @@ def torn(before, after):
 def assert_any_kill_is_survived(main, config, monkeypatch, *, files, at_least, every=1):
     """Run undisturbed, then go on from (every so many of) the states that a kill may leave.
 
-    Figures are left out: to draw them takes longer than all else at toy size.
+    Figures are not rendered: that takes longer than all else at toy size.
     """
-    for name in vars(figures):
-        if name == "png" or name.endswith("_figure"):
-            monkeypatch.setattr(figures, name, lambda *_, **__: b"png")
+    monkeypatch.setattr(show, "png", lambda figure: b"png")
     left = states(config.out, lambda: main(config), monkeypatch)
     undisturbed = contents(config.out)
-    assert len(undisturbed) == files and len(left) >= at_least
+    assert len(undisturbed) == files and len(left) >= at_least, len(left)
     for state in left[::every]:
         restore(state, config.out)
         main(config)
@@ -107,9 +104,6 @@ def run_processes(experiment, arguments, kills=(), *, starts=None, timeout=600):
         "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
     }
-    if "--coordinator" in arguments[0]:  # jax would listen to the whole network
-        meeting = arguments[0][arguments[0].index("--coordinator") + 1]
-        environment["JAX_COORDINATOR_BIND_ADDRESS"] = meeting
     if kills:  # as experiments do it; whom nobody kills shows that it makes no difference
         environment["JAX_COMPILATION_CACHE_DIR"] = str(folder_of(arguments)) + "_programs"
         environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
@@ -137,16 +131,6 @@ def run_processes(experiment, arguments, kills=(), *, starts=None, timeout=600):
 def folder_of(arguments):
     """Read the run folder off the command lines of a run."""
     return arguments[0][arguments[0].index("--out") + 1]
-
-
-def command_lines(options, out, *, timeout=300, count=2):
-    """Command lines of processes that share a run on this machine."""
-    with socket.socket() as there:
-        there.bind(("127.0.0.1", 0))
-        port = there.getsockname()[1]
-    meeting = ["--distributed", "--coordinator", f"127.0.0.1:{port}", "--processes", str(count)]
-    meeting += ["--peer-timeout", str(timeout), "--out", str(out)]
-    return [[*options, *meeting, "--process-id", str(n)] for n in range(count)]
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import importlib
 import json
 import os
 import signal
+import stat
 import sys
 import time
 from unittest import mock
@@ -18,7 +19,7 @@ from unittest import mock
 import pytest
 import tyro
 
-from experiments.common import data, files
+from experiments.common import data
 
 
 def main():
@@ -59,7 +60,7 @@ def child(module, config, write):
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     code = 1
     try:
-        with mock.patch.object(files, "_write_through", killing(write)):
+        with mock.patch.object(os, "fsync", killing(write)):
             prepare(module)
             module.main(config)
         code = 0
@@ -70,17 +71,19 @@ def child(module, config, write):
 
 
 def killing(number):
-    """Write as ever, but die in the middle of the ``number``-th time."""
-    write_through, count = files._write_through, 0
+    """Bring files to the disk as ever, but die in the middle of the ``number``-th."""
+    fsync, count = os.fsync, 0
 
-    def wrapper(file, content):
+    def wrapper(handle):
         nonlocal count
-        count += 1
-        if count == number:
-            file.write(content[: len(content) // 2])
-            file.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        write_through(file, content)
+        if stat.S_ISREG(os.fstat(handle).st_mode):
+            count += 1
+            if count == number:
+                # Of a file that is written anew half is there, of a new line all but its end.
+                size, whole = os.fstat(handle).st_size, os.readlink(f"/proc/self/fd/{handle}")
+                os.ftruncate(handle, size // 2 if whole.endswith(".draft") else size - 5)
+                os.kill(os.getpid(), signal.SIGKILL)
+        fsync(handle)
 
     return wrapper
 

@@ -13,7 +13,9 @@ import pytest
 
 import jaxprune as jp
 from experiments import compare_methods
-from experiments.common import comparison, costs, data, figures, runs
+from experiments import compare_methods_figures as figures
+from experiments.common import data, runner, show
+from experiments.common import train as training
 from experiments.common.models import MLP, LeNet5, PatchConv
 from experiments.compare_methods import METHODS, Config, main, resolve
 from tests import crash
@@ -48,7 +50,7 @@ def tiny():
     def split(count):
         labels = rng.integers(0, 4, count).astype(np.int32)
         images = rng.normal(size=(count, 16)) + np.eye(16)[4 * labels]
-        return data.Split(images=images.astype(np.float32), labels=labels)
+        return data.Examples(images.astype(np.float32), labels)
 
     dataset = data.Dataset(train=split(256), validation=split(8), test=split(40))
     settings = resolve(Config(steps=24, batch_size=16))
@@ -56,17 +58,29 @@ def tiny():
     return dataset, seeds
 
 
-def train(tiny, method, sparsity, seeds=None):
-    dataset, (first, *_) = tiny
-    run = compare_methods.train_alone if seeds is None else compare_methods.train_together
-    target = compare_methods.share_out(first.start, sparsity)
-    settings = {"method": method, "model": TINY, "learning_rate": 0.01}
-    return run(first if seeds is None else seeds, target, dataset, **settings)
+def train(tiny, method, sparsity, *, seeds=1, together=False):
+    dataset, starts = tiny
+    found = training.each_seed(
+        compare_methods.train_method,
+        starts[:seeds],
+        compare_methods.share_out(starts[0].start, sparsity),
+        dataset,
+        together=together,
+        method=method,
+        model=TINY,
+        learning_rate=0.01,
+    )
+    return next(found) if seeds == 1 else list(found)
 
 
-@pytest.mark.parametrize("method", METHODS)
+# To compile a method takes seconds, so one of each kind is quick.
+QUICK = ("dense", "one_shot", "straight_through", "rigl", "synflow")
+EACH = [m if m in QUICK else pytest.param(m, marks=pytest.mark.slow) for m in METHODS]
+
+
+@pytest.mark.parametrize("method", EACH)
 def test_every_method_ends_at_exactly_the_sparsity_asked_for(tiny, method):
-    before = compare_methods.train_alone._cache_size()
+    before = training._alone._cache_size()
     for sparsity in (0.0,) if method == "dense" else (0.5, 0.83):
         outcome = train(tiny, method, sparsity)
         masks = jax.tree.leaves(outcome.masks)
@@ -80,7 +94,7 @@ def test_every_method_ends_at_exactly_the_sparsity_asked_for(tiny, method):
             layers = jp.scopes.erk(tiny[1][0].start, sparsity)
             shares = [1 - count / mask.size for count, mask in zip(counts, masks, strict=True)]
             assert shares == pytest.approx(jax.tree.leaves(layers))
-    assert compare_methods.train_alone._cache_size() == before + 1  # one program for all
+    assert training._alone._cache_size() == before + 1  # one program for all
 
 
 def kept(tiny, method, sparsity=0.8):
@@ -91,6 +105,12 @@ def test_methods_take_the_way_that_their_name_says(tiny):
     # Of 160 weights 32 stay. What a step sees is what the event of the step before left.
     assert kept(tiny, "dense", 0.0).tolist() == [160] * 24
     assert kept(tiny, "one_shot").tolist() == [160] * 13 + [32] * 11
+    for method in ("rigl", "synflow"):
+        assert set(kept(tiny, method).tolist()) == {32}
+
+
+@pytest.mark.slow
+def test_all_methods_take_the_way_that_their_name_says(tiny):
     iterative = kept(tiny, "iterative")
     assert sorted(set(iterative.tolist()), reverse=True) == pytest.approx(
         [160 * 0.2 ** (n / 5) for n in range(6)], abs=1.5
@@ -101,49 +121,43 @@ def test_methods_take_the_way_that_their_name_says(tiny):
     assert gradual[0] == 160 and gradual[19] == 32 and np.all(np.diff(gradual) <= 0)
     turns = np.flatnonzero(np.diff(kept(tiny, "ac_dc")))
     assert turns.tolist() == [3, 6, 9, 12, 15]
-    for method in ("rigl", "set", "static", "synflow"):
+    for method in ("set", "static"):
         assert set(kept(tiny, method).tolist()) == {32}
 
 
 def test_seeds_side_by_side_train_as_they_do_alone(tiny):
-    dataset, seeds = tiny
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
-    together = train(tiny, "gradual", 0.5, stacked)
-    for n, seed in enumerate(seeds):
-        alone = train((dataset, [seed]), "gradual", 0.5)
-        for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
-            np.testing.assert_allclose(one, other[n], atol=1e-5)
+    alone, together = (train(tiny, "one_shot", 0.5, seeds=2, together=t) for t in (False, True))
+    for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+    for one, other in zip(alone, together, strict=True):
+        assert one.hits == other.hits
 
 
-def test_fit_seeds_gives_the_same_either_way(tiny):
-    dataset, seeds = tiny
-    target = compare_methods.share_out(seeds[0].start, 0.5)
-    settings = {"method": "gradual", "model": TINY, "learning_rate": 0.01, "target": target}
-    for missing in ([0, 1], [1], []):
-        runs_ = [
-            dict(
-                compare_methods.fit_seeds(
-                    dict(enumerate(seeds)), missing, together=together, dataset=dataset, **settings
-                )
-            )
-            for together in (True, False)
-        ]
-        assert [list(run) for run in runs_] == [missing, missing]
-        for n in missing:
-            assert runs_[0][n].hits == runs_[1][n].hits
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["on", "off"])
+def test_records_that_are_missing_are_made_as_they_were(tmp_path, parallel):
+    config = dataclasses.replace(TOY, methods=("one_shot",), sparsities=(0.8,), steps=16)
+    config = dataclasses.replace(config, parallel_seeds=parallel, out=tmp_path)
+    main(config)
+    before = crash.contents(tmp_path)
+    lines = before["metrics.jsonl"].splitlines(keepends=True)
+    for kept in (lines[:1], lines[:3], lines[1:], lines[:1] + lines[2:]):
+        (tmp_path / "metrics.jsonl").write_bytes(b"".join(kept))
+        main(config)
+        assert crash.contents(tmp_path) == before
 
 
 def test_a_run_leaves_its_files(toy):
     names = {str(path.relative_to(toy)) for path in toy.rglob("*")}
     assert names == {"config.json", "metrics.jsonl", "summary.json", "accuracy.png", "answer.md"}
-    config = runs.read_config(toy)
+    config = runner.read_config(toy)
     assert config["steps"] == 20 and config["methods"] == ["one_shot", "rigl"]
     assert config["data_path"] is None and "out" not in config
 
 
 def test_metrics_have_a_line_for_each_method_sparsity_and_seed(toy):
-    records = runs.read_records(toy)
-    assert [compare_methods.run_of(record) for record in records] == [
+    records = runner.read_records(toy)
+    assert [tuple(record[f] for f in compare_methods.FIELDS) for record in records] == [
         (method, sparsity, seed)
         for method, sparsity in (
             ("dense", 0.0),
@@ -160,7 +174,7 @@ def test_metrics_have_a_line_for_each_method_sparsity_and_seed(toy):
 
 
 def test_the_summary_has_a_row_for_each_method_and_sparsity(toy):
-    summary = runs.read_summary(toy)
+    summary = runner.read_summary(toy)
     assert summary["dataset"] == "digits" and summary["steps"] == 20
     rows = summary["rows"]
     assert [(row["method"], row["sparsity"]) for row in rows] == [
@@ -185,10 +199,10 @@ def test_the_summary_has_a_row_for_each_method_and_sparsity(toy):
 
 
 def test_the_answer_is_written_and_printed(toy, capsys, monkeypatch):
-    monkeypatch.setattr(compare_methods, "load", None)  # neither data nor training are needed
+    monkeypatch.setattr(data, "load", None)  # neither data nor training are needed
     (toy / "accuracy.png").unlink()
     summary = main(dataclasses.replace(TOY, out=toy))
-    assert summary == runs.read_summary(toy)
+    assert summary == runner.read_summary(toy)
     assert (toy / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     answer = (toy / "answer.md").read_text()
@@ -197,7 +211,8 @@ def test_the_answer_is_written_and_printed(toy, capsys, monkeypatch):
     assert "mask is fixed" not in answer  # nobody ran who could say
 
 
-@pytest.mark.parametrize("parallel", ["on", pytest.param("off", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parallel", ["on", "off"])
 def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(
     tmp_path, monkeypatch, parallel
 ):
@@ -228,8 +243,8 @@ def test_another_config_is_refused(toy):
     [
         ({"dataset": "cifar"}, "`dataset='cifar'` is not known. Choose one of digits, mnist"),
         ({"methods": ("gradual", "lucky")}, r"may name one_shot, .*, but not \['lucky'\]"),
-        ({"methods": ("set", "set")}, "must name each method once"),
-        ({"methods": ()}, r"`methods=\(\)` must name each method once"),
+        ({"methods": ("set", "set")}, "must name each once, and one at least"),
+        ({"methods": ()}, r"`methods=\(\)` must name each once, and one at least"),
         ({"sparsities": (0.5, 1.0)}, r"`sparsities=\(0.5, 1.0\)` must lie between 0 and 1"),
         ({"sparsities": (float("nan"),)}, "must lie between 0 and 1"),
         ({"sparsities": (0.5, 0.5)}, "must be distinct, and one at least"),
@@ -239,7 +254,10 @@ def test_another_config_is_refused(toy):
         ({"learning_rate": float("inf")}, "`learning_rate=inf` must be positive and finite"),
         ({"parallel_seeds": "maybe"}, "`parallel_seeds='maybe'` must be auto, on or off"),
         ({"data_path": Path("mnist.npz")}, "goes with dataset='mnist'"),
-        ({"steps": 0, "seeds": -1}, "`seeds=-1` must be positive; `steps=0` must be 16"),
+        (
+            {"steps": 0, "seeds": -1},
+            "`seeds=-1` must be positive, or a range such as 3:6; `steps=0` must be 16",
+        ),
     ],
 )
 def test_bad_settings_are_refused_by_name(changes, words):
@@ -257,8 +275,8 @@ def test_the_dataset_decides_what_is_left_out():
 def test_every_method_has_a_name_a_family_and_a_style():
     names = ["dense", *get_args(compare_methods.Name)]
     assert list(METHODS) == names == list(figures.STYLES)
-    assert [name for family in comparison.FAMILIES.values() for name in family] == names[1:]
-    for family in comparison.FAMILIES.values():
+    assert [name for family in figures.FAMILIES.values() for name in family] == names[1:]
+    for family in figures.FAMILIES.values():
         for part in (0, 1):
             assert len({figures.STYLES[name][part] for name in family}) == len(family)
 
@@ -268,12 +286,12 @@ def test_flops_can_be_counted_by_hand():
     # Dense forward: 2 * (4 * 3 + 2) = 28; sparse forward: 2 * (1 * 3 + 2) = 10.
     count = {"sizes": np.array([4, 2]), "positions": np.array([3, 1]), "batch_size": 5}
     kept, never = np.array([[4, 2], [1, 2]]), np.array([False, False])
-    assert costs.training_flops(kept, dense_gradients=never, **count) == 5 * 3 * (28 + 10)
+    assert compare_methods.training_flops(kept, dense_gradients=never, **count) == 5 * 3 * (28 + 10)
     at_the_last = np.array([False, True])
-    assert costs.training_flops(kept, dense_gradients=at_the_last, **count) == 5 * (
+    assert compare_methods.training_flops(kept, dense_gradients=at_the_last, **count) == 5 * (
         3 * 28 + 2 * 10 + 28
     )
-    assert costs.inference_flops(kept[1], positions=count["positions"]) == 10
+    assert compare_methods.inference_flops(kept[1], positions=count["positions"]) == 10
 
 
 def test_gradients_are_dense_where_a_method_looks_at_removed_weights():
@@ -285,21 +303,18 @@ def test_gradients_are_dense_where_a_method_looks_at_removed_weights():
         assert not compare_methods.dense_gradients(method, 20).any()
 
 
-def test_bytes_are_those_of_the_summary(tiny):
-    start = tiny[1][0].start
-    masks = jp.find_masks(start, 0.7)
-    left = np.array([int(mask.sum()) for mask in jax.tree.leaves(masks)])
-    sizes = np.array([128, 32])
-    expected = jp.summary(start, masks)
-    size = costs.model_bytes(left, sizes=sizes, others=expected.others)
-    assert size == expected.total.packed_bytes + 4 * 12
-    assert costs.model_bytes(sizes, sizes=sizes, others=12) == 4 * 172
+def test_bytes_are_values_and_the_bits_that_say_where_they_are(tiny):
+    start = tiny[1][0].start  # 16-8-4: 128 and 32 weights, and 12 biases
+    pruned = jp.summary(start, jp.find_masks(start, 0.7))
+    kept = 160 - 90 - 22  # 70 % of each layer, rounded
+    assert compare_methods.model_bytes(pruned) == 4 * (kept + 12) + 128 // 8 + 32 // 8
+    assert compare_methods.model_bytes(jp.summary(start, jp.dense_masks(start))) == 4 * 172
 
 
 def test_positions_are_those_of_the_feature_maps(key):
     images = jnp.zeros((2, 784))
     params = jax.eval_shape(LeNet5(10).init, key, images)["params"]
-    assert costs.output_positions(LeNet5(10), params, images) == {
+    assert compare_methods.output_positions(LeNet5(10), params, images) == {
         "conv_0/kernel": 24 * 24,
         "conv_1/kernel": 8 * 8,
         "hidden_0/kernel": 1,
@@ -343,23 +358,23 @@ ROWS = [
 
 
 def test_as_good_is_what_the_spread_of_the_gap_covers():
-    assert comparison.gap(ROWS[1], ROWS[2]) == pytest.approx((0.005, 0.015))
-    assert comparison.gap(ROWS[1], ROWS[3]) == pytest.approx((0.03, 0.0))
-    assert [r["method"] for r in comparison.as_good(ROWS, 0.9)] == ["gradual", "rigl"]
+    assert show.gap(ROWS[1], ROWS[2]) == pytest.approx((0.005, 0.015))
+    assert show.gap(ROWS[1], ROWS[3]) == pytest.approx((0.03, 0.0))
+    assert [r["method"] for r in figures.as_good(ROWS, 0.9)] == ["gradual", "rigl"]
 
 
 def test_the_cheapest_is_within_a_point_of_the_best():
-    assert comparison.cheapest(ROWS, 0.9)["method"] == "rigl"
-    assert comparison.cheapest(ROWS, 0.9, within=0.05)["method"] == "set"
-    assert comparison.cheapest(ROWS, 0.9, within=0.001)["method"] == "gradual"
+    assert figures.cheapest(ROWS, 0.9)["method"] == "rigl"
+    assert figures.cheapest(ROWS, 0.9, within=0.05)["method"] == "set"
+    assert figures.cheapest(ROWS, 0.9, within=0.001)["method"] == "gradual"
 
 
 def test_a_lost_layer_or_half_of_the_accuracy_is_a_collapse():
-    assert [r["method"] for r in comparison.collapses(ROWS, 0.9)] == ["snip", "static"]
+    assert [r["method"] for r in figures.collapses(ROWS, 0.9)] == ["snip", "static"]
 
 
 def test_the_answer_is_read_off_the_rows():
-    answer = comparison.answer(ROWS, dataset="toy", steps=7)
+    answer = figures.answer(ROWS, dataset="toy", steps=7)
     for line in (
         "toy, 7 steps, seeds: 2. Test accuracy in percent, mean±std over the seeds; dense: "
         "98.00±1.00.",
@@ -383,7 +398,7 @@ def test_rows_gather_the_seeds_and_count_lost_layers():
         pruned | {"seed": 1, "accuracy": 0.5, "flops": 1, "densities": {"a": 1.0, "b": 0.0}},
         pruned | {"seed": 0, "accuracy": 0.7, "flops": 2},
     ]
-    dense, snip = comparison.summarise(records)
+    dense, snip = figures.summarise(records)
     assert dense["method"] == "dense" and dense["flops_share"] == 1.0
     assert snip["accuracy"]["seeds"] == [0.7, 0.5] and snip["collapsed"] == 1
     assert snip["flops"] == 1.5 and snip["flops_share"] == 0.375
@@ -410,8 +425,8 @@ def test_mnist_comes_from_the_data_path(tmp_path):
 def test_regrown_weights_beat_static_ones_on_the_digits(tmp_path):
     config = Config(methods=("rigl", "static", "gradual"), sparsities=(0.95,), out=tmp_path)
     rows = main(config)["rows"]
-    assert comparison.gap(*(comparison.row_at(rows, m, 0.95) for m in ("rigl", "static")))[0] > 0.03
-    assert comparison.at_sparsity(rows, 0.95)[0]["method"] == "gradual"
+    assert show.gap(*(figures.row_at(rows, m, 0.95) for m in ("rigl", "static")))[0] > 0.03
+    assert figures.at_sparsity(rows, 0.95)[0]["method"] == "gradual"
 
 
 def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():

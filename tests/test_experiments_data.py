@@ -21,29 +21,29 @@ def arrays():
 
 def test_digits_are_split_without_overlap_and_the_same_way_every_time():
     once, again = data.load_digits(), data.load_digits()
-    assert [len(split.labels) for split in once] == [1077, 180, 540]
+    assert [len(split.targets) for split in once] == [1077, 180, 540]
     for a, b in zip(jax.tree.leaves(once), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
-    rows = np.concatenate([split.images for split in once])
+    rows = np.concatenate([split.inputs for split in once])
     assert len(np.unique(rows, axis=0)) == len(rows)
 
 
 def test_digits_are_standardised_by_the_training_part_and_stratified():
     digits = data.load_digits()
-    assert digits.train.images.dtype == np.float32 and digits.train.labels.dtype == np.int32
-    assert abs(digits.train.images.mean()) < 1e-5
-    assert abs(digits.train.images.std() - 1) < 1e-5
-    assert np.bincount(digits.validation.labels).min() >= 17
+    assert digits.train.inputs.dtype == np.float32 and digits.train.targets.dtype == np.int32
+    assert abs(digits.train.inputs.mean()) < 1e-5
+    assert abs(digits.train.inputs.std() - 1) < 1e-5
+    assert np.bincount(digits.validation.targets).min() >= 17
 
 
 def test_mnist_is_standardised_and_its_last_twelfth_validates(tmp_path, arrays):
     np.savez(tmp_path / "mnist.npz", **arrays)
     mnist = data.load_mnist(tmp_path / "mnist.npz")
-    assert [split.images.shape for split in mnist] == [(110, 784), (10, 784), (20, 784)]
+    assert [split.inputs.shape for split in mnist] == [(110, 784), (10, 784), (20, 784)]
     expected = (arrays["x_train"][-1].reshape(-1) / 255 - 0.1307) / 0.3081
-    np.testing.assert_allclose(mnist.validation.images[-1], expected, rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(mnist.validation.labels, arrays["y_train"][-10:])
-    np.testing.assert_array_equal(mnist.test.labels, arrays["y_test"])
+    np.testing.assert_allclose(mnist.validation.inputs[-1], expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(mnist.validation.targets, arrays["y_train"][-10:])
+    np.testing.assert_array_equal(mnist.test.targets, arrays["y_test"])
 
 
 def test_mnist_is_downloaded_by_its_checksum(tmp_path, monkeypatch, arrays):
@@ -55,7 +55,7 @@ def test_mnist_is_downloaded_by_its_checksum(tmp_path, monkeypatch, arrays):
         return str(tmp_path / "mnist.npz")
 
     monkeypatch.setattr("pooch.retrieve", retrieve)
-    assert len(data.load_mnist().test.labels) == 20
+    assert len(data.load_mnist().test.targets) == 20
     assert asked["url"].endswith("/mnist.npz") and asked["known_hash"].startswith("sha256:731c5ac6")
 
 

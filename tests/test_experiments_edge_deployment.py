@@ -12,7 +12,8 @@ import rich.console
 
 import jaxprune as jp
 from experiments import edge_deployment as edge
-from experiments.common import data, deployment, device, figures, latency, loop, runs
+from experiments import edge_deployment_figures as figures
+from experiments.common import data, device, runner, show, small_networks, timing, train
 from experiments.common.models import ResidualNet
 from experiments.edge_deployment import Config, Removal, Run, main, resolve
 from tests import crash
@@ -66,10 +67,10 @@ def stand_in(monkeypatch):
     rng = np.random.default_rng(0)
     labels = rng.integers(0, 10, 90).astype(np.int32)
     images = rng.normal(size=(10, 16))[labels] + 0.3 * rng.normal(size=(90, 16))
-    split = data.Split(images.astype(np.float32), labels)
+    split = data.Examples(images.astype(np.float32), labels)
     monkeypatch.setattr(edge, "model_of", lambda settings: Tiny())
     monkeypatch.setattr(data, "load_digits", lambda: data.Dataset(split, split, split))
-    monkeypatch.setattr(latency, "in_turns", timed)
+    monkeypatch.setattr(timing, "in_turns", timed)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,20 +114,23 @@ def bench():
 
 def test_a_run_leaves_its_files(toy):
     names = {str(path.relative_to(toy)) for path in toy.rglob("*") if path.is_file()}
-    found = runs.read_summary(toy)["search"]["sparsity"]
+    found = runner.read_summary(toy)["search"]["sparsity"]
     float_ = [stage for stage in STAGES if not stage.startswith("search") and "quant" not in stage]
     assert names == {
         *("config.json", "metrics.jsonl", "latency.json"),
         *("summary.json", "pareto.png", "answer.md"),
         *(f"seed_0/{stage}.onnx" for stage in STAGES),
-        *(f"seed_0/{name}.npz" for name in (*float_, "trained", "teacher", f"search_{found:g}")),
+        *(
+            f"seed_0/{name}.safetensors"
+            for name in (*float_, "trained", "teacher", f"search_{found:g}")
+        ),
     }
-    config = runs.read_config(toy)
+    config = runner.read_config(toy)
     assert config["steps"] == 20 and config["data_path"] is None and "out" not in config
 
 
 def test_tables_lose_nothing_in_80_columns(toy, capsys):
-    rows = runs.read_summary(toy)["rows"]
+    rows = runner.read_summary(toy)["rows"]
     large = {"parameters": 696_042.0, "flops": 44_123_456.0, "bytes": 2_784_200.0}
     console = rich.console.Console(width=80)
     for table in edge.tables([{**row, **large} for row in rows], title="digits"):
@@ -138,7 +142,7 @@ def test_tables_lose_nothing_in_80_columns(toy, capsys):
 
 
 def test_the_summary_has_a_row_for_each_stage(toy):
-    rows = runs.read_summary(toy)["rows"]
+    rows = runner.read_summary(toy)["rows"]
     assert tuple(row["stage"] for row in rows) == STAGES
     for row in rows:
         seeds = row["accuracy"]["seeds"]
@@ -154,7 +158,7 @@ def test_the_summary_has_a_row_for_each_stage(toy):
 
 
 def test_stages_have_the_size_that_was_asked_for(toy):
-    rows = {row["stage"]: row for row in runs.read_summary(toy)["rows"]}
+    rows = {row["stage"]: row for row in runner.read_summary(toy)["rows"]}
     # 16-8, two branches 8-6-8, 8-10; then one branch, and half of every width.
     dense, small = 128 + 2 * 96 + 80, 64 + 24 + 40
     flops = 2 * dense, 2 * small
@@ -170,12 +174,14 @@ def test_stages_have_the_size_that_was_asked_for(toy):
 
 
 def test_files_compute_what_the_small_networks_do(toy, bench):
-    trained, nothing = runs.load_network(toy / "seed_0" / "trained.npz")
+    trained, nothing = small_networks.load_network(toy / "seed_0" / "trained.safetensors")
     assert nothing == {}
     images, labels = bench.data.test
-    for record in runs.read_records(toy):
+    for record in runner.read_records(toy):
         if record["stage"] in ("pruned", "distilled"):
-            variables, cut = runs.load_network(toy / "seed_0" / f"{record['stage']}.npz")
+            variables, cut = small_networks.load_network(
+                toy / "seed_0" / f"{record['stage']}.safetensors"
+            )
             infer, _ = jp.shrink(bench.infer, trained, cut=cut)
             ours = infer(variables, images)
             theirs = device.predict(toy / "seed_0" / f"{record['stage']}.onnx", images)
@@ -189,7 +195,7 @@ def test_an_int8_file_is_compared_with_its_float_file(toy, bench):
     small, large = (
         device.predict(toy / "seed_0" / f"{stage}.onnx", images) for stage in ("quantized", "dense")
     )
-    record = next(r for r in runs.read_records(toy) if r["stage"] == "quantized")
+    record = next(r for r in runner.read_records(toy) if r["stage"] == "quantized")
     assert record["accuracy"] == np.mean(small.argmax(-1) == labels)
     assert record["agreement"] == np.mean(small.argmax(-1) == large.argmax(-1))
     assert 0 < np.abs(small - large).max() < 0.1 * np.abs(large).max()
@@ -225,7 +231,7 @@ def test_a_thin_network_starts_as_if_drawn_at_its_size(key):
 def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):
     monkeypatch.setattr(edge, "load", None)  # neither data nor training are needed
     (toy / "pareto.png").unlink()
-    assert main(dataclasses.replace(TOY, out=toy)) == runs.read_summary(toy)
+    assert main(dataclasses.replace(TOY, out=toy)) == runner.read_summary(toy)
     assert (toy / "pareto.png").read_bytes().startswith(b"\x89PNG")
     printed, answer = capsys.readouterr().out, (toy / "answer.md").read_text()
     for word in ("From a trained network to a small device", "pruned_distilled_quantized"):
@@ -233,18 +239,18 @@ def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):
 
 
 def test_a_killed_run_goes_on_to_the_same_bytes(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "png", lambda figure: b"png")  # drawing takes longest here
+    monkeypatch.setattr(show, "png", lambda figure: b"png")  # drawing takes longest here
     state = crash.contents(toy)
     lines = state["metrics.jsonl"].splitlines(keepends=True)
     state["metrics.jsonl"] = b"".join(lines[:7]) + lines[7][:40]
-    gone = "summary.json", "answer.md", "seed_0/distilled.npz", "seed_0/teacher.npz"
+    gone = "summary.json", "answer.md", "seed_0/distilled.safetensors", "seed_0/teacher.safetensors"
     crash.restore({name: state[name] for name in state if name not in gone}, tmp_path)
     main(dataclasses.replace(TOY, out=tmp_path))
     assert crash.contents(tmp_path) == {**crash.contents(toy), "pareto.png": b"png"}
 
 
 def test_a_file_that_is_missing_is_made_again(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(figures, "png", lambda figure: b"png")
+    monkeypatch.setattr(show, "png", lambda figure: b"png")
     crash.restore(crash.contents(toy), tmp_path)
     (tmp_path / "seed_0" / "quantized.onnx").unlink()
     main(dataclasses.replace(TOY, out=tmp_path))
@@ -253,10 +259,10 @@ def test_a_file_that_is_missing_is_made_again(toy, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    programs = loop.compiler()
-    monkeypatch.setattr(loop, "compiler", lambda: programs)
+    programs = train.compiler()
+    monkeypatch.setattr(train, "compiler", lambda: programs)
     config = dataclasses.replace(TOY, steps=2, out=tmp_path)
-    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=25, at_least=120, every=15)
+    crash.assert_any_kill_is_survived(main, config, monkeypatch, files=25, at_least=100, every=15)
 
 
 @pytest.mark.slow
@@ -274,14 +280,14 @@ def test_a_process_killed_at_random_goes_on_to_the_same_bytes(tmp_path):
 
 @pytest.mark.slow
 def test_the_search_tries_networks_until_it_knows(whole):
-    search = runs.read_summary(whole)["search"]
+    search = runner.read_summary(whole)["search"]
     tried = {trial["sparsity"]: trial["accuracy"]["mean"] for trial in search["trials"]}
     limit = tried[0.0] - 0.02
     assert tried[search["sparsity"]] >= limit
     assert all(accuracy < limit for s, accuracy in tried.items() if s > search["sparsity"])
-    records = [r for r in runs.read_records(whole) if r["stage"] == "search"]
+    records = [r for r in runner.read_records(whole) if r["stage"] == "search"]
     assert len(records) == 2 * (len(tried) - 1)
-    rows = {row["stage"]: row for row in runs.read_summary(whole)["rows"]}
+    rows = {row["stage"]: row for row in runner.read_summary(whole)["rows"]}
     assert rows["searched"]["channels_removed"] == search["sparsity"]
 
 
@@ -304,7 +310,7 @@ def test_a_search_that_finds_nothing_exports_the_dense_network():
     settings = resolve(TOY)
     assert edge.search(settings, fall) == 0.0
     run = edge.plan_searched(settings, 0.0)[0]
-    assert edge.network_of(settings, run).name == "dense.npz"
+    assert edge.network_of(settings, run).name == "dense.safetensors"
 
 
 def fall(trials):
@@ -328,9 +334,9 @@ def test_a_student_learns_from_the_teacher_and_the_labels(toy, bench):
     taught = bench._replace(settings=settings)
     lesson = edge.by_teacher(taught, edge.begin(taught, 0))
     _, (labels, teacher) = lesson.take(np.array([3, 5]))
-    np.testing.assert_array_equal(labels, bench.data.train.labels[[3, 5]])
-    dense, _ = runs.load_network(toy / "seed_0" / "dense.npz")
-    asked = bench.infer(dense, bench.data.train.images[[3, 5]])
+    np.testing.assert_array_equal(labels, bench.data.train.targets[[3, 5]])
+    dense, _ = small_networks.load_network(toy / "seed_0" / "dense.safetensors")
+    asked = bench.infer(dense, bench.data.train.inputs[[3, 5]])
     np.testing.assert_allclose(teacher, asked, atol=1e-5)
     student = jnp.asarray(teacher) + 1.0
     expected = jp.distillation_loss(student, teacher, labels, temperature=4.0, alpha=0.9)
@@ -338,31 +344,31 @@ def test_a_student_learns_from_the_teacher_and_the_labels(toy, bench):
 
 
 def test_training_minimises_the_loss_that_it_is_given(bench, key):
-    start = jax.jit(bench.model.init)(key, bench.data.test.images[:1])
+    start = jax.jit(bench.model.init)(key, bench.data.test.inputs[:1])
 
     def push(logits, targets):
         return (targets * logits).mean()
 
     def take(indices):
-        return loop.Batch(bench.data.train.images[indices], np.float32(-1.0))
+        return data.Examples(bench.data.train.inputs[indices], np.float32(-1.0))
 
     order = np.arange(40).reshape(5, 8)
     variables = edge.fit(bench, bench.learn, start, edge.Lesson(take, push), order)
-    before, after = (bench.learn(v, bench.data.train.images)[0].mean() for v in (start, variables))
+    before, after = (bench.learn(v, bench.data.train.inputs)[0].mean() for v in (start, variables))
     assert after > before
 
 
 def test_predictions_are_the_same_in_parts(bench, key, monkeypatch):
-    variables = jax.jit(bench.model.init)(key, bench.data.test.images[:1])
-    images = bench.data.test.images
+    variables = jax.jit(bench.model.init)(key, bench.data.test.inputs[:1])
+    images = bench.data.test.inputs
     whole = bench.infer(variables, images)
-    monkeypatch.setattr(loop, "TESTED_AT_ONCE", 40)
-    parts = loop.predict(bench.infer, variables, images, bench.compile_)
+    monkeypatch.setattr(train, "AT_ONCE", 40)
+    parts = train.predict(bench.infer, variables, images, bench.compile_)
     np.testing.assert_allclose(parts, whole, atol=1e-5)
 
 
 def test_a_file_answers_the_same_in_parts(toy, bench, monkeypatch):
-    path, images = toy / "seed_0" / "dense.onnx", bench.data.test.images
+    path, images = toy / "seed_0" / "dense.onnx", bench.data.test.inputs
     whole = device.predict(path, images)
     monkeypatch.setattr(device, "RUN_AT_ONCE", 40)
     np.testing.assert_allclose(device.predict(path, images), whole, atol=1e-6)
@@ -466,7 +472,7 @@ SUMMARY = {
 
 
 def test_the_answer_is_read_off_the_rows():
-    answer = deployment.answer(SUMMARY).splitlines()
+    answer = figures.answer(SUMMARY).splitlines()
     for line in (
         "| pruned | 96.50±0.50 | 2.00±0.00 | 25 | 0.20 | 0.1 | 0.1 | 0.040 | 1.80 |",
         "- The dense network is too heavy: within 0.5 points of it, on the validation set, 50 % of "
@@ -488,10 +494,10 @@ def test_the_answer_is_read_off_the_rows():
 
 
 def test_the_answer_says_when_more_could_go_and_when_nothing_can():
-    answer = deployment.answer({**SUMMARY, "search": {"sparsity": 0.9, "tolerance": 0.5}})
+    answer = figures.answer({**SUMMARY, "search": {"sparsity": 0.9, "tolerance": 0.5}})
     assert "90 % of the channels can go" in answer
     assert "a network without 75 % of them is too heavy, too." in answer
-    answer = deployment.answer({**SUMMARY, "search": {"sparsity": 0.0, "tolerance": 0.5}})
+    answer = figures.answer({**SUMMARY, "search": {"sparsity": 0.0, "tolerance": 0.5}})
     assert "- The dense network is as light as it can be: no fraction of the channels" in answer
 
 
@@ -501,17 +507,17 @@ def test_distillation_gives_back_nothing_where_nothing_is_lost():
         row("pruned", [0.9, 0.91], method="iterative"),
         row("pruned_distilled", [1, 1]),
     ]
-    share, seeds = deployment.recovered(rows)
+    share, seeds = figures.recovered(rows)
     assert np.isnan(share) and np.isnan(seeds).all()
     rows[1] = row("pruned", [0.9, 0.7], method="iterative")
-    share, seeds = deployment.recovered(rows)
+    share, seeds = figures.recovered(rows)
     assert share == pytest.approx(2.0) and np.isnan(seeds[0]) and seeds[1] == pytest.approx(1.5)
     lines = [*rows, *ROWS[2:3], *ROWS[5:]]
-    assert "(seed by seed: -, 150)" in deployment.answer({**SUMMARY, "rows": lines})
+    assert "(seed by seed: -, 150)" in figures.answer({**SUMMARY, "rows": lines})
 
 
 def test_the_front_is_what_nothing_cheaper_is_as_accurate_as():
-    found = deployment.front(ROWS, lambda row: row["bytes"])
+    found = figures.front(ROWS, lambda row: row["bytes"])
     assert [row["stage"] for row in found] == [
         *("pruned_distilled_quantized", "searched_quantized", "searched", "dense"),
     ]
@@ -525,7 +531,7 @@ def test_the_figure_shows_each_stage_in_both_panels():
     assert names[-len(ROWS) :] == [row["stage"] for row in ROWS]
     for axes, costs in ((time, [0.2, 0.1]), (size, [1.0, 0.25])):
         assert [bar.lines[0].get_xdata()[0] for bar in axes.containers[:2]] == costs
-    assert figures.png(figure).startswith(b"\x89PNG")
+    assert show.png(figure).startswith(b"\x89PNG")
 
 
 def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():

@@ -3,7 +3,7 @@
 import zipfile
 import zlib
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,19 +13,23 @@ MNIST_MEAN, MNIST_STD = 0.1307, 0.3081
 SYMBOLS = 97  # the printable characters of ASCII, the end of a line, and one for all others
 
 
-class Split(NamedTuple):
-    """Examples: ``images`` float32 `[n, pixels]`, ``labels`` int32 `[n]`."""
+class Examples(NamedTuple):
+    """What a network is given, and the class that each of its outputs should be.
 
-    images: np.ndarray
-    labels: np.ndarray
+    Images are float32 `[n, pixels]`, their classes int32 `[n]`. Where another loss than that of the
+    classes is trained on, ``targets`` are what it takes.
+    """
+
+    inputs: np.ndarray
+    targets: Any
 
 
 class Dataset(NamedTuple):
     """What to fit, what to choose by, and what to report."""
 
-    train: Split
-    validation: Split
-    test: Split
+    train: Examples
+    validation: Examples
+    test: Examples
 
 
 class Text(NamedTuple):
@@ -34,6 +38,11 @@ class Text(NamedTuple):
     train: np.ndarray
     validation: np.ndarray
     test: np.ndarray
+
+
+def load(name: str, path: Path | None = None) -> Dataset:
+    """Load the images of a data set, digits or mnist."""
+    return load_mnist(path) if name == "mnist" else load_digits()
 
 
 def load_digits() -> Dataset:
@@ -54,9 +63,9 @@ def load_digits() -> Dataset:
     )
     mean, std = train.mean(), train.std()
     return Dataset(
-        train=_split((train - mean) / std, train_labels),
-        validation=_split((validation - mean) / std, validation_labels),
-        test=_split((test - mean) / std, test_labels),
+        train=_examples((train - mean) / std, train_labels),
+        validation=_examples((validation - mean) / std, validation_labels),
+        test=_examples((test - mean) / std, test_labels),
     )
 
 
@@ -78,9 +87,9 @@ def load_mnist(path: Path | None = None) -> Dataset:
     images = {part: _standardise(arrays[f"x_{part}"]) for part in ("train", "test")}
     held_out = max(1, len(images["train"]) // 12)
     return Dataset(
-        train=_split(images["train"][:-held_out], arrays["y_train"][:-held_out]),
-        validation=_split(images["train"][-held_out:], arrays["y_train"][-held_out:]),
-        test=_split(images["test"], arrays["y_test"]),
+        train=_examples(images["train"][:-held_out], arrays["y_train"][:-held_out]),
+        validation=_examples(images["train"][-held_out:], arrays["y_train"][-held_out:]),
+        test=_examples(images["test"], arrays["y_test"]),
     )
 
 
@@ -166,8 +175,5 @@ def _standardise(images: np.ndarray) -> np.ndarray:
     return (images.astype(np.float32) / 255.0 - MNIST_MEAN) / MNIST_STD
 
 
-def _split(images: np.ndarray, labels: np.ndarray) -> Split:
-    return Split(
-        images=images.reshape(len(images), -1).astype(np.float32),
-        labels=labels.astype(np.int32),
-    )
+def _examples(images: np.ndarray, labels: np.ndarray) -> Examples:
+    return Examples(images.reshape(len(images), -1).astype(np.float32), labels.astype(np.int32))

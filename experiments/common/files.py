@@ -27,16 +27,17 @@ def write(path: Path, content: bytes | str) -> None:
     """
     content = content.encode() if isinstance(content, str) else content
     draft = path.with_name(f".{path.name}.draft")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(draft, "wb") as file:
-            _write_through(file, content)
-        os.replace(draft, path)
-        _sync_names(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise _failure(path, len(content), error) from error
+    with told(path, len(content)):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with open(draft, "wb") as file:
+                _write_through(file, content)
+            os.replace(draft, path)
+            _sync_names(path.parent)
+        except OSError:
+            with contextlib.suppress(OSError):
+                draft.unlink()
+            raise
 
 
 def append(path: Path, line: str) -> None:
@@ -46,32 +47,54 @@ def append(path: Path, line: str) -> None:
       OSError: the disk is full, or else the file cannot be written; its old lines are still there.
     """
     end = None
-    try:
-        with open(path, "ab") as file:
-            end = file.tell()
-            _write_through(file, line.encode())
-    except OSError as error:
-        if end is not None:
-            with contextlib.suppress(OSError):
-                os.truncate(path, end)
-        raise _failure(path, len(line), error) from error
+    with told(path, len(line)):
+        try:
+            with open(path, "ab") as file:
+                end = file.tell()
+                _write_through(file, line.encode())
+        except OSError:
+            if end is not None:
+                with contextlib.suppress(OSError):
+                    os.truncate(path, end)
+            raise
 
 
-def cut(path: Path, end: int) -> None:
+def truncate(path: Path, end: int) -> None:
     """Shorten a file to ``end`` bytes, or make an empty one; a full disk has room for both.
 
     Raises:
       OSError: the file cannot be written.
     """
-    try:
-        with open(path, "ab") as file:
-            file.truncate(end)
-    except OSError as error:
-        raise _failure(path, 0, error) from error
+    with told(path, 0), open(path, "ab") as file:
+        file.truncate(end)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what those who were killed had begun to write; only for who holds the lock."""
+    for draft in folder.rglob(".*.draft"):
+        draft.unlink()
 
 
 @contextlib.contextmanager
-def locked(folder: Path, process: int = 0, processes: int = 1) -> Iterator[None]:
+def told(path: Path, size: int) -> Iterator[None]:
+    """Say of an error which file could not be written, and what that means for the run.
+
+    Raises:
+      OSError: that of the block, with its number.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise OSError(
+            error.errno,
+            f"{str(path)!r} cannot be written: {os.strerror(error.errno or 0)}; {size:,} bytes are "
+            f"to be written, and {_free(path)} are free there. Nothing that was finished is lost: "
+            f"put that right, and the same command goes on where it stopped.",
+        ) from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
     """Keep a run folder to this process until the block ends.
 
     The lock is the system's: whatever ends the process opens it at once, even ``kill -9``. Those
@@ -79,58 +102,26 @@ def locked(folder: Path, process: int = 0, processes: int = 1) -> Iterator[None]
 
     Args:
       folder: made if need be.
-      process: which of those that share the run this is; each has a lock of its own.
-      processes: how many there are.
 
     Raises:
       RuntimeError: another process is at work in the folder, which is left as it is.
       OSError: the folder cannot be made or written to.
     """
-    path = _lock(folder, process)
+    path = folder / ".lock"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         handle = _take(path)
     except OSError as error:
-        raise _refusal(folder, error) from error
+        raise OSError(
+            error.errno,
+            f"`out={str(folder)!r}` cannot be written to: {error.strerror}; {_free(folder)} bytes "
+            f"are free there. Nothing was trained. Choose another `out`, or put that right.",
+        ) from error
     try:
-        if process == 0:
-            _refuse_strangers(folder, processes)
         yield
     finally:
         path.unlink(missing_ok=True)
         os.close(handle)
-
-
-def held(folder: Path, process: int) -> bool:
-    """Tell whether a process that shares a run is at work in its folder."""
-    if fcntl is None:
-        return False
-    try:
-        handle = os.open(_lock(folder, process), os.O_RDONLY)
-    except FileNotFoundError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
-
-
-def _lock(folder: Path, process: int) -> Path:
-    return folder / (f".lock.{process}" if process else ".lock")
-
-
-def _refuse_strangers(folder: Path, processes: int) -> None:
-    """See that no process of an earlier run, which more of them shared, is still at work."""
-    for path in sorted(folder.glob(".lock.*")):
-        number = int(path.suffix[1:])
-        if number < processes:
-            continue
-        if held(folder, number):
-            raise RuntimeError(_in_use(path))
-        path.unlink()
 
 
 def _take(path: Path) -> int:
@@ -180,23 +171,6 @@ def _sync_names(folder: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
-
-
-def _refusal(folder: Path, error: OSError) -> OSError:
-    return OSError(
-        error.errno,
-        f"`out={str(folder)!r}` cannot be written to: {error.strerror}; {_free(folder)} bytes are "
-        f"free there. Nothing was trained. Choose another `out`, or put that right.",
-    )
-
-
-def _failure(path: Path, size: int, error: OSError) -> OSError:
-    return OSError(
-        error.errno,
-        f"{str(path)!r} cannot be written: {error.strerror}; {size:,} bytes are to be written, and "
-        f"{_free(path)} are free there. Nothing that was finished is lost: put that right, and the "
-        f"same command goes on where it stopped.",
-    )
 
 
 def _free(path: Path) -> str:

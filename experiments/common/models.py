@@ -35,14 +35,9 @@ class MLP(nn.Module):
 class PatchConv(nn.Module):
     """Convolution without padding, written as one product with shifted copies of its input.
 
-    It computes what ``nn.Conv(padding="VALID")`` does, with the same kernel of shape
-    `[height, width, in, out]`. Inside a scan on a CPU it does so eight times as fast: in a loop XLA
-    falls back to a slow convolution, but not to a slow product of matrices (a training step of
-    LeNet-5 at batch 64, on two cores: 18 ms with ``nn.Conv``, 2.2 ms with this).
-
-    Attributes:
-      features: channels of the output.
-      size: height and width of the kernel.
+    It computes what ``nn.Conv(padding="VALID")`` does, with a kernel `[height, width, in, out]`.
+    In a scan on a CPU, where XLA falls back to slow convolutions, it does so eight times as fast (a
+    training step of LeNet-5 at batch 64, on two cores: 18 ms with ``nn.Conv``, 2.2 ms with this).
     """
 
     features: int
@@ -61,13 +56,7 @@ class PatchConv(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """Two convolutions and three dense layers, with ReLUs and max-pooling.
-
-    The shape is LeNet-5's: 6 and 16 maps of 5x5 kernels, then 120, 84 and ``classes`` units.
-
-    Attributes:
-      classes: number of logits.
-    """
+    """LeNet-5: 6 and 16 maps of 5x5 kernels, then 120, 84 and ``classes`` units; ReLUs."""
 
     classes: int
 
@@ -125,12 +114,7 @@ class ResidualNet(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Two 3x3 convolutions and a way around them.
-
-    Attributes:
-      width: channels of the output, and between the convolutions.
-      stride: of the first convolution; other than 1, the way around is a 1x1 convolution.
-    """
+    """Two 3x3 convolutions and a way around them, which is a 1x1 convolution under a stride."""
 
     width: int
     stride: int = 1
@@ -146,13 +130,7 @@ class ResidualBlock(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Square convolution without bias, then batch normalisation.
-
-    Attributes:
-      features: channels of the output.
-      size: height and width of the kernel.
-      stride: of the kernel.
-    """
+    """Square convolution without bias, then batch normalisation."""
 
     features: int
     size: int = 3

@@ -1,22 +1,41 @@
 """Rows of methods and sparsities, and what they say about which approach to take when."""
 
+from collections.abc import Callable
+
 import numpy as np
+import rich.table
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
-from experiments.common.results import spread
-from experiments.common.runs import Record
+from experiments.common.runner import Record
+from experiments.common.show import gap, mean, percent, plain, spread
 
+# A method keeps its colour and marker in all figures; within a family both differ. Colours are
+# Okabe and Ito's, which all eyes can tell apart.
 FAMILIES = {
-    "dense to sparse": (
-        "one_shot",
-        "iterative",
-        "iterative_one_shot",
-        "gradual",
-        "ac_dc",
-        "straight_through",
-    ),
-    "sparse all along": ("rigl", "set", "static"),
-    "pruned at initialisation": ("random_init", "magnitude_init", "snip", "grasp", "synflow"),
+    "dense to sparse": {
+        "one_shot": ("#0072B2", "o"),
+        "iterative": ("#009E73", "s"),
+        "iterative_one_shot": ("#56B4E9", "D"),
+        "gradual": ("#D55E00", "^"),
+        "ac_dc": ("#CC79A7", "v"),
+        "straight_through": ("#E69F00", "P"),
+    },
+    "sparse all along": {
+        "rigl": ("#D55E00", "o"),
+        "set": ("#0072B2", "s"),
+        "static": ("#009E73", "^"),
+    },
+    "pruned at initialisation": {
+        "random_init": ("#000000", "x"),
+        "magnitude_init": ("#56B4E9", "D"),
+        "snip": ("#D55E00", "o"),
+        "grasp": ("#009E73", "^"),
+        "synflow": ("#0072B2", "s"),
+    },
 }
+STYLES = {"dense": ("0.35", "_")} | {n: s for names in FAMILIES.values() for n, s in names.items()}
 
 
 def summarise(records: list[Record]) -> list[Record]:
@@ -38,9 +57,9 @@ def summarise(records: list[Record]) -> list[Record]:
             "method": method,
             "sparsity": sparsity,
             "accuracy": spread([record["accuracy"] for record in group]),
-            "flops": _mean(group, "flops"),
-            "flops_share": _mean(group, "flops") / _mean(dense, "flops"),
-            "inference_share": _mean(group, "inference_flops") / _mean(dense, "inference_flops"),
+            "flops": mean(group, "flops"),
+            "flops_share": mean(group, "flops") / mean(dense, "flops"),
+            "inference_share": mean(group, "inference_flops") / mean(dense, "inference_flops"),
             "bytes": group[0]["bytes"],
             "kept": group[0]["kept"],
             "collapsed": sum(0 in record["densities"].values() for record in group),
@@ -70,12 +89,6 @@ def at_sparsity(rows: list[Record], sparsity: float) -> list[Record]:
     return sorted(found, key=lambda row: -row["accuracy"]["mean"])
 
 
-def gap(row: Record, other: Record) -> tuple[float, float]:
-    """Compare two rows seed by seed: mean and standard deviation of row minus other."""
-    gaps = np.subtract(row["accuracy"]["seeds"], other["accuracy"]["seeds"])
-    return float(gaps.mean()), float(gaps.std())
-
-
 def as_good(rows: list[Record], sparsity: float) -> list[Record]:
     """Rows of a sparsity whose mean gap to the best is within one standard error of that mean.
 
@@ -87,7 +100,7 @@ def as_good(rows: list[Record], sparsity: float) -> list[Record]:
     gaps = [gap(best, other) for other in others]
     return [
         best,
-        *(o for o, (mean, std) in zip(others, gaps, strict=True) if mean <= std / free**0.5),
+        *(o for o, (behind, std) in zip(others, gaps, strict=True) if behind <= std / free**0.5),
     ]
 
 
@@ -104,11 +117,6 @@ def collapses(rows: list[Record], sparsity: float) -> list[Record]:
     half = row_at(rows, "dense", 0.0)["accuracy"]["mean"] / 2
     found = at_sparsity(rows, sparsity)
     return [row for row in found if row["collapsed"] or row["accuracy"]["mean"] < half]
-
-
-def percent(row: Record) -> str:
-    """Write an accuracy as mean±std in percent."""
-    return f"{100 * row['accuracy']['mean']:.2f}±{100 * row['accuracy']['std']:.2f}"
 
 
 def answer(rows: list[Record], *, dataset: str, steps: int) -> str:
@@ -225,5 +233,99 @@ def _names(rows: list[Record]) -> str:
     return ", ".join(row["method"] for row in rows) or "none"
 
 
-def _mean(group: list[Record], field: str) -> float:
-    return float(np.mean([record[field] for record in group]))
+def accuracy_table(rows: list[Record], *, title: str) -> rich.table.Table:
+    """Lay out the accuracy of a method a line, sparsities across."""
+    lines = _lines(rows, percent, title)
+    lines.caption = f"dense: {percent(rows[0])}"
+    return lines
+
+
+def cost_table(rows: list[Record], *, title: str) -> rich.table.Table:
+    """Lay out the training FLOPs of a method a line, and the bytes, which are the same for all."""
+    lines = _lines(rows, lambda row: f"{100 * row['flops_share']:.1f}", title)
+    sizes = [at_sparsity(rows, s)[0]["bytes"] for s in sparsities(rows)]
+    lines.add_section()
+    lines.add_row("model bytes", *(f"{size:,}" for size in sizes))
+    lines.caption = f"dense: {rows[0]['flops']:.4g} FLOPs, {rows[0]['bytes']:,} bytes"
+    return lines
+
+
+def _lines(rows: list[Record], cell: Callable[[Record], str], title: str) -> rich.table.Table:
+    across = sparsities(rows)
+    lines = rich.table.Table("method", *(f"{100 * s:g} %" for s in across), title=title)
+    for method in methods(rows):
+        lines.add_row(method, *(cell(row_at(rows, method, s)) for s in across))
+    return lines
+
+
+def comparison_figure(rows: list[Record]) -> Figure:
+    """Draw test accuracy against sparsity: a panel a family, a line a method, and dense."""
+    there = methods(rows)
+    families = {
+        family: [name for name in names if name in there] for family, names in FAMILIES.items()
+    }
+    families = {family: names for family, names in families.items() if names}
+    figure = Figure(figsize=(1.5 + 4.2 * len(families), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(families), sharey=True, squeeze=False)[0]
+    for axes, (family, names) in zip(panels, families.items(), strict=True):
+        for name in set(there) - set(names):
+            draw_method(axes, rows, name, background=True)
+        for name in names:
+            draw_method(axes, rows, name)
+        draw_dense(axes, rows)
+        sparsity_axis(axes, sparsities(rows))
+        axes.set_title(family)
+        axes.legend(loc="lower left", frameon=False)
+        plain(axes)
+    error_axis(panels[0], rows)
+    panels[0].set_ylabel("test accuracy [%], spaced by the logarithm of the error")
+    return figure
+
+
+def draw_method(axes: Axes, rows: list[Record], method: str, *, background: bool = False) -> None:
+    """Draw accuracy against sparsity with its spread, or as a thin grey line to compare with."""
+    line = [row_at(rows, method, s) for s in sparsities(rows)]
+    density = [100 * (1 - row["sparsity"]) for row in line]
+    mean = 100 * np.array([row["accuracy"]["mean"] for row in line])
+    std = 100 * np.array([row["accuracy"]["std"] for row in line])
+    if background:
+        axes.plot(density, mean, "-", color="0.85", linewidth=1, zorder=1)
+        return
+    colour, marker = STYLES[method]
+    axes.fill_between(density, mean - std, mean + std, color=colour, alpha=0.12, lw=0)
+    axes.plot(density, mean, f"{marker}-", color=colour, markersize=5, lw=1.5, label=method)
+
+
+def draw_dense(axes: Axes, rows: list[Record]) -> None:
+    """Draw the accuracy of the dense network across the axes."""
+    dense = 100 * row_at(rows, "dense", 0.0)["accuracy"]["mean"]
+    axes.axhline(dense, color="0.35", linestyle="--", linewidth=1, label="dense")
+
+
+def sparsity_axis(axes: Axes, sparsities: list[float]) -> None:
+    """Make an axis of weights left that is logarithmic and labelled with the sparsity."""
+    density = [100 * (1 - sparsity) for sparsity in sparsities]
+    axes.set_xscale("log")
+    axes.set_xticks(density, [f"{100 * sparsity:g}" for sparsity in sparsities])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(1.2 * max(density), min(density) / 1.2)
+    axes.set_xlabel("sparsity [%]")
+
+
+def error_axis(axes: Axes, rows: list[Record]) -> None:
+    """Space accuracies by the logarithm of the error, so that the best and the worst both fit."""
+    means = [100 * row["accuracy"]["mean"] for row in rows]
+    floor = 0.05  # of the error, in percent: nothing is infinitely far up
+    axes.set_yscale(
+        "function",
+        functions=(
+            lambda accuracy: -np.log10(np.maximum(100 - accuracy, floor)),
+            lambda height: 100 - 10.0**-height,
+        ),
+    )
+    ticks = [0, 20, 40, 60, 80, 90, 95, 98, 99, 99.5, 99.9]
+    low, high = min(means) - 2, 100 - max(floor, 0.7 * (100 - max(means)))
+    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylim(max(0, low), high)

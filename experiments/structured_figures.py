@@ -1,11 +1,15 @@
 """Rows of small networks, and what they say about what cutting costs and buys."""
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
-from experiments.common.comparison import gap, percent
-from experiments.common.results import spread
-from experiments.common.runs import Record
+from experiments.common.runner import Record
+from experiments.common.show import gap, mean, percent, plain, spread
 
+SHARES = (1, 2, 5, 10, 20, 30, 50, 75, 100)  # ticks of an axis in percent of dense
+STYLES = {"one_shot": ("#0072B2", "o"), "iterative": ("#009E73", "s")}
 KEY = ("model", "method", "channels_removed", "layers_removed")
 FREE = 0.003  # accuracy that nobody misses
 
@@ -39,8 +43,8 @@ def summarise(records: list[Record], latencies: list[Record]) -> list[Record]:
             {
                 **dict(zip(KEY, key, strict=True)),
                 **{m: spread([record[m] for record in group]) for m in ("accuracy", "loss")},
-                "parameters": _mean(group, "parameters"),
-                "flops": _mean(group, "flops"),
+                "parameters": mean(group, "parameters"),
+                "flops": mean(group, "flops"),
                 "flops_ratio": group[0]["flops"] / dense[0]["flops"],
                 **_times(timed, key),
             }
@@ -208,5 +212,91 @@ def _clock(small: list[Record]) -> list[str]:
     ]
 
 
-def _mean(group: list[Record], field: str) -> float:
-    return float(np.mean([record[field] for record in group]))
+def tradeoff_figure(rows: list[Record]) -> Figure:
+    """Draw accuracy, and below it latency, against FLOPs: a column a network."""
+    names = models(rows)
+    figure = Figure(figsize=(1 + 4.8 * len(names), 7.6), layout="constrained")
+    panels = figure.subplots(2, len(names), squeeze=False, height_ratios=(1.25, 1))
+    for column, name in enumerate(names):
+        above, below = panels[:, column]
+        draw_tradeoff(above, rows, name)
+        draw_latency(below, rows, name)
+        above.set_title(name)
+        above.legend(loc="lower right", frameon=False)
+        below.legend(loc="lower right", frameon=False)
+    panels[0, 0].set_ylabel("test accuracy [%]")
+    panels[1, 0].set_ylabel("latency [% of dense]")
+    return figure
+
+
+def draw_tradeoff(axes: Axes, rows: list[Record], model: str) -> None:
+    """Draw accuracy against FLOPs: a line a method, broken where layers are removed."""
+    base = dense(rows, model)
+    axes.axhline(100 * base["accuracy"]["mean"], color="0.35", linestyle="--", linewidth=1)
+    for method in methods(rows):
+        colour, marker = STYLES[method]
+        for kind, style, face in (("channels", "-", colour), ("layers", ":", "white")):
+            found = [base, *line(rows, model, method, kind)]
+            flops = [100 * row["flops_ratio"] for row in found]
+            mean = [100 * row["accuracy"]["mean"] for row in found]
+            std = [100 * row["accuracy"]["std"] for row in found]
+            if len(found) > 1:
+                axes.plot(flops, mean, style, color=colour, linewidth=1.5)
+                axes.errorbar(
+                    flops[1:],
+                    mean[1:],
+                    yerr=std[1:],
+                    fmt=marker,
+                    color=colour,
+                    markerfacecolor=face,
+                    markersize=6,
+                    elinewidth=1,
+                    capsize=2,
+                    label=f"{method}, {kind}",
+                )
+    axes.plot(100, 100 * base["accuracy"]["mean"], "D", color="0.35", markersize=6, label="dense")
+    _share_axis(axes, [100 * row["flops_ratio"] for row in rows if row["model"] == model])
+    plain(axes)
+
+
+def draw_latency(axes: Axes, rows: list[Record], model: str) -> None:
+    """Draw latency against FLOPs, and where they would be the same."""
+    small = [row for row in rows if row["model"] == model and row["method"] != "dense"]
+    shares = [100, *(100 * row["flops_ratio"] for row in small)]
+    ends = np.array([min(shares) / 1.3, 100])
+    axes.plot(ends, ends, color="0.35", linewidth=1, label="as the FLOPs say")
+    axes.plot(ends, 1.4 * ends, color="0.35", linewidth=1, linestyle=":", label="1.4 times that")
+    for kind, colour, marker in (("channels", "#0072B2", "o"), ("layers", "#D55E00", "s")):
+        found = [row for row in small if row[f"{kind}_removed"]]
+        flops = [100 * row["flops_ratio"] for row in found]
+        ratios = [row["latency_ratio"] for row in found]
+        mid, low, high = (
+            np.array([100 * ratio[part] for ratio in ratios]) for part in ("median", "low", "high")
+        )
+        if found:
+            axes.errorbar(
+                flops,
+                mid,
+                yerr=[mid - low, high - mid],
+                fmt=marker,
+                color=colour,
+                markersize=5,
+                elinewidth=1,
+                capsize=2,
+                label=f"{kind} removed",
+            )
+    _share_axis(axes, shares)
+    axes.set_yscale("log")
+    ticks = [tick for tick in SHARES if tick >= min(shares) / 1.3]
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.yaxis.set_minor_locator(NullLocator())
+    plain(axes)
+
+
+def _share_axis(axes: Axes, shares: list[float]) -> None:
+    ticks = [tick for tick in SHARES if tick >= min(shares) / 1.3]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(min(shares) / 1.3, 115)
+    axes.set_xlabel("FLOPs [% of dense]")

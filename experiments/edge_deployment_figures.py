@@ -1,13 +1,29 @@
-"""Rows of a network on its way to a device, and what they say about each step."""
+"""Rows of stages on the way to a device, and what they say about what each costs and buys."""
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
-from experiments.common.comparison import gap, percent
-from experiments.common.results import spread
-from experiments.common.runs import Record
+from experiments.common.runner import Record
+from experiments.common.show import gap, mean, percent, plain, spread
+
+# Stages on the way to a device; files in int8 are squares of the colour of their float file.
+STAGES = {
+    "dense": ("0.35", "o"),
+    "quantized": ("0.35", "s"),
+    "pruned_one_shot": ("#56B4E9", "v"),
+    "pruned_iterative": ("#56B4E9", "^"),
+    "pruned": ("#0072B2", "o"),
+    "pruned_distilled": ("#D55E00", "o"),
+    "pruned_distilled_quantized": ("#D55E00", "s"),
+    "thin_from_scratch": ("#000000", "x"),
+    "distilled": ("#009E73", "D"),
+    "searched": ("#CC79A7", "o"),
+    "searched_quantized": ("#CC79A7", "s"),
+}
 
 COLUMNS = (
     "accuracy [%]",
@@ -46,8 +62,8 @@ def summarise(records: list[Record], latencies: list[Record], *, order: list[str
             **{name: group[0][name] for name in ("stage", "method", "taught", "channels_removed")},
             "int8": group[0]["int8_of"] is not None,
             "accuracy": spread([record["accuracy"] for record in group]),
-            **{name: _mean(source, name) for name in ("parameters", "flops")},
-            **{name: _mean(group, name) for name in ("bytes", "gzip_bytes")},
+            **{name: mean(source, name) for name in ("parameters", "flops")},
+            **{name: mean(group, name) for name in ("bytes", "gzip_bytes")},
             "parity": max((r["parity"] for r in group if "parity" in r), default=None),
             "agreement": min(record["agreement"] for record in group),
             **{name: _by_batch(timed[stage], key) for name, key in TIMES.items()},
@@ -230,5 +246,60 @@ def _points(row: Record, other: Record) -> str:
     return f"{100 * mean:.2f}±{100 * std:.2f}"
 
 
-def _mean(group: list[Record], field: str) -> Any:
-    return float(np.mean([record[field] for record in group]))
+def pareto_figure(rows: list[Record], *, tolerance: float) -> Figure:
+    """Draw test accuracy against latency at batch 1, and against the size of the file.
+
+    Args:
+      rows: of the stages.
+      tolerance: points below the dense network at which a line is drawn.
+    """
+    figure = Figure(figsize=(10.5, 5.4), layout="constrained")
+    time, size = figure.subplots(1, 2, sharey=True)
+    draw_pareto(time, rows, lambda row: row["latency_ms"]["1"], tolerance=tolerance)
+    draw_pareto(size, rows, lambda row: row["bytes"] / 1e3, tolerance=tolerance)
+    time.set_ylabel("test accuracy [%]")
+    time.set_xlabel("latency at batch 1 [ms], one thread")
+    size.set_xlabel("file [kB]")
+    handles, labels = size.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    return figure
+
+
+def draw_pareto(
+    axes: Axes, rows: list[Record], cost: Callable[[Record], float], *, tolerance: float
+) -> None:
+    """Draw accuracy with its spread against a cost, and a line through what nothing beats."""
+    best = front(rows, cost)
+    axes.step(
+        [cost(row) for row in best],
+        [100 * row["accuracy"]["mean"] for row in best],
+        where="post",
+        color="0.8",
+        linewidth=3,
+        zorder=1,
+        label="nothing cheaper is as accurate",
+    )
+    limit = 100 * row_of(rows, "dense")["accuracy"]["mean"] - tolerance
+    label = f"dense less {tolerance:g} points"
+    axes.axhline(limit, color="0.35", linestyle=":", linewidth=1, zorder=1, label=label)
+    for row in rows:
+        colour, marker = STAGES[row["stage"]]
+        axes.errorbar(
+            cost(row),
+            100 * row["accuracy"]["mean"],
+            yerr=100 * row["accuracy"]["std"],
+            fmt=marker,
+            color=colour,
+            markersize=7,
+            elinewidth=1,
+            capsize=2,
+            label=row["stage"],
+        )
+    axes.set_xscale("log")
+    costs = [cost(row) for row in rows]
+    low, high = min(costs) / 1.3, max(costs) * 1.3
+    ticks = [m * 10.0**e for e in range(-3, 6) for m in (1, 2, 5) if low <= m * 10.0**e <= high]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(low, high)
+    plain(axes)

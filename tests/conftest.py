@@ -23,7 +23,8 @@ SETTINGS = {
 }
 FLAGS = ["--xla_force_host_platform_device_count=8"]
 if jax.__version_info__ < (0, 11):  # XLA ends the process at a flag that it does not know
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")  # small programs in half the time
+    # Small programs are compiled in a third of the time: by the plain emitters, and in one piece.
+    FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
 
 for name, value in SETTINGS.items():
     jax.config.update(name.lower(), value)

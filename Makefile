@@ -6,6 +6,10 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= 2
+# A file to a worker: what its tests share is made once.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
+# Else each of some hundred processes of the tests compiles the sources of jax.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help ticket compare structured edge test test-slow lint types notebooks benchmarks clean
 
@@ -33,10 +37,10 @@ edge: $(VENV)/ready
 	$(BIN)/python -m experiments.edge_deployment
 
 test: lint types
-	$(BIN)/python -m pytest -n $(JOBS) -q
+	$(PYTEST)
 
 test-slow: lint types
-	$(BIN)/python -m pytest -n $(JOBS) -q -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 lint: $(VENV)/ready
 	$(BIN)/ruff check .

@@ -7,6 +7,9 @@ import optax
 
 import jaxprune as jp
 
+# For `.compile` in tests marked `optimized`: undoes the flag of conftest.py, which no setting does.
+FULL = {"xla_cpu_use_fusion_emitters": True} if jax.__version_info__ < (0, 11) else {}
+
 
 def tree_of_weights(key, dtype=jnp.float32):
     """A small network: two kernels to prune, biases and a scale to leave alone."""

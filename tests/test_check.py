@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import jaxprune as jp
 from jaxprune import _values, schedules
 from tests.contract.trainings import wrappers
+from tests.helpers import FULL
 
 KERNEL = {"kernel": jnp.array([[1.0, -4.0], [3.0, 2.0]]), "bias": jnp.ones(2)}
 HALF = {"kernel": jnp.array([[False, True], [True, False]]), "bias": None}
@@ -324,15 +325,17 @@ def sharded():
     return lambda x: jax.device_put(x, place)
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("look", [_values._range, _values._zero_share])
 def test_looking_at_sharded_leaves_gathers_nothing(sharded, look):
-    text = look.lower(sharded(jnp.ones((16, 256)))).compile().as_text()
+    text = look.lower(sharded(jnp.ones((16, 256)))).compile(FULL).as_text()
     assert "all-reduce" in text and "all-gather" not in text and "all-to-all" not in text
 
 
+@pytest.mark.optimized
 def test_counting_revived_weights_gathers_nothing(sharded):
     weights = sharded(jnp.ones((16, 256)))
-    text = _values._revived.lower(weights, sharded(weights > 0)).compile().as_text()
+    text = _values._revived.lower(weights, sharded(weights > 0)).compile(FULL).as_text()
     assert "all-reduce" in text and "all-gather" not in text
 
 

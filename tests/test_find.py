@@ -74,6 +74,7 @@ def test_channel_masks_may_be_what_rounds_of_weights_stay_within(key):
     assert removed(masks) == [72, 24]
 
 
+@pytest.mark.optimized
 def test_another_score_among_what_is_left_makes_another_choice(key):
     params = tree_of_weights(key)
     once, often = (

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxprune as jp
 from jaxprune import patterns, scopes
 from tests.contract import laws, sharded
-from tests.helpers import TraceCount, assert_trees_equal
+from tests.helpers import FULL, TraceCount, assert_trees_equal
 
 AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
 
@@ -169,12 +169,13 @@ def travelling(compiled):
     return found
 
 
+@pytest.mark.optimized
 def test_collectives_are_found_where_there_are_some():
     mesh = mesh_of()
     x = jax.device_put(jnp.ones((8, 128)), NamedSharding(mesh, P(None, "model")))
-    total = jax.jit(jnp.sum).lower(x).compile()
+    total = jax.jit(jnp.sum).lower(x).compile(FULL)
     assert travelling(total) == [("all-reduce", 4)]
-    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P())).lower(x).compile()
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P())).lower(x).compile(FULL)
     assert travelling(whole) == [("all-gather", 8 * 128 * 4)]
 
 
@@ -190,6 +191,7 @@ def shapes(mesh, layout, dtype=jnp.float32):
     )
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("axis_type", AXIS_TYPES)
 @pytest.mark.parametrize("layout", ["fsdp", "tensor", "grid"])
 @pytest.mark.parametrize("scope", [scopes.across, scopes.per_leaf])
@@ -197,7 +199,7 @@ def test_a_ranking_over_a_mesh_moves_nothing_but_counts(scope, layout, axis_type
     mesh = mesh_of(axis_type)
     with jax.set_mesh(mesh):
         find = jax.jit(lambda p: jp.find_masks(p, 0.5, scope=scope))
-        compiled = find.lower(shapes(mesh, layout)).compile()
+        compiled = find.lower(shapes(mesh, layout)).compile(FULL)
     moved = travelling(compiled)
     assert moved and {kind for kind, _ in moved} == {"all-reduce"}
     assert max(size for _, size in moved) <= 256
@@ -206,16 +208,17 @@ def test_a_ranking_over_a_mesh_moves_nothing_but_counts(scope, layout, axis_type
     assert compiled.memory_analysis().temp_size_in_bytes <= 2 * part + 100_000
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("layout", ["fsdp", "grid"])
 def test_an_event_of_a_training_step_moves_nothing_but_counts(layout):
     mesh = mesh_of()
     tx = jp.prune(optax.adam(0.1), schedule=sharded.RAMP, scope=scopes.across)
     params = shapes(mesh, layout)
     state = jax.eval_shape(tx.init, params)
-    state = jax.jit(tx.init).lower(params).compile().output_shardings, state
+    state = jax.jit(tx.init).lower(params).compile(FULL).output_shardings, state
     state = jax.tree.map(
         lambda cut, x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut), *state
     )
-    step = jax.jit(functools.partial(sharded.step, tx)).lower(params, state).compile()
+    step = jax.jit(functools.partial(sharded.step, tx)).lower(params, state).compile(FULL)
     assert {kind for kind, _ in travelling(step)} == {"all-reduce"}
     assert max(size for _, size in travelling(step)) <= 256

@@ -35,12 +35,26 @@ PRODUCT = [
     names for names in itertools.product(CRITERIA, PATTERNS, SCOPES) if names[1:] not in REFUSED
 ]
 # Allocations rank by `per_leaf`, so that one criterion will do; the slow suite runs them all.
-FAST = [
+QUICK = [
     names
     for names in PRODUCT
     if (names[0] == "magnitude" or names[2] not in ALLOCATIONS)
     and (names[0] not in ONE_PATTERN or names[1:] == ("Weights", "across"))
 ]
+# Of these, as many as it takes for every two parts to meet, each under all schedules.
+MEETINGS = {
+    "magnitude": (
+        *(("Weights", "per_leaf"), ("Channels", "across"), ("Blocks", "windows")),
+        *(("Weights", "uniform"), ("Channels", "erk"), ("Blocks", "custom")),
+    ),
+    "taylor": (("Weights", "windows"), ("Channels", "per_leaf"), ("Blocks", "across")),
+    "random": (
+        *(("Weights", "across"), ("Channels", "across")),
+        *(("Blocks", "per_leaf"), ("Blocks", "windows")),
+    ),
+    **dict.fromkeys(ONE_PATTERN, (("Weights", "across"),)),
+}
+FAST = [names for names in PRODUCT if names[1:] in MEETINGS.get(names[0], MEETINGS["magnitude"])]
 SLOW = [pytest.param(*names, marks=pytest.mark.slow) for names in PRODUCT if names not in FAST]
 # For criteria that differ in nothing that a part sees, one combination is enough here.
 ALONE = [
@@ -48,6 +62,15 @@ ALONE = [
     for names in PRODUCT
     if names[0] not in ONE_PATTERN or names[1:] == ("Weights", "per_leaf")
 ]
+
+
+def test_every_two_parts_meet_in_the_fast_suite():
+    """And every part is under every schedule: each program of the product runs them all."""
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        met = {(names[i], names[j]) for names in FAST}
+        assert met >= {(names[i], names[j]) for names in QUICK if names[2] not in ALLOCATIONS}
+    assert {names[2] for names in FAST} == set(SCOPES)
+    assert {first_of(*names) for names in FAST} == set(range(len(SCHEDULES)))
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda module: module.__name__)
@@ -137,6 +160,11 @@ def check_laws(names, step, init):
         params, state = new_params, new_state
 
 
+def first_of(*names):
+    """The number of the schedule that starts a combination: each in its turn."""
+    return [*FAST, *PRODUCT].index(names) % len(SCHEDULES)
+
+
 @pytest.mark.parametrize("criterion, pattern, scope", [*FAST, *SLOW])
 def test_the_laws_hold_for_every_combination_under_every_schedule(criterion, pattern, scope):
     table = plans(scope)
@@ -148,8 +176,10 @@ def test_the_laws_hold_for_every_combination_under_every_schedule(criterion, pat
 
     traces = TraceCount(step)
     step = jax.jit(traces)
+    # What `init` makes of one schedule it makes of all: the slow suite has each with each.
+    first = list(table.values())[first_of(criterion, pattern, scope)]
+    init = pruner(criterion, pattern, scope, first).init(small_params())
     for which, plan in enumerate(table.values()):
-        init = pruner(criterion, pattern, scope, plan).init(small_params())
         check_laws((criterion, pattern, scope, plan), functools.partial(step, which), init)
     assert traces.count == 1
 
@@ -173,7 +203,7 @@ def test_the_laws_hold_for_every_combination_compiled_on_its_own(
 
 
 @pytest.mark.parametrize(
-    "criterion, scope", [names[::2] for names in FAST if names[1] == "Weights"]
+    "criterion, scope", [names[::2] for names in QUICK if names[1] == "Weights"]
 )
 def test_masks_of_single_weights_are_those_of_slow_numpy(criterion, scope):
     params, key = small_params(), jax.random.key(5)
@@ -224,8 +254,18 @@ def slow_masks(scope, scores, sparsity, within):
     return keep
 
 
-@pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+def pairs(first, second):
+    """All pairs; those that are needed to see every name of either are quick."""
+    every = itertools.product(enumerate(first), enumerate(second))
+    most = max(len(first), len(second))
+    quick = {(i % len(first), i % len(second)) for i in range(most)}
+    return [
+        pytest.param(a, b, marks=() if (i, j) in quick else pytest.mark.slow)
+        for (i, a), (j, b) in every
+    ]
+
+
+@pytest.mark.parametrize("criterion, schedule", pairs(CRITERIA, SCHEDULES))
 def test_channels_under_windows_are_refused_by_name(criterion, schedule):
     tx = jp.prune(
         optax.sgd(0.1),
@@ -239,8 +279,7 @@ def test_channels_under_windows_are_refused_by_name(criterion, schedule):
         tx.init(small_params())
 
 
-@pytest.mark.parametrize("allocation", ALLOCATIONS)
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("allocation, schedule", pairs(ALLOCATIONS, SCHEDULES))
 def test_a_tree_of_sparsities_across_is_refused_by_name(allocation, schedule):
     params = small_params()
     final = SCOPES[allocation](params, FINAL)

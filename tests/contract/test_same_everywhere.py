@@ -15,7 +15,7 @@ import jaxprune as jp
 from jaxprune import criteria, patterns, schedules, scopes
 from tests.contract import laws
 from tests.contract.trainings import TRAININGS
-from tests.helpers import assert_trees_equal
+from tests.helpers import FULL, assert_trees_equal
 
 DEVICES = 8
 STEPS = 4
@@ -181,12 +181,13 @@ def test_a_sharded_tree_gives_the_masks_of_one_device(name, axis_type):
     assert_trees_equal(masks, jp.find_masks(params, sparsity, **FINDERS[name]))
 
 
+@pytest.mark.optimized
 @pytest.mark.parametrize("scope", [scopes.per_leaf, scopes.across])
 def test_a_sharded_ranking_gathers_nothing_but_scalars(scope):
     mesh = mesh_of(AxisType.Auto)
     params = sharded({"a": jnp.ones((64, 32)), "b": jnp.ones((32, 64))}, mesh)
     find = jax.jit(lambda p: jp.find_masks(p, 0.5, scope=scope))
-    text = find.lower(params).compile().as_text()
+    text = find.lower(params).compile(FULL).as_text()
     assert "all-reduce" in text
     assert "all-gather" not in text and "all-to-all" not in text
 

@@ -9,7 +9,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune._masks import apply_masks, check_masks
-from jaxprune._mesh import lay_out
+from jaxprune._mesh import reshard_like
 from jaxprune._numbers import is_known, plain
 from jaxprune._parts import Parts
 from jaxprune._tree import map_leaves
@@ -111,7 +111,7 @@ def in_rounds(
 
     shapes = jax.eval_shape(once, params, amount, within)
     masks, fine = jax.tree.map(lambda s: jnp.ones(s.shape, bool), shapes)
-    masks = lay_out(masks, params)
+    masks = reshard_like(masks, params)
     if within is not None:
         masks = map_leaves(jnp.logical_and, masks, check_masks(within, masks, "within"))
     return lax.fori_loop(1, rounds + 1, again, (masks, fine))

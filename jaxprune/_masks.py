@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxprune._errors import check_living
 from jaxprune._help import readable
-from jaxprune._mesh import is_explicit, lay_out, true_over, whole_parts
+from jaxprune._mesh import all_true, even_shards, is_explicit, reshard_like
 from jaxprune._serial import serialize_shaped
 from jaxprune._tree import (
     align,
@@ -110,7 +110,7 @@ def dense_masks(params: Params, *, where: Where = is_matrix) -> Masks:
       >>> dense_masks({"kernel": jnp.zeros((1, 2)), "bias": jnp.zeros(2)})
       {'bias': None, 'kernel': Array([[ True,  True]], dtype=bool)}
     """
-    return map_leaves(true_over, prunable(params, where=where))
+    return map_leaves(all_true, prunable(params, where=where))
 
 
 @readable
@@ -273,18 +273,18 @@ def unpack(packed: Any) -> Masks:
 
 
 def _pack_bits(mask: jax.Array) -> jax.Array:
-    return jnp.packbits(whole_parts(jnp.atleast_1d(mask), 8), axis=-1)
+    return jnp.packbits(even_shards(jnp.atleast_1d(mask), 8), axis=-1)
 
 
 def _unpack_bits(packed: Packed) -> jax.Array:
     last = packed.shape[-1] if packed.shape else 1
-    cut = jax.typeof(packed.bits).sharding if is_explicit(packed.bits) else None
+    sharding = jax.typeof(packed.bits).sharding if is_explicit(packed.bits) else None
     # A byte beside its bit, elementwise: XLA fuses it into whatever uses the mask, which it does
     # not with jnp.unpackbits.
     place = np.arange(packed.bits.shape[-1] * 8)[:last]
-    spread = jnp.repeat(packed.bits, 8, axis=-1, out_sharding=cut)[..., :last]
-    bit = np.uint8(128 >> place % 8).reshape(*[1] * (spread.ndim - 1), last)
-    mask = (spread & bit) != 0
+    eight = jnp.repeat(packed.bits, 8, axis=-1, out_sharding=sharding)[..., :last]
+    bit = np.uint8(128 >> place % 8).reshape(*[1] * (eight.ndim - 1), last)
+    mask = (eight & bit) != 0
     # Leading axes are those of the bits: a stack of packed masks unpacks to a stack of masks.
     stack = packed.bits.shape[: packed.bits.ndim - max(len(packed.shape), 1)]
     return mask.reshape(*stack, *packed.shape)
@@ -301,7 +301,9 @@ def check_masks(masks: Masks, params: Params, name: str) -> Masks:
     mirror = match(masks, params, name, gaps="holes", fits=None, step=step)
     _check_bool(mirror, params, name)
     step = "A mask has the rank of its parameter, each axis full or 1."
-    return lay_out(match(mirror, params, name, gaps="holes", fits=_broadcasts, step=step), params)
+    return reshard_like(
+        match(mirror, params, name, gaps="holes", fits=_broadcasts, step=step), params
+    )
 
 
 def _broadcasts(mask: tuple[int, ...], leaf: tuple[int, ...]) -> bool:

@@ -15,27 +15,31 @@ from jaxprune._tree import map_leaves
 def in_auto_mode(f: Callable[..., Any], *args: Any, like: Any) -> Any:
     """Call ``f`` with automatic mesh axes in the place of explicit ones.
 
-    Ranking reshapes, gathers and compares arrays that are cut in different ways, which explicit
-    axes refuse. Where there are none this is ``f(*args)``.
+    Ranking reshapes, gathers and compares arrays of different shardings, which explicit axes
+    refuse. Where there are none this is ``f(*args)``.
 
     Args:
       f: gives a tree like ``like``, of arrays that broadcast over its leaves.
       *args: trees of arrays.
-      like: arrays that say how the axes of the result are cut.
+      like: arrays that say how the result is sharded.
     """
     if not is_explicit(like):
         return f(*args)
-    shapes = jax.eval_shape(f, *bare(args))
+    shapes = jax.eval_shape(f, *shapes_of(args))
     out = map_leaves(lambda shape, x: _sharding(shape.shape, x), shapes, like)
     return jax.sharding.auto_axes(f, out_sharding=out)(*args)
 
 
-def lay_out(masks: Any, like: Any) -> Any:
-    """Cut masks as the arrays they belong to, which explicit mesh axes ask for."""
+def reshard_like(masks: Any, like: Any) -> Any:
+    """Shard masks as the arrays they belong to, which explicit mesh axes ask for.
+
+    A mask of size 1 along an axis is not sharded there: `[1, 300]` beside `[784@x, 300@y]` gets
+    `[1, 300@y]`.
+    """
     if not is_explicit(like):
         return masks
 
-    def cut(x: Any, mask: Any) -> Any:
+    def reshard(x: Any, mask: Any) -> Any:
         if mask is None:
             return None
         layout = _sharding(mask.shape, x)
@@ -44,16 +48,16 @@ def lay_out(masks: Any, like: Any) -> Any:
         mesh = x.sharding.mesh  # the devices themselves: nobody has to have called `set_mesh`
         return jax.device_put(mask, NamedSharding(mesh, layout.spec))
 
-    return map_leaves(cut, like, masks)
+    return map_leaves(reshard, like, masks)
 
 
-def bare(tree: Any) -> Any:
-    """The shapes of arrays without how they are cut: for ``jax.eval_shape``."""
+def shapes_of(tree: Any) -> Any:
+    """The shapes of arrays without their shardings: for ``jax.eval_shape``."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 @functools.partial(jax.jit, static_argnames="shape")
-def true_over(param: jax.Array, shape: tuple[int, ...] | None = None) -> jax.Array:
+def all_true(param: jax.Array, shape: tuple[int, ...] | None = None) -> jax.Array:
     """Make an array that is all True and lies where a parameter does.
 
     Made from values, though they do not matter: inside of jit a constant lies on one device.
@@ -62,13 +66,13 @@ def true_over(param: jax.Array, shape: tuple[int, ...] | None = None) -> jax.Arr
       param: floating.
       shape: that of ``param``, or with some axes of size 1.
     """
-    cut = tuple(i for i, n in enumerate(shape or ()) if n != param.shape[i])
+    axes = tuple(i for i, n in enumerate(shape or ()) if n != param.shape[i])
     true = jnp.isnan(param) | ~jnp.isnan(param)
-    return true.all(axis=cut, keepdims=True) if cut else true
+    return true.all(axis=axes, keepdims=True) if axes else true
 
 
-def whole_parts(x: jax.Array, size: int) -> jax.Array:
-    """Gather the last axis where an explicit mesh axis cuts it into no multiple of ``size``."""
+def even_shards(x: jax.Array, size: int) -> jax.Array:
+    """Gather the last axis where its shards on an explicit axis are no multiple of ``size``."""
     if not is_explicit(x):
         return x
     known = jax.typeof(x).sharding
@@ -79,7 +83,7 @@ def whole_parts(x: jax.Array, size: int) -> jax.Array:
     return jax.sharding.reshard(x, NamedSharding(known.mesh, PartitionSpec(*known.spec[:-1], None)))
 
 
-def fitting(sharding: Any, shape: Sequence[int]) -> Any:
+def sharding_for(sharding: Any, shape: Sequence[int]) -> Any:
     """The same layout for another shape: mesh axes that do not divide an axis are left out."""
     if not isinstance(sharding, NamedSharding):
         return sharding
@@ -89,8 +93,8 @@ def fitting(sharding: Any, shape: Sequence[int]) -> Any:
         free = entry is PartitionSpec.UNCONSTRAINED
         return free or n % math.prod(sizes[name] for name in names_of(entry)) == 0
 
-    cut = zip(shape, sharding.spec, strict=False)
-    spec = PartitionSpec(*(entry if divides(n, entry) else None for n, entry in cut))
+    entries = zip(shape, sharding.spec, strict=False)
+    spec = PartitionSpec(*(entry if divides(n, entry) else None for n, entry in entries))
     return NamedSharding(sharding.mesh, spec)
 
 
@@ -110,7 +114,7 @@ def is_explicit(tree: Any) -> bool:
 
 
 def _sharding(shape: tuple[int, ...], like: jax.Array) -> NamedSharding:
-    """Cut the axes that are as long as those of ``like`` in the same way, and no others."""
+    """Shard the axes that are as long as those of ``like`` in the same way, and no others."""
     known = jax.typeof(like).sharding
-    cut = zip(shape, like.shape, known.spec, strict=True)
-    return NamedSharding(known.mesh, PartitionSpec(*(s if n == m else None for n, m, s in cut)))
+    axes = zip(shape, like.shape, known.spec, strict=True)
+    return NamedSharding(known.mesh, PartitionSpec(*(s if n == m else None for n, m, s in axes)))

@@ -17,7 +17,7 @@ from jaxprune._find import select
 from jaxprune._frozen import Moving, frozen, without
 from jaxprune._help import schedule_for
 from jaxprune._masks import check_masks, unpack
-from jaxprune._mesh import bare, lay_out, true_over
+from jaxprune._mesh import all_true, reshard_like, shapes_of
 from jaxprune._numbers import plain
 from jaxprune._parts import Parts, ability
 from jaxprune._score import score
@@ -136,9 +136,9 @@ class Bound:
         """Make masks that keep all, of the shape that events find."""
         # The shapes say all that can go wrong: which masks come out, and whether any do.
         found = jax.eval_shape(
-            lambda p: select(self.parts, p, self.amount(0), None, like=p), bare(self.part)
+            lambda p: select(self.parts, p, self.amount(0), None, like=p), shapes_of(self.part)
         )
-        return map_leaves(lambda p, mask: true_over(p, mask.shape), self.part, found)
+        return map_leaves(lambda p, mask: all_true(p, mask.shape), self.part, found)
 
     def amount(self, step: Any) -> Amount:
         """How much goes at a step: exactly what was asked for from when the schedule is there."""
@@ -195,7 +195,7 @@ def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:
     event both have to be alike.
     """
     keep = lambda p: jax.tree.map(lambda unit: unit > 0, pattern.pool(p))  # noqa: E731
-    found = jax.eval_shape(lambda p: pattern.expand(keep(p), like=p), bare(part))
+    found = jax.eval_shape(lambda p: pattern.expand(keep(p), like=p), shapes_of(part))
     shapes = [m.shape for m in jax.tree.leaves(stored, is_leaf=is_packed)]
     if shapes == [f.shape for f in jax.tree.leaves(found)]:
         return stored
@@ -204,7 +204,7 @@ def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:
         check_masks(unpack(stored), part, "masks"),
         found,
     )
-    return lay_out(wide, part)
+    return reshard_like(wide, part)
 
 
 def pruners_in(tx: Any) -> list[Pruner]:

@@ -34,7 +34,7 @@ def make_mesh(kind):
     return jax.make_mesh((4, 2), ("data", "model"), axis_types=(kind, kind))
 
 
-def lay_out(mesh, tree, specs):
+def reshard_like(mesh, tree, specs):
     return jax.tree.map(lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec)), tree, specs)
 
 
@@ -87,7 +87,7 @@ def test_what_shard_map_does_is_cut_on_every_device_alike(name, kind):
     fn = jax.shard_map(device, mesh=mesh, in_specs=(specs, BATCH), out_specs=BATCH, check_vma=check)
     params, x = PARAMS, X
     if kind == AxisType.Explicit:
-        params, x = lay_out(mesh, PARAMS, specs), lay_out(mesh, X, BATCH)
+        params, x = reshard_like(mesh, PARAMS, specs), reshard_like(mesh, X, BATCH)
     (group,) = groups = jp.find_groups(fn, params, x)
     assert group.size == units and group.exact and len(group.members) == 3
     masks = some(groups, params, units // 2)
@@ -169,7 +169,7 @@ def reshaped(p, x):
 def test_params_on_an_explicit_mesh_are_cut_and_stay_there_as_far_as_it_divides(fn, keep):
     mesh = make_mesh(AxisType.Explicit)
     with jax.set_mesh(mesh):
-        params, x = lay_out(mesh, PARAMS, LAYOUT), lay_out(mesh, X, BATCH)
+        params, x = reshard_like(mesh, PARAMS, LAYOUT), reshard_like(mesh, X, BATCH)
         groups = jp.find_groups(fn, params, x)
         units = sorted(group.size for group in groups)
         assert units == ([2, 6] if fn is reshaped else [12])

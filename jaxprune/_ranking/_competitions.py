@@ -57,7 +57,9 @@ class Competitions:
     def total(self, counts: Sequence[jax.Array], shards: Sequence[Shard]) -> jax.Array:
         """Sum the counts of the leaves of each ranking, and over the devices that share a leaf."""
         total = jnp.zeros(sum(map(math.prod, self.shapes)), jnp.int32)
-        for names in dict.fromkeys(shard.names for shard in shards):  # one sum for all cut alike
+        for names in dict.fromkeys(
+            shard.names for shard in shards
+        ):  # one sum for all sharded alike
             here = self.flat(
                 [
                     sum((counts[i] for i in ranking if shards[i].names == names), _zeros(shape))

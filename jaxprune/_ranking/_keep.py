@@ -37,7 +37,7 @@ def keep_largest(
         `[1, 1, c]` for outputs.
       rankings: which leaves compete with one another; every leaf in exactly one ranking.
       alive: for each leaf a bool array like it, or None where all are.
-      shards: for each leaf how it is cut over mesh axes, inside of shard_map; None if not at all.
+      shards: for each leaf how it lies on mesh axes, inside of shard_map; None if not sharded.
 
     Returns:
       For each leaf a bool array of its shape.
@@ -46,7 +46,7 @@ def keep_largest(
     shards = tuple(shards or [Shard()] * len(leaves))
     if any(shape for shape in competitions.shapes) and any(shard.names for shard in shards):
         raise NotImplementedError(
-            "Competitions inside of a leaf that `shard_map` cuts are not ranked over its devices. "
+            "Competitions inside of a leaf that `shard_map` splits are not ranked over its devices. "
             "Rank it under `jit`, which sees the leaf whole."
         )
     wanted = [jnp.asarray(count, jnp.int32) for count in counts]

@@ -1,4 +1,4 @@
-"""Parts of a leaf on several devices: what a ranking inside of shard_map has to know."""
+"""Shards of a leaf on several devices: what a ranking inside of shard_map has to know."""
 
 import dataclasses
 import math
@@ -19,12 +19,12 @@ AxisName: TypeAlias = str | tuple[str, ...]  # of a mesh, of pmap or of vmap
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """How a leaf is cut over the mesh axes that a ranking goes over; as it stands, not at all.
+    """How a leaf is sharded over the mesh axes that a ranking goes over; as it stands, not at all.
 
     Attributes:
-      names: mesh axes; devices along them hold different parts of the leaf.
-      dims: for each axis of the leaf the mesh axes that cut it. None if nobody said: then one
-        part counts as coming after the other.
+      names: mesh axes; devices along them hold different shards of the leaf.
+      dims: for each axis of the leaf the mesh axes that shard it. None if nobody said: then one
+        shard counts as coming after the other.
     """
 
     names: tuple[str, ...] = ()
@@ -35,7 +35,7 @@ class Shard:
         return int(leaf.size * _devices(self.names))
 
     def count_down(self, number: jax.Array) -> jax.Array:
-        """Take from each unit's number its position in the whole leaf; uint32, as the part is."""
+        """Take from each unit's number its position in the whole leaf; uint32, as the shard is."""
         shape = number.shape
         dims = self.dims or ((),) * len(shape)
         whole = [n * _devices(names) for n, names in zip(shape, dims, strict=True)]
@@ -49,7 +49,7 @@ class Shard:
 
 
 def shards(units: Any, axis_name: AxisName | None, specs: Any, user: str) -> list[Shard]:
-    """Say for each leaf how it is cut over ``axis_name``."""
+    """Say for each leaf how it is sharded over ``axis_name``."""
     found = slots(units, lambda x: is_hole(x) or is_lazy(x))
     leaves = [(slot.path, slot.leaf) for slot in found if not is_hole(slot.leaf)]
     if axis_name is None:

@@ -63,9 +63,9 @@ def _window(mask: jax.Array) -> tuple[int, ...] | None:
 
 
 def most_shards(x: jax.Array, *axes: int) -> int:
-    """Into how many equal shards jit may cut some axes of an array, or all.
+    """Into how many equal shards jit may split some axes of an array, or all.
 
-    Explicit mesh axes are in its type. What automatic ones will cut nobody knows yet, but no axis
+    Explicit mesh axes are in its type. What automatic ones will split nobody knows yet, but no axis
     into more shards than they have devices.
     """
     sharding = jax.typeof(x).sharding

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._mesh import true_over
+from jaxprune._mesh import all_true
 from jaxprune.typing import Params, Scores
 
 
@@ -29,7 +29,7 @@ def random(params: Params, *, key: jax.Array, **_: Any) -> Scores:
     leaves, treedef = jax.tree.flatten(params)
     # Float32 whatever the weights are: eight bits of bfloat16 would make ties the rule. Added to
     # zeros made from the weights, so that scores lie where the weights do.
-    zeros = [(~true_over(w)).astype(jnp.float32) for w in leaves]
+    zeros = [(~all_true(w)).astype(jnp.float32) for w in leaves]
     draws = [
         zero + jax.random.uniform(jax.random.fold_in(key, i), zero.shape)
         for i, zero in enumerate(zeros)

@@ -17,7 +17,7 @@ import numpy as np
 from jax.extend import core
 from jax.sharding import PartitionSpec
 
-from jaxprune._mesh import fitting, names_of
+from jaxprune._mesh import names_of, sharding_for
 from jaxprune.graph._axes import Axes, Axis
 from jaxprune.graph._elementwise import same
 from jaxprune.graph._frames import Value
@@ -29,7 +29,7 @@ F = TypeVar("F", bound=Callable)
 
 def cut_moved(at: Site, x: jax.Array) -> list[jax.Array]:
     """Lay it out as it was, but for mesh axes that no longer divide what is left."""
-    return at.bind(x, dst_sharding=fitting(at.params["dst_sharding"], x.shape))
+    return at.bind(x, dst_sharding=sharding_for(at.params["dst_sharding"], x.shape))
 
 
 def reduce_names(at: Site) -> list[Axes]:

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from jaxprune._mesh import fitting
+from jaxprune._mesh import sharding_for
 from jaxprune.graph._axes import ANYTHING, Axes, Axis, Entry, Values, axis_of, kept_indices
 from jaxprune.graph._coupling import Ids, Why
 from jaxprune.graph._frames import Call, Frame, Known, Value, callers, shape_of
@@ -270,7 +270,7 @@ class Site:
     def layout(self) -> jax.sharding.NamedSharding | None:
         """How the program lays the result out on a mesh, as far as what is left of it can be."""
         given = [self.params.get(name) for name in ("sharding", "out_sharding")]
-        return next((fitting(s, self.small_shape()) for s in given if s is not None), None)
+        return next((sharding_for(s, self.small_shape()) for s in given if s is not None), None)
 
     def bind(self, *values: Value, **params: Any) -> list[Value]:
         """Evaluate the primitive, with some of its params replaced."""

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune._mesh import fitting, is_explicit
+from jaxprune._mesh import is_explicit, sharding_for
 from jaxprune._tree import is_array
 
 
@@ -23,7 +23,7 @@ def take(x: jax.Array, indices: Sequence[np.ndarray | None]) -> jax.Array:
     shape = [n if k is None else len(k) for n, k in zip(x.shape, indices, strict=True)]
     if shape == list(x.shape) and all(k is None or (np.diff(k) == 1).all() for k in indices):
         return x
-    out = fitting(jax.typeof(x).sharding, shape)
+    out = sharding_for(jax.typeof(x).sharding, shape)
     return jax.sharding.auto_axes(lambda x: _taken(x, indices), out_sharding=out)(x)
 
 

@@ -54,10 +54,10 @@ def across(
         ``n`` units go; among equals the later leaf, then the later position goes first.
       within: bool tree like ``units``; units outside of it are gone already and count as removed.
       axis_name: mesh axes to rank over, inside of ``shard_map``: counts are summed over them.
-      specs: how the leaves are cut over those axes: a ``PartitionSpec`` for all, or a tree of them
-        like the params, as in ``in_specs``. Then masks are bit for bit those of the whole tree.
-        Left out, a leaf counts as cut if it varies over the axis (``check_vma=True``) or always
-        (``check_vma=False``), and among equals the parts of the first device stay.
+      specs: how the leaves are sharded over those axes: a ``PartitionSpec`` for all, or a tree of
+        them like the params, as in ``in_specs``. Then masks are bit for bit those of the whole
+        tree. Left out, a leaf counts as sharded if it varies over the axis (``check_vma=True``) or
+        always (``check_vma=False``), and among equals the shards of the first device stay.
 
     Returns:
       A bool tree like ``units``, True for what stays.

@@ -31,7 +31,7 @@ def per_leaf(
 ) -> Units:
     """Remove the same fraction of the units of every leaf, the lowest first.
 
-    Inside of ``shard_map`` a leaf is the part that a device holds, unless ``axis_name`` says over
+    Inside of ``shard_map`` a leaf is the shard that a device holds, unless ``axis_name`` says over
     which devices to rank it; see ``across``.
 
     Args:
@@ -40,7 +40,7 @@ def per_leaf(
         Exactly ``round(sparsity * n)`` of ``n`` units go, the later ones first among equals.
       within: bool tree like ``units``; units outside of it are gone already and count as removed.
       axis_name: mesh axes to rank over, inside of ``shard_map``.
-      specs: how the leaves are cut over those axes, as for ``across``.
+      specs: how the leaves are sharded over those axes, as for ``across``.
 
     Returns:
       A bool tree like ``units``, True for what stays.

@@ -646,9 +646,7 @@ def report(config: Config, records: list[Record], sparsity: float, times: list[R
     summary = {"dataset": config.dataset, "rows": rows, "search": trials}
     answer = figures.answer(summary)
     figure = figures.pareto_figure(rows, tolerance=config.tolerance)
-    files.write(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    files.write(config.out / "pareto.png", show.png(figure))
-    files.write(config.out / "answer.md", answer)
+    show.write(config.out, summary, answer=answer, pareto=figure)
     show.printed(
         *figures.tables(rows, title=f"{config.dataset}, seeds: {config.seeds}"),
         rich.markdown.Markdown(answer),

@@ -413,9 +413,8 @@ def report(config: Config, records: list[Record], times: list[Record]) -> Record
     rows = figures.summarise(records, times)
     summary = {"dataset": config.dataset, "rows": rows}
     answer = figures.answer(rows, dataset=config.dataset)
-    files.write(config.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    files.write(config.out / "tradeoff.png", show.png(figures.tradeoff_figure(rows)))
-    files.write(config.out / "answer.md", answer)
+    figure = figures.tradeoff_figure(rows)
+    show.write(config.out, summary, answer=answer, tradeoff=figure)
     show.printed(
         figures.accuracy_table(rows, title=f"images: {config.dataset}, seeds: {config.seeds}"),
         figures.cost_table(rows, batch=LATENCY_BATCH),

@@ -3,12 +3,10 @@
 import dataclasses
 import functools
 import itertools
-import json
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import flax.linen as nn
 import jax
@@ -17,32 +15,21 @@ import rich.markdown
 
 import jaxprune as jp
 from experiments import edge_deployment_figures as figures
-from experiments.common import (
-    data,
-    device,
-    files,
-    runner,
-    settings,
-    show,
-    small_networks,
-    timing,
-    train,
-)
+from experiments import edge_deployment_files as exported
+from experiments import edge_deployment_training as training
+from experiments.common import data, runner, settings, show, small_networks, train
 from experiments.common.models import ResidualNet
 from experiments.common.runner import Record
 from experiments.common.small_networks import Network
+from experiments.edge_deployment_training import Bench, Lesson
 
 Method = Literal["one_shot", "iterative"]
 DEFAULTS = {
     "digits": {"widths": (16, 32, 64), "steps": 300, "fine_tune_steps": 300, "search_steps": 150},
     "mnist": {"widths": (32, 64, 128), "steps": 400, "fine_tune_steps": 600, "search_steps": 200},
 }
-LEARNING_RATE = 3e-3  # of Adam at its highest, in both parts of a training
-SCORED_BATCHES = 8  # that the gradient of the criterion is averaged over
 CALIBRATED_BATCHES = 8  # that the ranges of int8 are found on
 SEARCHED = (0.0, 0.95)  # between which fractions of the channels the search looks
-LATENCY_BATCHES = (1, 64)
-LATENCY_TURNS = 25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,13 +137,19 @@ def main(config: Config) -> Record:
     with runner.open_run(config.out, settings.recorded(config), Run._fields) as run:
         ensure = functools.partial(
             run.fill,
-            make=lambda missing: make_all(bench(), missing),
+            make=lambda missing: make_all(config, bench(), missing),
             is_saved=lambda key: is_saved(config, Run(*key)),
         )
         ensure(plan(config))
         sparsity = search(config, ensure)
         ensure(plan_searched(config, sparsity))
-        return report(config, list(run.records.values()), sparsity, latencies(config, bench))
+        stages = [stage for stage in recipes(config) if stage != "search"]
+        times = exported.latencies(
+            config.out / "latency.json",
+            {stage: file_of(config, stage, seed=0) for stage in stages},
+            lambda: bench().data.test.inputs,
+        )
+        return report(config, list(run.records.values()), sparsity, times)
 
 
 def resolve(config: Config) -> Config:
@@ -273,39 +266,6 @@ def is_saved(config: Config, run: Run) -> bool:
     return all(path.exists() for path in found)
 
 
-class Bench(NamedTuple):
-    """What all trainings have in common.
-
-    Attributes:
-      config: of the experiment.
-      model: linen module that gives logits.
-      dense: the network, with shapes in place of variables.
-      data: what to fit, what to choose by, and what to report.
-      channels: groups of coupled channels of the model.
-      branches: its residual branches, of those around an identity.
-      compile_: what ``train.compiler`` made.
-    """
-
-    config: Config
-    model: nn.Module
-    dense: Network
-    data: data.Dataset
-    channels: jp.Groups
-    branches: jp.Groups
-    compile_: train.Compile
-
-    def take(self, indices: np.ndarray) -> data.Examples:
-        """Give the training examples of some indices."""
-        return jax.tree.map(lambda array: array[indices], self.data.train)
-
-    def draw(self, key: jax.Array) -> Network:
-        """Draw the variables of the dense network."""
-        images = self.data.test.inputs[:1]
-        return self.dense._replace(
-            variables=self.compile_(self.model.init, key, images)(key, images)
-        )
-
-
 def load(config: Config) -> Bench:
     """Load what the networks are trained and tested on, and find what can be removed.
 
@@ -319,19 +279,15 @@ def load(config: Config) -> Bench:
     channels = jp.find_groups(dense.infer, shapes, inputs)
     branches = jp.find_blocks(dense.infer, shapes, inputs)
     fewest, count = min(group.size for group in channels), len(branches)
-    some = not config.blocks or round(config.blocks * count)
+    some = round(config.channels * fewest), not config.blocks or round(config.blocks * count)
     settings.refuse(
         config,
         [
-            (
-                "channels",
-                round(config.channels * fewest),
-                f"removes none of the {fewest} channels of a group",
-            ),
-            ("blocks", some, f"removes none of {count} branches, as `blocks=0` would"),
+            ("channels", some[0], f"removes none of the {fewest} channels of a group"),
+            ("blocks", some[1], f"removes none of {count} branches, as `blocks=0` would"),
         ],
     )
-    return Bench(config, model, dense, examples, channels, branches, train.compiler())
+    return Bench(model, dense, examples, channels, branches, train.compiler())
 
 
 def model_of(config: Config) -> nn.Module:
@@ -357,26 +313,17 @@ class Course(NamedTuple):
     key: jax.Array
 
 
-class Lesson(NamedTuple):
-    """What a network learns from: batches of given examples, and the loss of its logits on them."""
-
-    take: Callable[[np.ndarray], data.Examples]
-    loss: train.Loss
-
-
-def make_all(bench: Bench, missing: list[Run]) -> Iterator[Record]:
+def make_all(config: Config, bench: Bench, missing: list[Run]) -> Iterator[Record]:
     """Make networks, and yield a record for each."""
     for seed, of_seed in itertools.groupby(missing, lambda run: run.seed):
-        course = begin(bench, seed)
+        course = begin(config, bench, seed)
         for run in of_seed:
-            recipe = recipes(bench.config)[run.stage]
-            make = quantize if recipe.int8_of else make_network
-            yield {**run._asdict(), **recipe._asdict(), **make(bench, course, run, recipe)}
+            recipe = recipes(config)[run.stage]
+            yield {**run._asdict(), **recipe._asdict(), **make(config, bench, course, run)}
 
 
-def begin(bench: Bench, seed: int) -> Course:
+def begin(config: Config, bench: Bench, seed: int) -> Course:
     """Train the dense network of a seed for the first part of its steps, or load it."""
-    config = bench.config
     init_key, order_key, thin_key = jax.random.split(jax.random.key(seed), 3)
     order = train.batch_order(
         order_key,
@@ -387,48 +334,49 @@ def begin(bench: Bench, seed: int) -> Course:
     before, after = np.split(np.asarray(order), [config.steps])
     path = network_of(config, Run("trained", seed, 0.0))
     if not path.exists():
-        small_networks.save(path, fit(bench, by_labels(bench), bench.draw(init_key), before))
+        start, lesson = bench.draw(init_key), training.by_labels(bench)
+        small_networks.save(path, training.fit(bench, lesson, start, before))
     return Course(seed, before, after, small_networks.load(path, bench.dense), thin_key)
 
 
-def make_network(bench: Bench, course: Course, run: Run, recipe: Recipe) -> Record:
-    """Train a network and save it, or load the one that was searched, and put it in figures."""
-    path = network_of(bench.config, run)
+def make(config: Config, bench: Bench, course: Course, run: Run) -> Record:
+    """Make a network and its file, or the int8 file of a stage, and put it in figures."""
+    recipe, test = recipes(config)[run.stage], bench.data.test
+    path, file = network_of(config, run), file_of(config, run.stage, run.seed)
+    if recipe.int8_of:
+        source = file_of(config, recipe.int8_of, run.seed)
+        batches = [bench.take(order).inputs for order in course.after[:CALIBRATED_BATCHES]]
+        return exported.quantize(file, source, batches, test)
     if run.stage == "searched":
         network = small_networks.load(path, bench.dense)
     else:
-        network = train_network(bench, course, run, recipe)
+        network = train_network(config, bench, course, run)
         small_networks.save(path, network)
     images, labels = bench.data.validation
     logits = train.predict(network.infer, network.variables, images, bench.compile_)
-    record = {"validation_accuracy": hits(logits, labels)}
-    return record if run.stage == "search" else {**record, **export(bench, run, network)}
-
-
-def train_network(bench: Bench, course: Course, run: Run, recipe: Recipe) -> Network:
-    """Train the network of a run."""
-    lesson, order = by_teacher(bench, course) if recipe.taught else by_labels(bench), course.after
-    if recipe.method == "none":
-        return fit(bench, lesson, course.trained, order)
-    if recipe.method == "scratch":
-        return train_thin(bench, course, lesson)
-    blocks = bench.config.blocks
+    record = {"validation_accuracy": exported.hits(logits, labels)}
     if run.stage == "search":
-        order, blocks = order[: bench.config.search_steps], 0.0
-    removals = removals_of(
-        recipe.method, run.channels_removed, blocks, bench.config.rounds, len(order)
-    )
-    return prune(bench, course, lesson, order, removals)
+        return record
+    return {**record, **exported.export(file, network, test, bench.compile_)}
 
 
-def by_labels(bench: Bench) -> Lesson:
-    """Learn from the labels alone."""
-    return Lesson(bench.take, train.cross_entropy)
+def train_network(config: Config, bench: Bench, course: Course, run: Run) -> Network:
+    """Train the network of a run."""
+    method, taught, _ = recipes(config)[run.stage]
+    lesson = by_teacher(config, bench, course) if taught else training.by_labels(bench)
+    if method == "none":
+        return training.fit(bench, lesson, course.trained, course.after)
+    if method == "scratch":
+        return train_thin(config, bench, course, lesson)
+    order, blocks = course.after, config.blocks
+    if run.stage == "search":
+        order, blocks = order[: config.search_steps], 0.0
+    removals = training.removals_of(method, run.channels_removed, blocks, config.rounds, len(order))
+    return training.prune(bench, lesson, course.trained, order, removals)
 
 
-def by_teacher(bench: Bench, course: Course) -> Lesson:
+def by_teacher(config: Config, bench: Bench, course: Course) -> Lesson:
     """Learn from the labels and from the dense network, which is asked about each example once."""
-    config = bench.config
     dense, path = (network_of(config, Run(name, course.seed, 0.0)) for name in ("dense", "teacher"))
     if not path.exists():
         network, images = small_networks.load(dense, bench.dense), bench.data.train.inputs
@@ -449,194 +397,15 @@ def by_teacher(bench: Bench, course: Course) -> Lesson:
     return Lesson(take, loss)
 
 
-def fit(bench: Bench, lesson: Lesson, network: Network, order: np.ndarray) -> Network:
-    """Train from a fresh state of the optimizer."""
-    state = train.clipped_adam(0.0).init(network.variables["params"])
-    return go_on(bench, lesson, network, state, paced(order))[0]
-
-
-def paced(order: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Give each batch of an order, `[steps, batch size]`, its learning rate."""
-    return list(zip(order, train.learning_rates(LEARNING_RATE, len(order)), strict=True))
-
-
-def go_on(
-    bench: Bench, lesson: Lesson, network: Network, state: Any, pairs: list[Any], **held: bool
-) -> tuple[Network, Any]:
-    """Go on with the training over batches and learning rates; if ``held``, under masks."""
-    variables, state = train.loop(
-        lambda rate: train.Recipe(network.learn, train.clipped_adam(rate, **held), lesson.loss),
-        network.variables,
-        state,
-        ((lesson.take(indices), rate) for indices, rate in pairs),
-        bench.compile_,
-    )
-    return network._replace(variables=variables), state
-
-
-def train_thin(bench: Bench, course: Course, lesson: Lesson) -> Network:
+def train_thin(config: Config, bench: Bench, course: Course, lesson: Lesson) -> Network:
     """Train a network of the size of the pruned one, as long as the dense one was."""
-    pruned = network_of(bench.config, Run("pruned", course.seed, 0.0))
+    pruned = network_of(config, Run("pruned", course.seed, 0.0))
     start = bench.draw(course.key)
     network = small_networks.cut_down(start, small_networks.load(pruned, bench.dense).cut)
-    network = network._replace(variables=rescale(network.variables, start.variables))
+    network = network._replace(variables=training.rescale(network.variables, start.variables))
     for order in (course.before, course.after):
-        network = fit(bench, lesson, network, order)
+        network = training.fit(bench, lesson, network, order)
     return network
-
-
-def rescale(small: Any, whole: Any) -> Any:
-    """Make kernels that are part of fresh ones what flax would have drawn at their size.
-
-    There the variance is 1 over the number of inputs (LeCun), and inputs are fewer now.
-    """
-
-    def scale(path: Any, part: jax.Array, kernel: jax.Array) -> jax.Array:
-        if path[-1].key != "kernel" or not part.size:
-            return part
-        return part * math.sqrt(math.prod(kernel.shape[:-1]) / math.prod(part.shape[:-1]))
-
-    return jax.tree.map_with_path(scale, small, whole)
-
-
-class Removal(NamedTuple):
-    """From which step on which fraction of the ``channels`` or ``branches`` is gone."""
-
-    step: int
-    kind: str
-    sparsity: float
-
-
-def removals_of(
-    method: str, channels: float, blocks: float, rounds: int, steps: int
-) -> list[Removal]:
-    """List what is removed when: channels, then branches; all at once, or over a quarter."""
-    rounds, last = (rounds, steps // 4) if method == "iterative" else (1, 0)
-    removals = [("channels", 1 - (1 - channels) ** (n / rounds)) for n in range(1, rounds + 1)]
-    removals += [("branches", blocks)] if blocks else []
-    starts = np.linspace(0, last, len(removals)).astype(int).tolist()
-    return [Removal(step, *removal) for step, removal in zip(starts, removals, strict=True)]
-
-
-def prune(
-    bench: Bench, course: Course, lesson: Lesson, order: np.ndarray, removals: list[Removal]
-) -> Network:
-    """Go on with the training of the dense network, and remove parts of it on the way.
-
-    Until the last removal masks are held on the whole network, whose program is there already.
-    Then what they remove is cut out of the network and of the optimizer's state, and the small
-    network goes on. What is removed is chosen by the loss on the labels, whoever teaches.
-    """
-    pairs, network, masks = paced(order), course.trained, {}
-    tx, held = train.clipped_adam(0.0), train.clipped_adam(0.0, held=True)
-    state = held.init(network.variables["params"])
-    for now, following in itertools.zip_longest(removals, removals[1:]):
-        batches = map(bench.take, order[now.step : now.step + SCORED_BATCHES])
-        grads = train.mean_gradient(network.learn, network.variables, batches, bench.compile_)
-        masks[now.kind] = find(bench, now, network.variables, grads, within=masks.get(now.kind))
-        together = jp.combine_masks(*masks.values())
-        network = network.masked(together["params"])
-        state = jp.with_masks(state, together["params"])
-        if following:
-            part = pairs[now.step : following.step]
-            network, state = go_on(bench, lesson, network, state, part, held=True)
-    params = network.variables["params"]
-    state = jp.shrink_state(tx, state.inner_state, params, together["params"])
-    network = small_networks.cut_down(network, jp.cut_list(network.variables, together))
-    return go_on(bench, lesson, network, state, pairs[now.step :])[0]
-
-
-def find(bench: Bench, removal: Removal, variables: Any, grads: Any, *, within: Any) -> Any:
-    """Find masks of all variables that remove a fraction of the channels or of the branches.
-
-    Every group loses the same share of its channels; branches compete with each other.
-    """
-    channels = removal.kind == "channels"
-    groups = bench.channels if channels else bench.branches
-    masks = jp.find_masks(
-        variables["params"],
-        removal.sparsity,
-        criterion=jp.criteria.taylor,
-        pattern=jp.patterns.Coupled(groups.at("params"), normalize=channels),
-        scope=jp.scopes.per_leaf if channels else jp.scopes.across,
-        within=within and within["params"],
-        grads=grads,
-    )
-    return groups.spread({"params": masks}, variables)
-
-
-def export(bench: Bench, run: Run, network: Network) -> Record:
-    """Write the file of a network, and put in figures what it does with the whole test set."""
-    images, path = bench.data.test.inputs, file_of(bench.config, run.stage, run.seed)
-    ours = train.predict(network.infer, network.variables, images, bench.compile_)
-    written = place(path, jp.export.onnx, network.infer, network.variables, images[:1])
-    theirs = device.predict(path, images)
-    return {
-        **measure(bench, written, theirs, ours),
-        "parity": float(np.abs(theirs - ours).max() / np.abs(ours).max()),
-        "parameters": jp.size_of(network.variables["params"], {}),
-        "flops": jp.count_flops(network.infer, network.variables, images[:1]),
-    }
-
-
-def quantize(bench: Bench, course: Course, run: Run, recipe: Recipe) -> Record:
-    """Write the int8 file of a stage, calibrated on training examples."""
-    batches = [bench.take(indices).inputs for indices in course.after[:CALIBRATED_BATCHES]]
-    source, path = (file_of(bench.config, stage, run.seed) for stage in (recipe.int8_of, run.stage))
-    written = place(path, jp.export.quantize_onnx, source, batches)
-    small, large = (device.predict(file, bench.data.test.inputs) for file in (path, source))
-    return measure(bench, written, small, large)
-
-
-def place(path: Path, write: Callable[..., jp.export.Report], *args: Any) -> jp.export.Report:
-    """Export a file elsewhere, and put it in place like all others of a run."""
-    with tempfile.TemporaryDirectory() as folder:
-        written = write(Path(folder) / path.name, *args, latency=())
-        files.write(path, written.path.read_bytes())
-    return written
-
-
-def measure(
-    bench: Bench, written: jp.export.Report, logits: np.ndarray, reference: np.ndarray
-) -> Record:
-    """Put a file in figures: its size, and what it answers to the test set.
-
-    Args:
-      bench: with the test set.
-      written: what is known of the file.
-      logits: that it gives, `[n, classes]`.
-      reference: logits that it should give, `[n, classes]`.
-    """
-    return {
-        "accuracy": hits(logits, bench.data.test.targets),
-        "agreement": hits(logits, reference.argmax(-1)),
-        "bytes": written.bytes,
-        "gzip_bytes": written.gzip_bytes,
-    }
-
-
-def hits(logits: np.ndarray, labels: np.ndarray) -> float:
-    """Give the share of labels that are the most likely class, from a count."""
-    return int((logits.argmax(-1) == labels).sum()) / len(labels)
-
-
-def latencies(config: Config, bench: Callable[[], Bench]) -> list[Record]:
-    """Time the files of the first seed, or read how long they took when they were timed."""
-    path = config.out / "latency.json"
-    if path.exists():
-        return json.loads(path.read_text())["stages"]
-    names = [stage for stage in recipes(config) if stage != "search"]
-    images = bench().data.test.inputs
-    found: dict[str, Record] = {name: {"stage": name} for name in names}
-    for batch in LATENCY_BATCHES:
-        calls = {n: device.call(file_of(config, n, seed=0), images[:batch]) for n in names}
-        seconds = timing.in_turns(calls, turns=LATENCY_TURNS)
-        for name, taken in seconds.items():
-            ratio = timing.paired_ratio(taken, seconds["dense"], seed=0)
-            found[name][str(batch)] = {"ms": 1e3 * float(np.median(taken)), "ratio": ratio}
-    told = {"machine": timing.machine(), "stages": list(found.values())}
-    files.write(path, json.dumps(told, indent=2) + "\n")
-    return told["stages"]
 
 
 def report(config: Config, records: list[Record], sparsity: float, times: list[Record]) -> Record:

@@ -13,9 +13,11 @@ import rich.console
 import jaxprune as jp
 from experiments import edge_deployment as edge
 from experiments import edge_deployment_figures as figures
+from experiments import edge_deployment_training as training
 from experiments.common import data, device, runner, show, small_networks, timing, train
 from experiments.common.models import ResidualNet
-from experiments.edge_deployment import Config, Removal, Run, main, resolve
+from experiments.edge_deployment import Config, Run, main, resolve
+from experiments.edge_deployment_training import Removal
 from tests import crash
 
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
@@ -77,7 +79,9 @@ def stand_in(monkeypatch):
 def quick():
     """Small and less optimised: compiling takes longer than running what is compiled here."""
     jax.config.update("jax_disable_most_optimizations", True)
+    programs = train.compiler()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "compiler", lambda: programs)  # who goes on compiles nothing again
         stand_in(patch)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -220,7 +224,7 @@ def test_a_thin_network_starts_as_if_drawn_at_its_size(key):
     kernel, gone = jax.nn.initializers.lecun_normal()(key, (3, 3, 64, 64)), jnp.ones((0, 64))
     whole = {"a": {"kernel": kernel, "bias": jnp.ones(64)}, "b": {"kernel": jnp.ones((64, 64))}}
     small = {"a": {"kernel": kernel[:, :, ::4, ::2], "bias": jnp.ones(32)}, "b": {"kernel": gone}}
-    thin = edge.rescale(small, whole)
+    thin = training.rescale(small, whole)
     np.testing.assert_allclose(thin["a"]["kernel"], 2 * small["a"]["kernel"], rtol=1e-6)
     assert thin["a"]["kernel"].std() == pytest.approx((3 * 3 * 16) ** -0.5, rel=0.02)
     assert thin["a"]["bias"] is small["a"]["bias"] and thin["b"]["kernel"] is gone
@@ -250,8 +254,6 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    programs = train.compiler()
-    monkeypatch.setattr(train, "compiler", lambda: programs)
     config = dataclasses.replace(TOY, steps=2, out=tmp_path)
     crash.assert_any_kill_is_survived(main, config, monkeypatch, files=25, at_least=100, every=15)
 
@@ -310,19 +312,19 @@ def fall(trials):
 
 
 def test_channels_go_before_branches_at_once_or_over_a_quarter():
-    cuts = edge.removals_of("one_shot", 0.75, 0.25, 3, 400)
+    cuts = training.removals_of("one_shot", 0.75, 0.25, 3, 400)
     assert cuts == [Removal(0, "channels", 0.75), Removal(0, "branches", 0.25)]
-    cuts = edge.removals_of("iterative", 0.75, 0.25, 2, 400)
+    cuts = training.removals_of("iterative", 0.75, 0.25, 2, 400)
     assert cuts == [
         *(Removal(0, "channels", 0.5), Removal(50, "channels", 0.75)),
         Removal(100, "branches", 0.25),
     ]
-    assert [cut.step for cut in edge.removals_of("iterative", 0.5, 0.0, 3, 400)] == [0, 50, 100]
+    assert [cut.step for cut in training.removals_of("iterative", 0.5, 0.0, 3, 400)] == [0, 50, 100]
 
 
 def test_a_student_learns_from_the_teacher_and_the_labels(toy, bench):
-    taught = bench._replace(config=dataclasses.replace(bench.config, out=toy))
-    lesson = edge.by_teacher(taught, edge.begin(taught, 0))
+    config = resolve(dataclasses.replace(TOY, out=toy))
+    lesson = edge.by_teacher(config, bench, edge.begin(config, bench, 0))
     _, (labels, teacher) = lesson.take(np.array([3, 5]))
     np.testing.assert_array_equal(labels, bench.data.train.targets[[3, 5]])
     dense = small_networks.load(toy / "seed_0" / "dense.safetensors", bench.dense)
@@ -342,7 +344,7 @@ def test_training_minimises_the_loss_that_it_is_given(bench, key):
     def take(indices):
         return data.Examples(bench.data.train.inputs[indices], np.float32(-1.0))
 
-    end = edge.fit(bench, edge.Lesson(take, push), start, np.arange(40).reshape(5, 8))
+    end = training.fit(bench, training.Lesson(take, push), start, np.arange(40).reshape(5, 8))
     before, after = (n.learn(n.variables, bench.data.train.inputs)[0].mean() for n in (start, end))
     assert after > before
 

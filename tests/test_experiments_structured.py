@@ -64,7 +64,9 @@ def stand_in(monkeypatch):
 def quick():
     """Small and less optimised: compiling takes longer than running what is compiled here."""
     jax.config.update("jax_disable_most_optimizations", True)
+    programs = train.compiler()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "compiler", lambda: programs)  # who goes on compiles nothing again
         stand_in(patch)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -189,8 +191,6 @@ def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    programs = train.compiler()
-    monkeypatch.setattr(train, "compiler", lambda: programs)
     config = dataclasses.replace(TOY, steps=2, out=tmp_path)
     crash.assert_any_kill_is_survived(main, config, monkeypatch, files=9, at_least=40)
 

@@ -199,16 +199,15 @@ def plan(config: Config) -> list[Run]:
     return [Run(m, *trial, seed) for m in config.models for seed in seeds for trial in trials]
 
 
-def file_of(config: Config, run: Run) -> Path:
-    """Say where the network of a training run lies; before it is fine-tuned it is `trained`."""
-    removed = f"channels_{run.channels_removed:g}_layers_{run.layers_removed:g}"
-    name = run.method if run.method == "trained" else f"{run.method}_{removed}"
-    return config.out / run.model / f"seed_{run.seed}" / f"{name}.safetensors"
-
-
 def trained_of(config: Config, model: str, seed: int) -> Path:
     """Say where the network lies that all runs of a seed prune."""
-    return file_of(config, Run(model, "trained", 0.0, 0.0, seed))
+    return config.out / model / f"seed_{seed}" / "trained.safetensors"
+
+
+def file_of(config: Config, run: Run) -> Path:
+    """Say where the network of a training run lies."""
+    removed = f"channels_{run.channels_removed:g}_layers_{run.layers_removed:g}"
+    return config.out / run.model / f"seed_{run.seed}" / f"{run.method}_{removed}.safetensors"
 
 
 class Task(NamedTuple):

@@ -128,7 +128,7 @@ def _table(
     caption: str,
 ) -> rich.table.Table:
     """Lines of cells, a section for each model; no wider than 80 columns."""
-    lines = rich.table.Table(title=title, caption=caption)
+    lines = rich.table.Table(title=title, caption=caption, padding=0)
     for name in ("network", "method", "removed"):
         lines.add_column(name, no_wrap=True)
     for name, _ in columns:

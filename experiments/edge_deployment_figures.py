@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 import numpy as np
+import rich.table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -137,6 +138,19 @@ def cells(row: Record, dense: Record) -> list[str]:
         f"{row['latency_ms']['1']:.3f}",
         f"{row['latency_ms']['64']:.2f}",
     ]
+
+
+def tables(rows: list[Record], *, title: str) -> list[rich.table.Table]:
+    """Lay out a stage a line: what it gets right, then what it costs, in 80 columns each."""
+    caption = "Accuracy is mean ± std over the seeds; all is that of the ONNX file."
+    found = rich.table.Table(title=title), rich.table.Table(caption=caption)
+    for lines, columns in zip(found, (slice(0, 3), slice(3, None)), strict=True):
+        lines.add_column("stage", no_wrap=True)
+        for name in COLUMNS[columns]:
+            lines.add_column(name.replace(", ", ",\n"), justify="right", no_wrap=True)
+        for row in rows:
+            lines.add_row(row["stage"], *cells(row, rows[0])[columns])
+    return list(found)
 
 
 def answer(summary: Record) -> str:

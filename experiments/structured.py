@@ -13,14 +13,14 @@ import flax.linen as nn
 import jax
 import numpy as np
 import rich.markdown
-import rich.table
 from tqdm import tqdm
 
 import jaxprune as jp
-from experiments import structured_figures as tradeoff
-from experiments.common import data, files, runner, show, small_networks, timing, train
+from experiments import structured_figures as figures
+from experiments.common import data, files, runner, settings, show, small_networks, timing, train
 from experiments.common.models import ResidualNet, Transformer
 from experiments.common.runner import Record
+from experiments.common.small_networks import Network
 
 ModelName = Literal["cnn", "transformer"]
 Method = Literal["one_shot", "iterative"]
@@ -30,11 +30,6 @@ MODELS = {
     "mnist": ResidualNet((32, 64, 128), classes=10, stride=2),
     "text": Transformer(data.SYMBOLS, CONTEXT, width=64, layers=4, heads=4),
 }
-TRAININGS = {
-    "digits": {"steps": 300, "fine_tune_steps": 300, "batch_size": 64, "learning_rate": 3e-3},
-    "mnist": {"steps": 1500, "fine_tune_steps": 1000, "batch_size": 64, "learning_rate": 3e-3},
-    "text": {"steps": 500, "fine_tune_steps": 250, "batch_size": 32, "learning_rate": 6e-3},
-}
 CRITERIA = {
     "taylor": jp.criteria.taylor,
     "magnitude": jp.criteria.magnitude,
@@ -43,6 +38,22 @@ CRITERIA = {
 SCORED_BATCHES = 8  # that the gradient of the criterion is averaged over
 LATENCY_BATCH = 64
 LATENCY_TURNS = 25
+
+
+class Training(NamedTuple):
+    """Steps before and of the fine-tuning, examples of a step, and the highest rate of Adam."""
+
+    steps: int
+    fine_tune_steps: int
+    batch_size: int
+    learning_rate: float
+
+
+TRAININGS = {
+    "digits": Training(300, 300, 64, 3e-3),
+    "mnist": Training(1500, 1000, 64, 3e-3),
+    "text": Training(500, 250, 32, 6e-3),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,437 +117,311 @@ class Run(NamedTuple):
     seed: int
 
 
-class Task(NamedTuple):
-    """A network, what it is trained and tested on, and for how long.
-
-    Attributes:
-      model: linen module that gives logits.
-      take: gives the training examples of some indices.
-      examples: how many there are.
-      test: what is reported.
-      steps: of the training.
-      fine_tune_steps: after that.
-      batch_size: examples of a step.
-      learning_rate: of Adam at its highest, in both.
-    """
-
-    model: nn.Module
-    take: Callable[[np.ndarray], data.Examples]
-    examples: int
-    test: data.Examples
-    steps: int
-    fine_tune_steps: int
-    batch_size: int
-    learning_rate: float
-
-    def learn(self, variables: Any, inputs: Any) -> tuple[jax.Array, Any]:
-        """Give logits as in training, and the running statistics that move."""
-        return self.model.apply(variables, inputs, train=True, mutable=["batch_stats"])
-
-    def infer(self, variables: Any, inputs: Any) -> jax.Array:
-        """Give logits."""
-        return self.model.apply(variables, inputs)
-
-
-class Outcome(NamedTuple):
-    """What a training run leaves behind.
-
-    Attributes:
-      infer: the network, in its size.
-      variables: what it has learnt.
-      cut: what is left of the dense variables; empty if that is all.
-      left: how many units of every group are left, by its name.
-    """
-
-    infer: train.Infer
-    variables: Any
-    cut: small_networks.Cut
-    left: dict[str, int]
-
-
 def main(config: Config) -> Record:
     """Run the experiment, or what is left of it, and print, draw and return its summary."""
-    settings = resolve(config)
-    planned = plan(settings)
-    with runner.open_run(settings.out, recorded(settings), Run._fields) as run:
+    config = resolve(config)
+    planned = plan(config)
+    with runner.open_run(config.out, recorded(config), Run._fields) as run:
         records = run.fill(
             planned,
-            functools.partial(run_all, settings),
-            is_saved=lambda key: checkpoint(settings, Run(*key)).exists(),
+            functools.partial(train_all, config),
+            is_saved=lambda key: file_of(config, Run(*key)).exists(),
         )
-        return report(settings, records, latencies(settings, planned))
+        return report(config, records, latencies(config, planned))
 
 
 def resolve(config: Config) -> Config:
-    """Fill in what the dataset decides, and refuse what makes no sense.
+    """Fill in where the results go, and refuse what makes no sense.
 
     Raises:
       ValueError: a field has a bad value; all of them are named.
     """
-    names = get_args(Config.__annotations__["dataset"])
-    if config.dataset not in names:
-        raise ValueError(
-            f"`dataset={config.dataset!r}` is not known. Choose one of {', '.join(names)}."
-        )
-    out = config.out or Path("results") / f"structured_{config.dataset}"
-    settings = dataclasses.replace(config, out=out)
-    if problems := _problems(settings):
-        raise ValueError(f"{'; '.join(problems)}. Change it, or leave it out for the default.")
-    return settings
+    name = settings.known(config, "dataset", get_args(Config.__annotations__["dataset"]))
+    c = settings.filled_in(config, out=Path("results") / f"structured_{name}")
+    nothing = "leaves nothing to remove, as `layers` is empty too"
+    first, room = 4 * c.rounds, "so that a quarter has one for each of the rounds"
+    given = [n for n in ("seeds", "steps", "batch_size") if getattr(c, n) is not None]
+    settings.refuse(
+        c,
+        [
+            *settings.names(c, "models", get_args(ModelName)),
+            *settings.names(c, "methods", get_args(Method)),
+            *fractions("channels", c.channels),
+            *fractions("layers", c.layers),
+            ("channels", c.channels or c.layers, nothing),
+            ("rounds", c.rounds > 1, "must be 2 or more, or iterative is one_shot"),
+            ("criterion", c.criterion in CRITERIA, f"must be one of {', '.join(CRITERIA)}"),
+            ("scope", c.scope in ("per-leaf", "across"), "must be per-leaf or across"),
+            *settings.positive(c, *given),
+            (
+                "fine_tune_steps",
+                c.fine_tune_steps is None or c.fine_tune_steps >= first,
+                f"must be {first} or more, {room}",
+            ),
+            *settings.data_path(c),
+        ],
+    )
+    return c
 
 
-def _problems(settings: Config) -> list[str]:
-    """Say which fields have a bad value, and what would be right."""
-    s = settings
-    checks = [
-        *_names("models", s.models, get_args(ModelName)),
-        *_names("methods", s.methods, get_args(Method)),
-        *_fractions("channels", s.channels),
-        *_fractions("layers", s.layers),
-        ("channels", s.channels or s.layers, "leaves nothing to remove, as `layers` is empty too"),
-        ("rounds", s.rounds > 1, "must be 2 or more, or iterative is one_shot"),
-        ("criterion", s.criterion in CRITERIA, f"must be one of {', '.join(CRITERIA)}"),
-        ("scope", s.scope in ("per-leaf", "across"), "must be per-leaf or across"),
-        ("seeds", s.seeds > 0, "must be positive"),
-        ("steps", s.steps is None or s.steps > 0, "must be positive"),
-        (
-            "fine_tune_steps",
-            s.fine_tune_steps is None or s.fine_tune_steps >= 4 * s.rounds,
-            f"must be {4 * s.rounds} or more, so that a quarter has one for each of the rounds",
-        ),
-        ("batch_size", s.batch_size is None or s.batch_size > 0, "must be positive"),
-        (
-            "data_path",
-            s.data_path is None or s.dataset == "mnist",
-            "goes with dataset='mnist'; the digits come with scikit-learn",
-        ),
-    ]
-    return [f"`{name}={getattr(s, name)!r}` {wanted}" for name, good, wanted in checks if not good]
-
-
-def _names(field: str, values: tuple[str, ...], known: tuple[str, ...]) -> list[Any]:
-    unknown = [value for value in values if value not in known]
-    return [
-        (field, not unknown, f"may name {', '.join(known)}, but not {unknown}"),
-        (field, len(set(values)) == len(values) > 0, "must name each once, and one at least"),
-    ]
-
-
-def _fractions(field: str, values: tuple[float, ...]) -> list[Any]:
+def fractions(field: str, values: tuple[float, ...]) -> list[settings.Check]:
+    """Check that what is to be removed lies between nothing and all."""
     return [
         (field, all(0 < value < 1 for value in values), "must lie between 0 and 1"),
         (field, len(set(values)) == len(values), "must be distinct"),
     ]
 
 
-def recorded(settings: Config) -> Record:
-    """Settings that the results depend on, as JSON types; where the folder lies is not one."""
-    fields = dataclasses.asdict(settings)
-    for name in ("out", "steps", "fine_tune_steps", "batch_size"):
-        del fields[name]
-    trainings = {model: training_of(settings, model) for model in settings.models}
-    return {
-        **fields,
-        "data_path": settings.data_path and str(settings.data_path),
-        "trainings": trainings,
-    }
+def recorded(config: Config) -> Record:
+    """Settings that the results depend on: how a network is trained stands under its name."""
+    fields = settings.recorded(config, leave_out=("out", "steps", "fine_tune_steps", "batch_size"))
+    trainings = {model: training_of(config, model)._asdict() for model in config.models}
+    return {**fields, "trainings": trainings}
 
 
-def training_of(settings: Config, model: str) -> Record:
+def training_of(config: Config, model: str) -> Training:
     """Say how a network is trained: what is given, and for the rest what its data decide."""
-    defaults = TRAININGS[data_of(settings, model)]
-    given = {name: getattr(settings, name, None) for name in defaults}
-    return {**defaults, **{name: value for name, value in given.items() if value is not None}}
+    given = {name: getattr(config, name, None) for name in Training._fields}
+    given = {name: value for name, value in given.items() if value is not None}
+    return TRAININGS[data_of(config, model)]._replace(**given)
 
 
-def data_of(settings: Config, model: str) -> str:
+def data_of(config: Config, model: str) -> str:
     """Name what a network is trained on."""
-    return settings.dataset if model == "cnn" else "text"
+    return config.dataset if model == "cnn" else "text"
 
 
-def plan(settings: Config) -> list[Run]:
+def plan(config: Config) -> list[Run]:
     """List all training runs, the dense one of a network and seed before those that prune it."""
-    cuts = [*((c, 0.0) for c in settings.channels), *((0.0, n) for n in settings.layers)]
-    trials = [("dense", 0.0, 0.0), *((m, *cut) for m in settings.methods for cut in cuts)]
-    return [
-        Run(model, *trial, seed)
-        for model in settings.models
-        for seed in range(settings.seeds)
-        for trial in trials
-    ]
+    cuts = [*((c, 0.0) for c in config.channels), *((0.0, n) for n in config.layers)]
+    trials = [("dense", 0.0, 0.0), *((m, *cut) for m in config.methods for cut in cuts)]
+    seeds = range(config.seeds)
+    return [Run(m, *trial, seed) for m in config.models for seed in seeds for trial in trials]
 
 
-def run_all(settings: Config, missing: list[Run]) -> Iterator[Record]:
+def trained_of(config: Config, model: str, seed: int) -> Path:
+    """Say where the network lies that all runs of a seed prune."""
+    return config.out / model / f"seed_{seed}" / "trained.safetensors"
+
+
+def file_of(config: Config, run: Run) -> Path:
+    """Say where the network of a training run lies."""
+    removed = f"channels_{run.channels_removed:g}_layers_{run.layers_removed:g}"
+    return config.out / run.model / f"seed_{run.seed}" / f"{run.method}_{removed}.safetensors"
+
+
+class Task(NamedTuple):
+    """A network, what it is trained and tested on, and for how long.
+
+    Attributes:
+      model: linen module that gives logits.
+      dense: the network, with shapes in place of variables.
+      take: gives the training examples of some indices.
+      examples: how many there are.
+      test: what is reported.
+      training: how it is trained.
+      compile_: what ``train.compiler`` made.
+    """
+
+    model: nn.Module
+    dense: Network
+    take: Callable[[np.ndarray], data.Examples]
+    examples: int
+    test: data.Examples
+    training: Training
+    compile_: train.Compile
+
+
+def load(config: Config, model: str) -> Task:
+    """Load what a network is trained and tested on.
+
+    Images are to be told apart. Of a text the next character is to be predicted, whatever has been
+    seen: at every position of a window.
+    """
+    name = data_of(config, model)
+    if name == "text":
+        text = data.load_text()
+        take, examples = functools.partial(windows, text.train), len(text.train) - CONTEXT
+        test = windows(text.test, np.arange(0, len(text.test) - CONTEXT, CONTEXT))
+    else:
+        images = data.load(name, config.data_path)
+        take, examples = functools.partial(pick, images.train), len(images.train.targets)
+        test = images.test
+    module, training = MODELS[name], training_of(config, model)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), test.inputs[:1])
+    dense = small_networks.whole(module, shapes)
+    return Task(module, dense, take, examples, test, training, train.compiler())
+
+
+def pick(examples: data.Examples, indices: np.ndarray) -> data.Examples:
+    """Give some of the examples."""
+    return jax.tree.map(lambda array: array[indices], examples)
+
+
+def windows(codes: np.ndarray, starts: np.ndarray) -> data.Examples:
+    """Give windows of a text, and beside each character the one that comes after it."""
+    cut = codes[starts[:, None] + np.arange(CONTEXT + 1)]
+    return data.Examples(cut[:, :-1], cut[:, 1:])
+
+
+def train_all(config: Config, missing: list[Run]) -> Iterator[Record]:
     """Train what is ``missing``, and yield a record for each training run."""
     for model, of_model in itertools.groupby(missing, lambda run: run.model):
-        task, compile_ = load(settings, model), train.compiler()
+        task = load(config, model)
         for seed, of_seed in itertools.groupby(of_model, lambda run: run.seed):
-            yield from run_seed(settings, task, list(of_seed), seed, compile_)
+            yield from train_seed(config, task, seed, list(of_seed))
 
 
-def load(settings: Config, model: str) -> Task:
-    """Load what a network is trained and tested on."""
-    name = data_of(settings, model)
-    make = text_task if name == "text" else image_task
-    return make(MODELS[name], name, settings.data_path, **training_of(settings, model))
-
-
-def image_task(model: nn.Module, name: str, data_path: Path | None, **settings: Any) -> Task:
-    """Tell digits apart."""
-    images = data.load_mnist(data_path) if name == "mnist" else data.load_digits()
-
-    def take(indices: np.ndarray) -> data.Examples:
-        return data.Examples(images.train.inputs[indices], images.train.targets[indices])
-
-    return Task(model, take, len(images.train.targets), data.Examples(*images.test), **settings)
-
-
-def text_task(model: nn.Module, name: str, data_path: Path | None, **settings: Any) -> Task:
-    """Predict the next character, whatever has been seen: at every position of a window."""
-    del name, data_path
-    text = data.load_text()
-
-    def windows(codes: np.ndarray, starts: np.ndarray) -> data.Examples:
-        cut = codes[starts[:, None] + np.arange(CONTEXT + 1)]
-        return data.Examples(cut[:, :-1], cut[:, 1:])
-
-    examples = len(text.train) - CONTEXT
-    test = windows(text.test, np.arange(0, len(text.test) - CONTEXT, CONTEXT))
-    return Task(model, functools.partial(windows, text.train), examples, test, **settings)
-
-
-def run_seed(
-    settings: Config, task: Task, missing: list[Run], seed: int, compile_: train.Compile
-) -> Iterator[Record]:
+def train_seed(config: Config, task: Task, seed: int, missing: list[Run]) -> Iterator[Record]:
     """Train a network or load it, then prune and fine-tune it in all ways that are ``missing``."""
     init_key, order_key, prune_key = jax.random.split(jax.random.key(seed), 3)
+    steps, more, batch_size, highest = task.training
     order = train.batch_order(
-        order_key,
-        examples=task.examples,
-        steps=task.steps + task.fine_tune_steps,
-        batch_size=task.batch_size,
+        order_key, examples=task.examples, steps=steps + more, batch_size=batch_size
     )
-    before, after = np.split(np.asarray(order), [task.steps])
-    path = trained_path(settings, missing[0].model, seed)
+    before, after = np.split(np.asarray(order), [steps])
+    path = trained_of(config, missing[0].model, seed)
     if not path.exists():
         start = jax.jit(task.model.init)(init_key, task.test.inputs[:1])
         state = train.clipped_adam(0.0).init(start["params"])
-        rates = train.learning_rates(task.learning_rate, task.steps)
-        steps = zip(map(task.take, before), rates, strict=True)
-        recipe = functools.partial(recipe_of, task.learn)
-        variables, _ = train.loop(recipe, start, state, steps, compile_)
-        small_networks.save_network(path, variables, {})
-    trained, _ = small_networks.load_network(path)
-
+        pairs = zip(before, train.learning_rates(highest, steps), strict=True)
+        network, _ = go_on(task, task.dense._replace(variables=start), state, pairs)
+        small_networks.save(path, network)
+    trained = small_networks.load(path, task.dense)
+    pairs = list(zip(after, train.learning_rates(highest, more), strict=True))
     for run in missing:
-        outcome = fine_tune(
-            settings, task, run, trained, order=after, key=prune_key, compile_=compile_
-        )
-        small_networks.save_network(checkpoint(settings, run), outcome.variables, outcome.cut)
-        yield {**run._asdict(), **measure(task, outcome, compile_)}
+        network, left = fine_tune(config, task, run, trained, pairs, key=prune_key)
+        small_networks.save(file_of(config, run), network)
+        yield {**run._asdict(), **measure(task, network), "left": left}
 
 
-def trained_path(settings: Config, model: str, seed: int) -> Path:
-    """Say where the network lies that all runs of a seed prune."""
-    return settings.out / model / f"seed_{seed}" / "trained.safetensors"
+Pairs = Iterable[tuple[np.ndarray, np.ndarray]]  # which examples a batch has, a learning rate
 
 
-def checkpoint(settings: Config, run: Run) -> Path:
-    """Say where the network of a training run lies."""
-    name = (
-        f"{run.method}_channels_{run.channels_removed:g}_layers_{run.layers_removed:g}.safetensors"
+def go_on(
+    task: Task, network: Network, state: Any, pairs: Pairs, *, held: bool = False
+) -> tuple[Network, Any]:
+    """Go on with the training; if ``held``, under masks."""
+    variables, state = train.loop(
+        lambda rate: train.Recipe(network.learn, train.clipped_adam(rate, held=held)),
+        network.variables,
+        state,
+        ((task.take(indices), rate) for indices, rate in pairs),
+        task.compile_,
     )
-    return settings.out / run.model / f"seed_{run.seed}" / name
+    return network._replace(variables=variables), state
 
 
 def fine_tune(
-    settings: Config,
-    task: Task,
-    run: Run,
-    trained: Any,
-    *,
-    order: np.ndarray,
-    key: jax.Array,
-    compile_: train.Compile,
-) -> Outcome:
+    config: Config, task: Task, run: Run, network: Network, pairs: list[Any], *, key: jax.Array
+) -> tuple[Network, dict[str, int]]:
     """Go on with the training, and prune on the way.
 
     Between its rounds iterative pruning holds masks on the whole network, whose program is there
     already. With the last round, after a quarter of the steps, what they remove is cut out of the
     network and of the optimizer's state, and the small network goes on.
+
+    Returns:
+      The network, and how many units of every group are left, by its name.
     """
-    rates = train.learning_rates(task.learning_rate, len(order))
-    rounds = {"dense": 0, "one_shot": 1, "iterative": settings.rounds}[run.method]
-    starts = np.linspace(0, len(order) // 4, rounds).astype(int)
-    parts = np.split(np.arange(len(order)), starts[1:])
-
-    def go_on(
-        learn: train.Learn, part: np.ndarray, variables: Any, state: Any, **held: bool
-    ) -> Any:
-        steps = ((task.take(order[i]), rates[i]) for i in part)
-        recipe = functools.partial(recipe_of, learn, **held)
-        return train.loop(recipe, variables, state, steps, compile_)
-
-    tx, held = train.clipped_adam(0.0), train.clipped_adam(0.0, held=True)
-    variables, state = trained, held.init(trained["params"])
-    if not rounds:
-        variables, _ = go_on(task.learn, parts[0], variables, state.inner_state)
-        return Outcome(task.infer, variables, {}, {})
-
-    groups, masks = find_units(task, trained, run), None
+    state = train.clipped_adam(0.0, held=True).init(network.variables["params"])
+    if run.method == "dense":
+        return go_on(task, network, state.inner_state, pairs)[0], {}
+    groups, masks = find_units(network, task.test.inputs[:1], layers=run.layers_removed > 0), None
     removed = run.channels_removed or run.layers_removed
-    across = run.layers_removed or settings.scope == "across"
-    for n, part in enumerate(parts, start=1):
-        batches = (task.take(indices) for indices in order[part[:SCORED_BATCHES]])
+    rounds = config.rounds if run.method == "iterative" else 1
+    starts = np.linspace(0, len(pairs) // 4, rounds).astype(int)
+    for n, (start, end) in enumerate(itertools.pairwise([*starts, len(pairs)]), start=1):
+        part = pairs[start:end]
+        batches = (task.take(indices) for indices, _ in part[:SCORED_BATCHES])
         masks = jp.find_masks(
-            variables["params"],
+            network.variables["params"],
             1 - (1 - removed) ** (n / rounds),
-            criterion=CRITERIA[settings.criterion],
+            criterion=CRITERIA[config.criterion],
             pattern=jp.patterns.Coupled(groups.at("params"), normalize=not run.layers_removed),
-            scope=jp.scopes.across if across else jp.scopes.per_leaf,
+            scope=jp.scopes.across
+            if run.layers_removed or config.scope == "across"
+            else jp.scopes.per_leaf,
             within=masks,
-            grads=train.mean_gradient(task.learn, variables, batches, compile_),
+            grads=train.mean_gradient(network.learn, network.variables, batches, task.compile_),
             key=jax.random.fold_in(key, n),
         )
-        variables = {**variables, "params": jp.apply_masks(variables["params"], masks)}
-        state = jp.with_masks(state, masks)
+        network, state = network.masked(masks), jp.with_masks(state, masks)
         if n < rounds:
-            variables, state = go_on(task.learn, part, variables, state, held=True)
-
-    params, masks = variables["params"], groups.spread({"params": masks}, variables)
+            network, state = go_on(task, network, state, part, held=True)
+    params, masks = network.variables["params"], groups.spread({"params": masks}, network.variables)
+    tx = train.clipped_adam(0.0)
     state = jp.shrink_state(tx, state.inner_state, params, masks["params"])
-    cut = jp.cut_list(variables, masks)
-    learn, _ = jp.shrink(task.learn, variables, masks)
-    infer, variables = jp.shrink(task.infer, variables, masks)
-    variables, _ = go_on(learn, parts[-1], variables, state)
     left = {name: int(alive.sum()) for name, alive in groups.keep(masks).items()}
-    return Outcome(infer, variables, cut, left)
+    network = small_networks.cut_down(network, jp.cut_list(network.variables, masks))
+    return go_on(task, network, state, part)[0], left
 
 
-def recipe_of(learn: train.Learn, rate: jax.Array, *, held: bool = False) -> train.Recipe:
-    """Say how to take a step at a learning rate; if ``held``, under masks."""
-    return train.Recipe(learn, train.clipped_adam(rate, held=held))
-
-
-def find_units(task: Task, variables: Any, run: Run) -> jp.Groups:
-    """Find what a run may remove: channels with all that is coupled to them, or layers.
+def find_units(network: Network, inputs: Any, *, layers: bool) -> jp.Groups:
+    """Find what can be removed: layers, or channels with all that is coupled to them.
 
     Of the channels of attention whole heads are removed, which leaves the others as they are.
     """
-    inputs = task.test.inputs[:1]
-    if run.layers_removed:
-        return jp.find_blocks(task.infer, variables, inputs)
-    groups = jp.find_groups(task.infer, variables, inputs)
-    return jp.Groups([group for group in groups if not any(map(_inside_heads, group.members))])
+    if layers:
+        return jp.find_blocks(network.infer, network.variables, inputs)
+    groups = jp.find_groups(network.infer, network.variables, inputs)
+    return jp.Groups([group for group in groups if not any(map(inside_heads, group.members))])
 
 
-def _inside_heads(member: jp.Member) -> bool:
+def inside_heads(member: jp.Member) -> bool:
+    """Tell whether a member has the channels of a head for units, and not the heads."""
     return re.fullmatch(r".*/(query|value)/bias", member.path) is not None and member.axis == 1
 
 
-def measure(task: Task, outcome: Outcome, compile_: train.Compile) -> Record:
-    """Put a training run in figures."""
-    infer, variables = outcome.infer, outcome.variables
-    sizes = [leaf.size for leaf in jax.tree.leaves(variables["params"])]
+def measure(task: Task, network: Network) -> Record:
+    """Put a network in figures."""
+    _, infer, variables, _ = network
     return {
-        **train.evaluate(infer, variables, task.test, compile_),
-        "parameters": sum(sizes),
+        **train.evaluate(infer, variables, task.test, task.compile_),
+        "parameters": jp.size_of(variables["params"], {}),
         "flops": jp.count_flops(infer, variables, task.test.inputs[:1]),
-        "left": outcome.left,
     }
 
 
-def latencies(settings: Config, planned: list[Run]) -> list[Record]:
+def latencies(config: Config, planned: list[Run]) -> list[Record]:
     """Time the networks of the first seed, or read how long they took when they were timed."""
-    path = settings.out / "latency.json"
+    path = config.out / "latency.json"
     if path.exists():
         return json.loads(path.read_text())["networks"]
-    timed = [run for run in planned if run.seed == 0 and run.method != "dense"]
-    found = []
-    with tqdm(total=len(timed), unit="network", desc="latency") as bar:
-        for model, of_model in itertools.groupby(timed, lambda run: run.model):
-            task = load(settings, model)
-            trained, _ = small_networks.load_network(trained_path(settings, model, seed=0))
-            inputs = task.test.inputs[:LATENCY_BATCH]
-            dense = timing.call(task.infer, trained, inputs)
-            for run in of_model:
-                variables, cut = small_networks.load_network(checkpoint(settings, run))
-                infer, _ = jp.shrink(task.infer, trained, cut=cut)
-                small = timing.call(infer, variables, inputs)
-                times = timing.compare(small, dense, turns=LATENCY_TURNS)
-                found.append({**run._asdict(), **times})
-                bar.update()
+
+    @functools.cache
+    def dense_of(model: str) -> tuple[Network, timing.Task, np.ndarray]:
+        task = load(config, model)
+        dense = small_networks.load(trained_of(config, model, seed=0), task.dense)
+        inputs = task.test.inputs[:LATENCY_BATCH]
+        return dense, timing.call(dense.infer, dense.variables, inputs), inputs
+
+    timed, found = [run for run in planned if run.seed == 0 and run.method != "dense"], []
+    for run in tqdm(timed, unit="network", desc="latency"):
+        dense, call, inputs = dense_of(run.model)
+        network = small_networks.load(file_of(config, run), dense)
+        small = timing.call(network.infer, network.variables, inputs)
+        found.append({**run._asdict(), **timing.compare(small, call, turns=LATENCY_TURNS)})
     told = {"batch": LATENCY_BATCH, "machine": timing.machine(), "networks": found}
     files.write(path, json.dumps(told, indent=2) + "\n")
     return found
 
 
-def report(settings: Config, records: list[Record], times: list[Record]) -> Record:
-    """Write the summary, the figure and the answer, print the table, return the summary."""
-    rows = tradeoff.summarise(records, times)
-    summary = {"dataset": settings.dataset, "rows": rows}
-    answer = tradeoff.answer(rows, dataset=settings.dataset)
-    files.write(settings.out / "summary.json", json.dumps(summary, indent=2) + "\n")
-    files.write(settings.out / "tradeoff.png", show.png(tradeoff.tradeoff_figure(rows)))
-    files.write(settings.out / "answer.md", answer)
-
+def report(config: Config, records: list[Record], times: list[Record]) -> Record:
+    """Write the summary, the figure and the answer, print the tables, return the summary."""
+    rows = figures.summarise(records, times)
+    summary = {"dataset": config.dataset, "rows": rows}
+    answer = figures.answer(rows, dataset=config.dataset)
+    figure = figures.tradeoff_figure(rows)
+    show.write(config.out, summary, answer=answer, tradeoff=figure)
     show.printed(
-        accuracy_table(rows, title=f"images: {settings.dataset}, seeds: {settings.seeds}"),
-        cost_table(rows),
+        figures.accuracy_table(rows, title=f"images: {config.dataset}, seeds: {config.seeds}"),
+        figures.cost_table(rows, batch=LATENCY_BATCH),
         rich.markdown.Markdown(answer),
-        f"Figure, metrics, networks and answer: {settings.out}",
+        f"Figure, metrics, networks and answer: {config.out}",
         width=125,
     )
     return summary
-
-
-def accuracy_table(rows: list[Record], *, title: str) -> rich.table.Table:
-    """Lay out what each network gets right, a network a line."""
-    cells = lambda row: [tradeoff.percent(row), f"{row['loss']['mean']:.3f}"]  # noqa: E731
-    lines = _table(rows, ("accuracy [%]", "loss"), cells, title=title)
-    lines.caption = "Mean ± std."
-    return lines
-
-
-def cost_table(rows: list[Record]) -> rich.table.Table:
-    """Lay out what is left of each network and how long it takes, a network a line."""
-    lines = _table(rows, ("parameters", "MFLOPs", "(%)", "ms", "(%)", "over"), _costs, title=None)
-    lines.caption = (
-        f"Latency is that of a batch of {LATENCY_BATCH}; over: how many times what the FLOPs say, "
-        "compared with dense."
-    )
-    return lines
-
-
-def _table(
-    rows: list[Record],
-    columns: Iterable[str],
-    cells: Callable[[Record], list[str]],
-    *,
-    title: str | None,
-) -> rich.table.Table:
-    """Lines of cells, a section for each model; no wider than 80 columns."""
-    lines = rich.table.Table(title=title)
-    for name in ("network", "method", "removed"):
-        lines.add_column(name, no_wrap=True)
-    for name in columns:
-        lines.add_column(name, justify="right", no_wrap=True)
-    for model in tradeoff.models(rows):
-        for row in (row for row in rows if row["model"] == model):
-            lines.add_row(model, row["method"], tradeoff.share(row), *cells(row))
-        lines.add_section()
-    return lines
-
-
-def _costs(row: Record) -> list[str]:
-    return [
-        f"{row['parameters']:,.0f}",
-        f"{row['flops'] / 1e6:.2f}",
-        f"{100 * row['flops_ratio']:.1f}",
-        f"{row['latency_ms']:.2f}",
-        f"{100 * row['latency_ratio']['median']:.1f}",
-        f"{tradeoff.overhead(row):.2f}",
-    ]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,10 @@
 """Rows of small networks, and what they say about what cutting costs and buys."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
+import rich.table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
@@ -10,11 +14,13 @@ from experiments.common.show import gap, mean, percent, plain, spread
 
 SHARES = (1, 2, 5, 10, 20, 30, 50, 75, 100)  # ticks of an axis in percent of dense
 STYLES = {"one_shot": ("#0072B2", "o"), "iterative": ("#009E73", "s")}
+BARS = {"elinewidth": 1, "capsize": 2}
 KEY = ("model", "method", "channels_removed", "layers_removed")
+KINDS = ("channels", "layers")
 FREE = 0.003  # accuracy that nobody misses
 
 
-def key_of(record: Record) -> tuple[str, str, float, float]:
+def key_of(record: Record) -> tuple[Any, ...]:
     """Say of which network, method and fractions a record tells."""
     return tuple(record[field] for field in KEY)
 
@@ -23,7 +29,7 @@ def summarise(records: list[Record], latencies: list[Record]) -> list[Record]:
     """Gather the seeds of every network, method and fraction.
 
     Args:
-      records: of the training runs.
+      records: of the training runs, the seeds in order.
       latencies: of the networks of the first seed; those of the dense ones are beside the others.
 
     Returns:
@@ -32,32 +38,25 @@ def summarise(records: list[Record], latencies: list[Record]) -> list[Record]:
       ``flops_ratio`` is relative to the dense network and that of the first seed, which is the one
       that was timed.
     """
-    groups: dict[tuple[str, str, float, float], list[Record]] = {}
-    for record in sorted(records, key=lambda record: record["seed"]):
+    groups: dict[tuple[Any, ...], list[Record]] = {}
+    for record in records:
         groups.setdefault(key_of(record), []).append(record)
     timed = {key_of(record): record for record in latencies}
-    rows = []
-    for key in dict.fromkeys(map(key_of, records)):
-        group, dense = groups[key], groups[key[0], "dense", 0.0, 0.0]
-        rows.append(
-            {
-                **dict(zip(KEY, key, strict=True)),
-                **{m: spread([record[m] for record in group]) for m in ("accuracy", "loss")},
-                "parameters": mean(group, "parameters"),
-                "flops": mean(group, "flops"),
-                "flops_ratio": group[0]["flops"] / dense[0]["flops"],
-                **_times(timed, key),
-            }
-        )
-    return rows
-
-
-def _times(timed: dict[tuple[str, str, float, float], Record], key: tuple[str, ...]) -> Record:
-    if key[1] != "dense":
-        return {field: timed[key][field] for field in ("latency_ms", "latency_ratio")}
-    beside = [record["dense_ms"] for record in timed.values() if record["model"] == key[0]]
-    one = {"median": 1.0, "low": 1.0, "high": 1.0}
-    return {"latency_ms": float(np.median(beside)), "latency_ratio": one}
+    for model in models(records):
+        beside = [record["dense_ms"] for record in latencies if record["model"] == model]
+        one = {"median": 1.0, "low": 1.0, "high": 1.0}
+        own = {"latency_ms": float(np.median(beside)), "latency_ratio": one}
+        timed[model, "dense", 0.0, 0.0] = own
+    return [
+        {
+            **dict(zip(KEY, key, strict=True)),
+            **{metric: spread([r[metric] for r in group]) for metric in ("accuracy", "loss")},
+            **{cost: mean(group, cost) for cost in ("parameters", "flops")},
+            "flops_ratio": group[0]["flops"] / groups[key[0], "dense", 0.0, 0.0][0]["flops"],
+            **{time: timed[key][time] for time in ("latency_ms", "latency_ratio")},
+        }
+        for key, group in groups.items()
+    ]
 
 
 def models(rows: list[Record]) -> list[str]:
@@ -75,6 +74,11 @@ def dense(rows: list[Record], model: str) -> Record:
     return next(r for r in rows if (r["model"], r["method"]) == (model, "dense"))
 
 
+def cut(rows: list[Record], model: str) -> list[Record]:
+    """Rows of a network of which something is removed."""
+    return [row for row in rows if row["model"] == model and row["method"] != "dense"]
+
+
 def line(rows: list[Record], model: str, method: str, kind: str) -> list[Record]:
     """Rows of a method that remove ``channels`` or ``layers``, the fractions rising."""
     field = f"{kind}_removed"
@@ -89,8 +93,52 @@ def overhead(row: Record) -> float:
 
 def share(row: Record) -> str:
     """Say what a row removes."""
-    kinds = [kind for kind in ("channels", "layers") if row[f"{kind}_removed"]]
-    return " and ".join(f"{100 * row[f'{kind}_removed']:g} % {kind}" for kind in kinds) or "nothing"
+    found = [kind for kind in KINDS if row[f"{kind}_removed"]]
+    return " and ".join(f"{100 * row[f'{kind}_removed']:g} % {kind}" for kind in found) or "nothing"
+
+
+def accuracy_table(rows: list[Record], *, title: str) -> rich.table.Table:
+    """Lay out what each network gets right, a network a line."""
+    columns = [("accuracy [%]", percent), ("loss", lambda row: f"{row['loss']['mean']:.3f}")]
+    return _table(rows, columns, title=title, caption="Mean ± std.")
+
+
+def cost_table(rows: list[Record], *, batch: int) -> rich.table.Table:
+    """Lay out what is left of each network and how long it takes, a network a line."""
+    columns = [
+        ("parameters", lambda row: f"{row['parameters']:,.0f}"),
+        ("MFLOPs", lambda row: f"{row['flops'] / 1e6:.2f}"),
+        ("(%)", lambda row: f"{100 * row['flops_ratio']:.1f}"),
+        ("ms", lambda row: f"{row['latency_ms']:.2f}"),
+        ("(%)", lambda row: f"{100 * row['latency_ratio']['median']:.1f}"),
+        ("over", lambda row: f"{overhead(row):.2f}"),
+    ]
+    caption = (
+        f"Latency is that of a batch of {batch}; over: how many times what the FLOPs say, compared "
+        "with dense."
+    )
+    return _table(rows, columns, title=None, caption=caption)
+
+
+def _table(
+    rows: list[Record],
+    columns: list[tuple[str, Callable[[Record], str]]],
+    *,
+    title: str | None,
+    caption: str,
+) -> rich.table.Table:
+    """Lines of cells, a section for each model; no wider than 80 columns."""
+    lines = rich.table.Table(title=title, caption=caption, padding=0)
+    for name in ("network", "method", "removed"):
+        lines.add_column(name, no_wrap=True)
+    for name, _ in columns:
+        lines.add_column(name, justify="right", no_wrap=True)
+    for model in models(rows):
+        for row in (row for row in rows if row["model"] == model):
+            cells = (cell(row) for _, cell in columns)
+            lines.add_row(model, row["method"], share(row), *cells)
+        lines.add_section()
+    return lines
 
 
 def answer(rows: list[Record], *, dataset: str) -> str:
@@ -108,8 +156,8 @@ def answer(rows: list[Record], *, dataset: str) -> str:
 
 
 def _section(rows: list[Record], model: str) -> list[str]:
-    base = dense(rows, model)
-    small = [row for row in rows if row["model"] == model and row["method"] != "dense"]
+    base, small = dense(rows, model), cut(rows, model)
+    by_what = sorted(small, key=lambda r: (r["layers_removed"], r["channels_removed"], r["method"]))
     return [
         "",
         f"## {model}",
@@ -119,7 +167,12 @@ def _section(rows: list[Record], model: str) -> list[str]:
         "",
         "| removed | method | accuracy | lost | FLOPs | latency | latency over FLOPs |",
         "|---|---|---|---|---|---|---|",
-        *(_table_line(row, base) for row in sorted(small, key=_by_what)),
+        *(
+            f"| {share(row)} | {row['method']} | {percent(row)} | {_points(base, row)} "
+            f"| {100 * row['flops_ratio']:.1f} % | {100 * row['latency_ratio']['median']:.1f} % "
+            f"| {overhead(row):.2f} |"
+            for row in by_what
+        ),
         "",
         *_free(small, base),
         *_rounds(rows, model),
@@ -128,22 +181,9 @@ def _section(rows: list[Record], model: str) -> list[str]:
     ]
 
 
-def _by_what(row: Record) -> tuple[float, float, str]:
-    return row["layers_removed"], row["channels_removed"], row["method"]
-
-
-def _table_line(row: Record, base: Record) -> str:
-    mean, std = gap(base, row)
-    cells = [
-        share(row),
-        row["method"],
-        percent(row),
-        f"{100 * mean:.2f}±{100 * std:.2f}",
-        f"{100 * row['flops_ratio']:.1f} %",
-        f"{100 * row['latency_ratio']['median']:.1f} %",
-        f"{overhead(row):.2f}",
-    ]
-    return f"| {' | '.join(cells)} |"
+def _points(row: Record, other: Record, sign: str = "") -> str:
+    mean, std = gap(row, other)
+    return f"{100 * mean:{sign}.2f}±{100 * std:.2f}"
 
 
 def _free(small: list[Record], base: Record) -> list[str]:
@@ -163,20 +203,12 @@ def _rounds(rows: list[Record], model: str) -> list[str]:
     """Whether rounds beat a single cut."""
     if {"one_shot", "iterative"} - set(methods(rows)):
         return []
-    pairs = [
-        pair
-        for kind in ("channels", "layers")
-        for pair in zip(
-            line(rows, model, "iterative", kind), line(rows, model, "one_shot", kind), strict=True
-        )
-    ]
-    cells = [_difference(one, other) for one, other in pairs]
+    one, other = (
+        [row for kind in KINDS for row in line(rows, model, method, kind)]
+        for method in ("iterative", "one_shot")
+    )
+    cells = [f"{_points(a, b, '+')} at {share(a)}" for a, b in zip(one, other, strict=True)]
     return [f"- iterative minus one_shot, in points: {', '.join(cells)}."]
-
-
-def _difference(one: Record, other: Record) -> str:
-    mean, std = gap(one, other)
-    return f"{100 * mean:+.2f}±{100 * std:.2f} at {share(one)}"
 
 
 def _kinds(rows: list[Record], model: str, base: Record) -> list[str]:
@@ -185,13 +217,11 @@ def _kinds(rows: list[Record], model: str, base: Record) -> list[str]:
     for method in methods(rows):
         channels = [base, *line(rows, model, method, "channels")]
         channels.sort(key=lambda other: other["flops"])
+        flops = [np.log(other["flops"]) for other in channels]
+        means = [other["accuracy"]["mean"] for other in channels]
         for row in line(rows, model, method, "layers"):
             if channels[0]["flops"] <= row["flops"]:
-                there = np.interp(
-                    np.log(row["flops"]),
-                    [np.log(other["flops"]) for other in channels],
-                    [other["accuracy"]["mean"] for other in channels],
-                )
+                there = np.interp(np.log(row["flops"]), flops, means)
                 points = 100 * (row["accuracy"]["mean"] - there)
                 lines.append(f"{points:+.2f} for {method} at {share(row)}")
     if not lines:
@@ -204,7 +234,7 @@ def _kinds(rows: list[Record], model: str, base: Record) -> list[str]:
 
 def _clock(small: list[Record]) -> list[str]:
     """How much of what the FLOPs promise the clock keeps."""
-    best, *_, worst = sorted([small[0], *small], key=overhead)
+    best, worst = min(small, key=overhead), max(small, key=overhead)
     return [
         f"- Latency is {overhead(best):.2f} ({best['method']}, {share(best)} removed) to "
         f"{overhead(worst):.2f} ({worst['method']}, {share(worst)} removed) times what the FLOPs "
@@ -217,13 +247,12 @@ def tradeoff_figure(rows: list[Record]) -> Figure:
     names = models(rows)
     figure = Figure(figsize=(1 + 4.8 * len(names), 7.6), layout="constrained")
     panels = figure.subplots(2, len(names), squeeze=False, height_ratios=(1.25, 1))
-    for column, name in enumerate(names):
-        above, below = panels[:, column]
+    for (above, below), name in zip(panels.T, names, strict=True):
         draw_tradeoff(above, rows, name)
         draw_latency(below, rows, name)
         above.set_title(name)
-        above.legend(loc="lower right", frameon=False)
-        below.legend(loc="lower right", frameon=False)
+        for axes in (above, below):
+            axes.legend(loc="lower right", frameon=False)
     panels[0, 0].set_ylabel("test accuracy [%]")
     panels[1, 0].set_ylabel("latency [% of dense]")
     return figure
@@ -232,71 +261,54 @@ def tradeoff_figure(rows: list[Record]) -> Figure:
 def draw_tradeoff(axes: Axes, rows: list[Record], model: str) -> None:
     """Draw accuracy against FLOPs: a line a method, broken where layers are removed."""
     base = dense(rows, model)
-    axes.axhline(100 * base["accuracy"]["mean"], color="0.35", linestyle="--", linewidth=1)
+    height = 100 * base["accuracy"]["mean"]
+    axes.axhline(height, color="0.35", linestyle="--", linewidth=1)
     for method in methods(rows):
         colour, marker = STYLES[method]
         for kind, style, face in (("channels", "-", colour), ("layers", ":", "white")):
-            found = [base, *line(rows, model, method, kind)]
+            found = line(rows, model, method, kind)
             flops = [100 * row["flops_ratio"] for row in found]
-            mean = [100 * row["accuracy"]["mean"] for row in found]
-            std = [100 * row["accuracy"]["std"] for row in found]
-            if len(found) > 1:
-                axes.plot(flops, mean, style, color=colour, linewidth=1.5)
-                axes.errorbar(
-                    flops[1:],
-                    mean[1:],
-                    yerr=std[1:],
-                    fmt=marker,
-                    color=colour,
-                    markerfacecolor=face,
-                    markersize=6,
-                    elinewidth=1,
-                    capsize=2,
-                    label=f"{method}, {kind}",
-                )
-    axes.plot(100, 100 * base["accuracy"]["mean"], "D", color="0.35", markersize=6, label="dense")
+            mean, std = ([100 * row["accuracy"][part] for row in found] for part in ("mean", "std"))
+            if found:
+                axes.plot([100, *flops], [height, *mean], style, color=colour, linewidth=1.5)
+                look = {"markerfacecolor": face, "markersize": 6, "label": f"{method}, {kind}"}
+                axes.errorbar(flops, mean, yerr=std, fmt=marker, color=colour, **BARS, **look)
+    axes.plot(100, height, "D", color="0.35", markersize=6, label="dense")
     _share_axis(axes, [100 * row["flops_ratio"] for row in rows if row["model"] == model])
     plain(axes)
 
 
 def draw_latency(axes: Axes, rows: list[Record], model: str) -> None:
     """Draw latency against FLOPs, and where they would be the same."""
-    small = [row for row in rows if row["model"] == model and row["method"] != "dense"]
+    small = cut(rows, model)
     shares = [100, *(100 * row["flops_ratio"] for row in small)]
     ends = np.array([min(shares) / 1.3, 100])
     axes.plot(ends, ends, color="0.35", linewidth=1, label="as the FLOPs say")
     axes.plot(ends, 1.4 * ends, color="0.35", linewidth=1, linestyle=":", label="1.4 times that")
-    for kind, colour, marker in (("channels", "#0072B2", "o"), ("layers", "#D55E00", "s")):
+    for kind, colour, marker in zip(KINDS, ("#0072B2", "#D55E00"), "os", strict=True):
         found = [row for row in small if row[f"{kind}_removed"]]
-        flops = [100 * row["flops_ratio"] for row in found]
         ratios = [row["latency_ratio"] for row in found]
+        flops = [100 * row["flops_ratio"] for row in found]
         mid, low, high = (
             np.array([100 * ratio[part] for ratio in ratios]) for part in ("median", "low", "high")
         )
         if found:
-            axes.errorbar(
-                flops,
-                mid,
-                yerr=[mid - low, high - mid],
-                fmt=marker,
-                color=colour,
-                markersize=5,
-                elinewidth=1,
-                capsize=2,
-                label=f"{kind} removed",
-            )
-    _share_axis(axes, shares)
+            look = {"markersize": 5, "label": f"{kind} removed"}
+            bars = [mid - low, high - mid]
+            axes.errorbar(flops, mid, yerr=bars, fmt=marker, color=colour, **BARS, **look)
+    ticks = _share_axis(axes, shares)
     axes.set_yscale("log")
-    ticks = [tick for tick in SHARES if tick >= min(shares) / 1.3]
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.yaxis.set_minor_locator(NullLocator())
     plain(axes)
 
 
-def _share_axis(axes: Axes, shares: list[float]) -> None:
+def _share_axis(axes: Axes, shares: list[float]) -> list[int]:
+    """Make an axis of FLOPs that is logarithmic; gives its ticks."""
     ticks = [tick for tick in SHARES if tick >= min(shares) / 1.3]
     axes.set_xscale("log")
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlim(min(shares) / 1.3, 115)
     axes.set_xlabel("FLOPs [% of dense]")
+    return ticks

@@ -13,9 +13,11 @@ import rich.console
 import jaxprune as jp
 from experiments import edge_deployment as edge
 from experiments import edge_deployment_figures as figures
+from experiments import edge_deployment_training as training
 from experiments.common import data, device, runner, show, small_networks, timing, train
 from experiments.common.models import ResidualNet
-from experiments.edge_deployment import Config, Removal, Run, main, resolve
+from experiments.edge_deployment import Config, Run, main, resolve
+from experiments.edge_deployment_training import Removal
 from tests import crash
 
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
@@ -68,7 +70,7 @@ def stand_in(monkeypatch):
     labels = rng.integers(0, 10, 90).astype(np.int32)
     images = rng.normal(size=(10, 16))[labels] + 0.3 * rng.normal(size=(90, 16))
     split = data.Examples(images.astype(np.float32), labels)
-    monkeypatch.setattr(edge, "model_of", lambda settings: Tiny())
+    monkeypatch.setattr(edge, "model_of", lambda config: Tiny())
     monkeypatch.setattr(data, "load_digits", lambda: data.Dataset(split, split, split))
     monkeypatch.setattr(timing, "in_turns", timed)
 
@@ -77,7 +79,9 @@ def stand_in(monkeypatch):
 def quick():
     """Small and less optimised: compiling takes longer than running what is compiled here."""
     jax.config.update("jax_disable_most_optimizations", True)
+    programs = train.compiler()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "compiler", lambda: programs)  # who goes on compiles nothing again
         stand_in(patch)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -133,7 +137,7 @@ def test_tables_lose_nothing_in_80_columns(toy, capsys):
     rows = runner.read_summary(toy)["rows"]
     large = {"parameters": 696_042.0, "flops": 44_123_456.0, "bytes": 2_784_200.0}
     console = rich.console.Console(width=80)
-    for table in edge.tables([{**row, **large} for row in rows], title="digits"):
+    for table in figures.tables([{**row, **large} for row in rows], title="digits"):
         console.print(table)
     shown = capsys.readouterr().out
     for cell in ("pruned_distilled_quantized", "696,042", "44.12", "2,784.2", "batch 64"):
@@ -174,17 +178,15 @@ def test_stages_have_the_size_that_was_asked_for(toy):
 
 
 def test_files_compute_what_the_small_networks_do(toy, bench):
-    trained, nothing = small_networks.load_network(toy / "seed_0" / "trained.safetensors")
-    assert nothing == {}
-    images, labels = bench.data.test
+    folder, (images, labels) = toy / "seed_0", bench.data.test
+    trained = small_networks.load(folder / "trained.safetensors", bench.dense)
+    assert trained.cut == {}
     for record in runner.read_records(toy):
         if record["stage"] in ("pruned", "distilled"):
-            variables, cut = small_networks.load_network(
-                toy / "seed_0" / f"{record['stage']}.safetensors"
-            )
-            infer, _ = jp.shrink(bench.infer, trained, cut=cut)
-            ours = infer(variables, images)
-            theirs = device.predict(toy / "seed_0" / f"{record['stage']}.onnx", images)
+            small = small_networks.load(folder / f"{record['stage']}.safetensors", bench.dense)
+            infer, _ = jp.shrink(bench.dense.infer, trained.variables, cut=small.cut)
+            ours = infer(small.variables, images)
+            theirs = device.predict(folder / f"{record['stage']}.onnx", images)
             np.testing.assert_allclose(theirs, ours, atol=1e-4 * np.abs(ours).max())
             assert record["accuracy"] == np.mean(theirs.argmax(-1) == labels)
             assert record["agreement"] == np.mean(theirs.argmax(-1) == ours.argmax(-1))
@@ -222,7 +224,7 @@ def test_a_thin_network_starts_as_if_drawn_at_its_size(key):
     kernel, gone = jax.nn.initializers.lecun_normal()(key, (3, 3, 64, 64)), jnp.ones((0, 64))
     whole = {"a": {"kernel": kernel, "bias": jnp.ones(64)}, "b": {"kernel": jnp.ones((64, 64))}}
     small = {"a": {"kernel": kernel[:, :, ::4, ::2], "bias": jnp.ones(32)}, "b": {"kernel": gone}}
-    thin = edge.rescale(small, whole)
+    thin = training.rescale(small, whole)
     np.testing.assert_allclose(thin["a"]["kernel"], 2 * small["a"]["kernel"], rtol=1e-6)
     assert thin["a"]["kernel"].std() == pytest.approx((3 * 3 * 16) ** -0.5, rel=0.02)
     assert thin["a"]["bias"] is small["a"]["bias"] and thin["b"]["kernel"] is gone
@@ -242,25 +244,16 @@ def test_a_killed_run_goes_on_to_the_same_bytes(toy, tmp_path, monkeypatch):
     monkeypatch.setattr(show, "png", lambda figure: b"png")  # drawing takes longest here
     state = crash.contents(toy)
     lines = state["metrics.jsonl"].splitlines(keepends=True)
-    state["metrics.jsonl"] = b"".join(lines[:7]) + lines[7][:40]
+    torn = {**state, "metrics.jsonl": b"".join(lines[:7]) + lines[7][:40]}
     gone = "summary.json", "answer.md", "seed_0/distilled.safetensors", "seed_0/teacher.safetensors"
-    crash.restore({name: state[name] for name in state if name not in gone}, tmp_path)
+    gone = *gone, "seed_0/quantized.onnx"  # whose record is there
+    crash.restore({name: torn[name] for name in torn if name not in gone}, tmp_path)
     main(dataclasses.replace(TOY, out=tmp_path))
-    assert crash.contents(tmp_path) == {**crash.contents(toy), "pareto.png": b"png"}
-
-
-def test_a_file_that_is_missing_is_made_again(toy, tmp_path, monkeypatch):
-    monkeypatch.setattr(show, "png", lambda figure: b"png")
-    crash.restore(crash.contents(toy), tmp_path)
-    (tmp_path / "seed_0" / "quantized.onnx").unlink()
-    main(dataclasses.replace(TOY, out=tmp_path))
-    assert crash.contents(tmp_path) == {**crash.contents(toy), "pareto.png": b"png"}
+    assert crash.contents(tmp_path) == {**state, "pareto.png": b"png"}
 
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    programs = train.compiler()
-    monkeypatch.setattr(train, "compiler", lambda: programs)
     config = dataclasses.replace(TOY, steps=2, out=tmp_path)
     crash.assert_any_kill_is_survived(main, config, monkeypatch, files=25, at_least=100, every=15)
 
@@ -319,24 +312,23 @@ def fall(trials):
 
 
 def test_channels_go_before_branches_at_once_or_over_a_quarter():
-    cuts = edge.cuts_of("one_shot", 0.75, 0.25, 3, 400)
+    cuts = training.removals_of("one_shot", 0.75, 0.25, 3, 400)
     assert cuts == [Removal(0, "channels", 0.75), Removal(0, "branches", 0.25)]
-    cuts = edge.cuts_of("iterative", 0.75, 0.25, 2, 400)
+    cuts = training.removals_of("iterative", 0.75, 0.25, 2, 400)
     assert cuts == [
         *(Removal(0, "channels", 0.5), Removal(50, "channels", 0.75)),
         Removal(100, "branches", 0.25),
     ]
-    assert [cut.step for cut in edge.cuts_of("iterative", 0.5, 0.0, 3, 400)] == [0, 50, 100]
+    assert [cut.step for cut in training.removals_of("iterative", 0.5, 0.0, 3, 400)] == [0, 50, 100]
 
 
 def test_a_student_learns_from_the_teacher_and_the_labels(toy, bench):
-    settings = dataclasses.replace(bench.settings, out=toy)
-    taught = bench._replace(settings=settings)
-    lesson = edge.by_teacher(taught, edge.begin(taught, 0))
+    config = resolve(dataclasses.replace(TOY, out=toy))
+    lesson = edge.by_teacher(config, bench, edge.begin(config, bench, 0))
     _, (labels, teacher) = lesson.take(np.array([3, 5]))
     np.testing.assert_array_equal(labels, bench.data.train.targets[[3, 5]])
-    dense, _ = small_networks.load_network(toy / "seed_0" / "dense.safetensors")
-    asked = bench.infer(dense, bench.data.train.inputs[[3, 5]])
+    dense = small_networks.load(toy / "seed_0" / "dense.safetensors", bench.dense)
+    asked = dense.infer(dense.variables, bench.data.train.inputs[[3, 5]])
     np.testing.assert_allclose(teacher, asked, atol=1e-5)
     student = jnp.asarray(teacher) + 1.0
     expected = jp.distillation_loss(student, teacher, labels, temperature=4.0, alpha=0.9)
@@ -344,7 +336,7 @@ def test_a_student_learns_from_the_teacher_and_the_labels(toy, bench):
 
 
 def test_training_minimises_the_loss_that_it_is_given(bench, key):
-    start = jax.jit(bench.model.init)(key, bench.data.test.inputs[:1])
+    start = bench.draw(key)
 
     def push(logits, targets):
         return (targets * logits).mean()
@@ -352,18 +344,16 @@ def test_training_minimises_the_loss_that_it_is_given(bench, key):
     def take(indices):
         return data.Examples(bench.data.train.inputs[indices], np.float32(-1.0))
 
-    order = np.arange(40).reshape(5, 8)
-    variables = edge.fit(bench, bench.learn, start, edge.Lesson(take, push), order)
-    before, after = (bench.learn(v, bench.data.train.inputs)[0].mean() for v in (start, variables))
+    end = training.fit(bench, training.Lesson(take, push), start, np.arange(40).reshape(5, 8))
+    before, after = (n.learn(n.variables, bench.data.train.inputs)[0].mean() for n in (start, end))
     assert after > before
 
 
 def test_predictions_are_the_same_in_parts(bench, key, monkeypatch):
-    variables = jax.jit(bench.model.init)(key, bench.data.test.inputs[:1])
-    images = bench.data.test.inputs
-    whole = bench.infer(variables, images)
+    network, images = bench.draw(key), bench.data.test.inputs
+    whole = network.infer(network.variables, images)
     monkeypatch.setattr(train, "AT_ONCE", 40)
-    parts = train.predict(bench.infer, variables, images, bench.compile_)
+    parts = train.predict(network.infer, network.variables, images, bench.compile_)
     np.testing.assert_allclose(parts, whole, atol=1e-5)
 
 

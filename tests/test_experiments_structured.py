@@ -64,7 +64,9 @@ def stand_in(monkeypatch):
 def quick():
     """Small and less optimised: compiling takes longer than running what is compiled here."""
     jax.config.update("jax_disable_most_optimizations", True)
+    programs = train.compiler()
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "compiler", lambda: programs)  # who goes on compiles nothing again
         stand_in(patch)
         yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -92,8 +94,9 @@ def task():
 
 
 @pytest.fixture(scope="module")
-def variables(task):
-    return jax.jit(task.model.init)(jax.random.key(0), task.test.inputs[:1])
+def network(task):
+    start = jax.jit(task.model.init)(jax.random.key(0), task.test.inputs[:1])
+    return task.dense._replace(variables=start)
 
 
 def test_a_run_leaves_its_files(toy):
@@ -129,20 +132,25 @@ def test_the_summary_has_a_row_for_each_network_and_cut(toy):
     assert dense["left"] == {} and sorted(small["left"].values()) == [3, 3, 4]
 
 
-@pytest.mark.slow
 def test_tables_lose_nothing_in_80_columns(toy, capsys):
     rows = runner.read_summary(toy)["rows"]
-    large = {"parameters": 10_696_042.0, "flops": 44_123_456.0, "latency_ms": 140.25}
+    large = {
+        "model": "transformer",
+        "parameters": 10_696_042.0,
+        "flops": 44_123_456.0,
+        "latency_ms": 140.25,
+    }
     rows = [{**row, **large} for row in rows]
     console = rich.console.Console(width=80)
-    console.print(structured.accuracy_table(rows, title="digits"))
-    console.print(structured.cost_table(rows))
+    console.print(figures.accuracy_table(rows, title="digits"))
+    console.print(figures.cost_table(rows, batch=64))
     shown = capsys.readouterr().out
     for cell in ("iterative", "10,696,042", "44.12", "140.25", show.percent(rows[0])):
         assert shown.count(cell) >= 1, cell
     assert "…" not in shown
 
 
+@pytest.mark.slow
 def test_methods_end_at_the_same_size_and_layers_compete(whole):
     rows = runner.read_summary(whole)["rows"]
     cuts = (0.5, 0.0), (0.0, 0.5)
@@ -162,20 +170,17 @@ def test_methods_end_at_the_same_size_and_layers_compete(whole):
 
 
 def test_small_networks_are_what_the_cuts_say(toy, task):
-    trained, nothing = small_networks.load_network(toy / "cnn" / "seed_0" / "trained.safetensors")
-    assert nothing == {}
-    for run in structured.plan(resolve(dataclasses.replace(TOY, out=toy))):
-        if run.method != "dense":
-            path = structured.checkpoint(dataclasses.replace(TOY, out=toy), run)
-            variables, cut = small_networks.load_network(path)
-            infer, same = jp.shrink(task.infer, trained, cut=cut)
-            assert jax.tree.map(jnp.shape, same) == jax.tree.map(jnp.shape, variables)
-            record = next(
-                r for r in runner.read_records(toy) if Run(*(r[f] for f in Run._fields)) == run
-            )
-            found = train.evaluate(infer, variables, task.test, train.compiler())
-            assert found["accuracy"] == record["accuracy"]
-            assert found["loss"] == pytest.approx(record["loss"], rel=1e-5)
+    config = resolve(dataclasses.replace(TOY, out=toy))
+    trained = small_networks.load(structured.trained_of(config, "cnn", 0), task.dense)
+    assert trained.cut == {}
+    records = {Run(*(r[f] for f in Run._fields)): r for r in runner.read_records(toy)}
+    run = structured.plan(config)[1]
+    small = small_networks.load(structured.file_of(config, run), trained)
+    infer, same = jp.shrink(task.dense.infer, trained.variables, cut=small.cut)
+    assert jax.tree.map(jnp.shape, same) == jax.tree.map(jnp.shape, small.variables)
+    found = train.evaluate(infer, small.variables, task.test, train.compiler())
+    assert found["accuracy"] == records[run]["accuracy"]
+    assert found["loss"] == pytest.approx(records[run]["loss"], rel=1e-5)
 
 
 def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):
@@ -190,17 +195,17 @@ def test_a_finished_run_is_read_and_told_again(toy, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_killed_at_any_file_operation_goes_on_to_the_same_bytes(tmp_path, monkeypatch):
-    programs = train.compiler()
-    monkeypatch.setattr(train, "compiler", lambda: programs)
     config = dataclasses.replace(TOY, steps=2, out=tmp_path)
     crash.assert_any_kill_is_survived(main, config, monkeypatch, files=9, at_least=40)
 
 
-def test_a_network_that_is_missing_is_computed_again(toy, tmp_path):
-    crash.restore(crash.contents(toy), tmp_path)
-    (tmp_path / "cnn" / "seed_0" / "iterative_channels_0.5_layers_0.safetensors").unlink()
+def test_what_is_missing_is_computed_again(toy, tmp_path, monkeypatch):
+    monkeypatch.setattr(show, "png", lambda figure: b"png")  # drawing takes longest here
+    state = crash.contents(toy)
+    gone = "cnn/seed_0/iterative_channels_0.5_layers_0.safetensors", "summary.json", "answer.md"
+    crash.restore({name: state[name] for name in state if name not in gone}, tmp_path)
     main(dataclasses.replace(TOY, out=tmp_path))
-    assert crash.contents(tmp_path) == crash.contents(toy)
+    assert crash.contents(tmp_path) == {**state, "tradeoff.png": b"png"}
 
 
 @pytest.mark.slow
@@ -267,21 +272,19 @@ def test_bad_settings_are_refused_by_name(changes, words):
 
 
 def test_the_data_decide_what_is_left_out():
-    settings = resolve(Config(dataset="mnist"))
-    assert settings.out == Path("results/structured_mnist")
-    assert structured.training_of(settings, "cnn") == structured.TRAININGS["mnist"]
-    assert structured.training_of(settings, "transformer") == structured.TRAININGS["text"]
+    config = resolve(Config(dataset="mnist"))
+    assert config.out == Path("results/structured_mnist")
+    assert structured.training_of(config, "cnn") == structured.TRAININGS["mnist"]
+    assert structured.training_of(config, "transformer") == structured.TRAININGS["text"]
     given = structured.training_of(resolve(Config(steps=7)), "transformer")
-    assert given == {**structured.TRAININGS["text"], "steps": 7}
+    assert given == structured.TRAININGS["text"]._replace(steps=7)
 
 
 def test_of_the_channels_of_attention_whole_heads_are_removed():
     task = structured.load(resolve(Config()), "transformer")
-    variables = jax.eval_shape(task.model.init, jax.random.key(0), task.test.inputs[:1])
-    groups = structured.find_units(task, variables, Run("transformer", "one_shot", 0.5, 0.0, 0))
+    groups = structured.find_units(task.dense, task.test.inputs[:1], layers=False)
     assert sorted(group.size for group in groups) == [*[4] * 4, 64, *[256] * 4]
-    blocks = structured.find_units(task, variables, Run("transformer", "one_shot", 0.0, 0.5, 0))
-    assert len(blocks) == 8
+    assert len(structured.find_units(task.dense, task.test.inputs[:1], layers=True)) == 8
 
 
 def test_windows_of_text_are_asked_for_the_next_character():
@@ -306,18 +309,20 @@ def test_learning_rates_rise_for_a_tenth_and_fall_to_nothing():
     assert np.all(np.diff(rates[10:]) < 0) and 0 < rates[-1] < 0.001 and rates[0] < 0.2
 
 
-def test_the_gradient_is_the_mean_over_batches(task, variables):
+def test_the_gradient_is_the_mean_over_batches(task, network):
     batches, compile_ = [task.take(np.arange(n, n + 4)) for n in (0, 4)], train.compiler()
     parts = (batches, batches[:1], batches[1:])
-    found = [train.mean_gradient(task.learn, variables, part, compile_) for part in parts]
+    found = [
+        train.mean_gradient(network.learn, network.variables, part, compile_) for part in parts
+    ]
     for m, a, b in zip(*map(jax.tree.leaves, found), strict=True):
         np.testing.assert_allclose(m, (a + b) / 2, atol=1e-6)
 
 
-def test_all_examples_are_tested_whatever_the_parts(task, variables, monkeypatch):
-    whole = train.evaluate(task.infer, variables, task.test, train.compiler())
+def test_all_examples_are_tested_whatever_the_parts(task, network, monkeypatch):
+    whole = train.evaluate(network.infer, network.variables, task.test, train.compiler())
     monkeypatch.setattr(train, "AT_ONCE", 40)
-    parts = train.evaluate(task.infer, variables, task.test, train.compiler())
+    parts = train.evaluate(network.infer, network.variables, task.test, train.compiler())
     assert parts == pytest.approx(whole, rel=1e-5)
 
 

@@ -1,30 +1,71 @@
-"""Networks that were cut, as files; only `structured` and `edge_deployment` have them."""
+"""Networks out of which parts are cut, and their files; for `structured` and `edge_deployment`."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import numpy as np
 
+import jaxprune as jp
 from experiments.common import runner
+from experiments.common.train import Infer, Learn, Variables
 
-Cut = dict[str, dict[int, list[int]]]  # path: axis: indices that stay
+Cut = dict[str, dict[int, Any]]  # path: axis: indices that stay
 
 
-def save_network(path: Path, variables: Any, cut: Cut) -> None:
-    """Save a small network: its variables, and which indices of the dense ones they are."""
-    kept = {
-        f"{name}:{axis}": np.asarray(indices, np.int32)
-        for name, axes in cut.items()
-        for axis, indices in axes.items()
+class Network(NamedTuple):
+    """A network in its size.
+
+    Attributes:
+      learn: gives logits as in training, and the running statistics that move.
+      infer: gives logits.
+      variables: params, and running statistics.
+      cut: what is left of the dense variables; empty if that is all.
+    """
+
+    learn: Learn
+    infer: Infer
+    variables: Variables
+    cut: Cut
+
+    def masked(self, masks: Any) -> "Network":
+        """Set to zero what masks of the params remove."""
+        params = jp.apply_masks(self.variables["params"], masks)
+        return self._replace(variables={**self.variables, "params": params})
+
+
+def whole(model: nn.Module, variables: Variables) -> Network:
+    """Make a network of a module, of which nothing is cut; shapes may stand for its variables."""
+
+    def learn(variables: Variables, inputs: Any) -> tuple[jax.Array, Variables]:
+        return model.apply(variables, inputs, train=True, mutable=["batch_stats"])
+
+    def infer(variables: Variables, inputs: Any) -> jax.Array:
+        return model.apply(variables, inputs)
+
+    return Network(learn, infer, variables, {})
+
+
+def cut_down(dense: Network, cut: Cut) -> Network:
+    """Cut a network to what stays of it."""
+    learn, _ = jp.shrink(dense.learn, dense.variables, cut=cut)
+    infer, variables = jp.shrink(dense.infer, dense.variables, cut=cut)
+    return Network(learn, infer, variables, cut)
+
+
+def save(path: Path, network: Network) -> None:
+    """Save the variables of a network, and which indices of the dense ones they are."""
+    cut = {
+        name: {axis: np.asarray(indices, np.int32) for axis, indices in axes.items()}
+        for name, axes in network.cut.items()
     }
-    runner.save(path, {"variables": variables, "cut": kept})
+    runner.save(path, {"variables": network.variables, "cut": cut})
 
 
-def load_network(path: Path) -> tuple[Any, Cut]:
-    """Load the variables and the cut that :func:`save_network` saved."""
+def load(path: Path, dense: Network) -> Network:
+    """Load ``dense`` itself, or a network that was cut out of it, as :func:`save` saved it."""
     saved, _ = runner.load(path)
-    cut: Cut = {}
-    for place, indices in saved.get("cut", {}).items():
-        name, _, axis = place.rpartition(":")
-        cut.setdefault(name, {})[int(axis)] = indices.tolist()
-    return saved["variables"], cut
+    cut = saved.get("cut", {})
+    network = cut_down(dense, cut) if cut else dense
+    return network._replace(variables=saved["variables"])

@@ -169,4 +169,4 @@ def find(bench: Bench, removal: Removal, variables: Any, grads: Any, *, within: 
         within=within and within["params"],
         grads=grads,
     )
-    return groups.spread({"params": masks}, variables)
+    return groups.complete({"params": masks}, variables)

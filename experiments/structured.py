@@ -349,7 +349,10 @@ def fine_tune(
         network, state = network.masked(masks), jp.with_masks(state, masks)
         if n < rounds:
             network, state = go_on(task, network, state, part, held=True)
-    params, masks = network.variables["params"], groups.complete({"params": masks}, network.variables)
+    params, masks = (
+        network.variables["params"],
+        groups.complete({"params": masks}, network.variables),
+    )
     tx = train.clipped_adam(0.0)
     state = jp.shrink_state(tx, state.inner_state, params, masks["params"])
     left = {name: int(alive.sum()) for name, alive in groups.keep(masks).items()}

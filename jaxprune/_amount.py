@@ -1,5 +1,6 @@
 """How much goes: a sparsity, counts of it, or one that is still on its way to another."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -12,7 +13,7 @@ from jaxprune._masks import apply_masks, check_masks
 from jaxprune._mesh import reshard_like
 from jaxprune._numbers import is_known, plain
 from jaxprune._parts import Parts
-from jaxprune._tree import map_leaves
+from jaxprune._tree import join_static, map_leaves, split_static
 from jaxprune._values import is_concrete
 from jaxprune.typing import Masks, Params, Sparsity, Units
 
@@ -52,12 +53,20 @@ def counted(parts: Parts, params: Params, sparsity: Sparsity) -> Amount:
     number stays one, and is counted there; so does that of a scope that cannot count.
     """
     sparsity = parts.of_units(plain(sparsity))
-    part = parts.prunable(params)
-    if not (parts.can_count and is_known(sparsity) and is_concrete(part)):
+    arrays, static = split_static(params)
+    if not (parts.can_count and is_known(sparsity) and is_concrete(arrays)):
         return sparsity
-    counts = parts.counts(parts.units_of(part), sparsity)
+    shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in arrays)
+    counts = parts.counts(_units(parts, static, shapes), sparsity)
     to = lambda dtype: lambda x: np.asarray(x, dtype)  # noqa: E731
     return Counted(jax.tree.map(to(np.int32), counts), jax.tree.map(to(np.float32), sparsity))
+
+
+@functools.lru_cache(maxsize=256)
+def _units(parts: Parts, static: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> Units:
+    """The shapes of the units. They are found by a trace of the pattern, once for like params."""
+    params = join_static([jax.ShapeDtypeStruct(*shape) for shape in shapes], static)
+    return jax.eval_shape(parts.pattern.pool, parts.prunable(params))
 
 
 def resolved(parts: Parts, amount: Amount, units: Units) -> Any:

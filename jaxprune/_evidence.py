@@ -1,6 +1,7 @@
 """What criteria ask for by keyword: which names there are, which are functions, what is missing."""
 
 import difflib
+import functools
 import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -50,10 +51,11 @@ def _nearest(name: str, known: list[str]) -> str:
     return f"There are {', '.join(f'`{k}`' for k in dict.fromkeys(known))}."
 
 
-def _evidence() -> list[str]:
+@functools.cache
+def _evidence() -> tuple[str, ...]:
     """All that the criteria of this library ask for."""
     found = [getattr(criteria, name) for name in criteria.__all__]
-    return [p.name for c in found for p in _arguments(c) if p.kind is p.KEYWORD_ONLY]
+    return tuple(p.name for c in found for p in _arguments(c) if p.kind is p.KEYWORD_ONLY)
 
 
 def check_data(evidence: Mapping[str, Any], user: str) -> None:

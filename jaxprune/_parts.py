@@ -10,7 +10,6 @@ import jax.numpy as jnp
 
 from jaxprune._errors import check_key, check_parts, check_sparsity
 from jaxprune._evidence import check_names
-from jaxprune._mesh import shapes_of
 from jaxprune._numbers import is_tree
 from jaxprune._tree import map_leaves, prunable
 from jaxprune.typing import Criterion, Masks, Params, Pattern, Scope, Sparsity, Units, Where
@@ -94,10 +93,6 @@ class Parts:
         """What the scope takes for a sparsity: counts, if it counts beforehand."""
         counts = ability(self.scope, "counts")
         return counts(units, sparsity) if counts else sparsity
-
-    def units_of(self, part: Params) -> Units:
-        """The shapes of the units of the prunable leaves."""
-        return jax.eval_shape(self.pattern.pool, shapes_of(part))
 
     def alive(self, part: Params, masks: Masks) -> Units:
         """Say which units are alive: those of which at least one weight is."""

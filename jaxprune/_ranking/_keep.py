@@ -46,8 +46,8 @@ def keep_largest(
     shards = tuple(shards or [Shard()] * len(leaves))
     if any(shape for shape in competitions.shapes) and any(shard.names for shard in shards):
         raise NotImplementedError(
-            "Competitions inside of a leaf that `shard_map` splits are not ranked over its devices. "
-            "Rank it under `jit`, which sees the leaf whole."
+            "Competitions inside of a leaf that `shard_map` splits are not ranked over its devices "
+            "(each sees a shard). Rank it under `jit`, which sees the leaf whole."
         )
     wanted = [jnp.asarray(count, jnp.int32) for count in counts]
     living = list(alive) if alive else [None] * len(leaves)

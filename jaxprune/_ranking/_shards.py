@@ -50,15 +50,15 @@ class Shard:
 
 def shards(units: Any, axis_name: AxisName | None, specs: Any, user: str) -> list[Shard]:
     """Say for each leaf how it is sharded over ``axis_name``."""
-    found = slots(units, lambda x: is_hole(x) or is_lazy(x))
-    leaves = [(slot.path, slot.leaf) for slot in found if not is_hole(slot.leaf)]
     if axis_name is None:
         if specs is not None:
             raise ValueError(
                 f"`{user}` got specs without an `axis_name`. Pass `axis_name=`, the mesh axes to "
                 "rank over, as well."
             )
-        return [Shard()] * len(leaves)
+        return [Shard()] * len(jax.tree.leaves(units, is_leaf=is_lazy))
+    found = slots(units, lambda x: is_hole(x) or is_lazy(x))
+    leaves = [(slot.path, slot.leaf) for slot in found if not is_hole(slot.leaf)]
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     _check_names(names, user)
     if specs is None:

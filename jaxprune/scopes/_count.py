@@ -71,9 +71,9 @@ def flat(units: Units) -> tuple[list[Any], Any]:
 
 def one_each(units: Units, sparsity: Sparsity, user: str) -> list[Any]:
     """List the sparsity of each leaf of ``units``, in order, from a number or a tree of them."""
-    wanted = [slot.keys for slot in _named(units)]
     if not is_tree(sparsity):
-        return [sparsity] * len(wanted)
+        return [sparsity] * len(flat(units)[0])
+    wanted = [slot.keys for slot in _named(units)]
     given: dict[Keys, Any] = leaves_by_keys(sparsity)
     missing = ["/".join(keys) for keys in wanted if keys not in given]
     extra = ["/".join(keys) for keys in given if keys not in wanted]

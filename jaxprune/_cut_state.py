@@ -25,7 +25,7 @@ from jaxprune._tree import (
     slots,
 )
 from jaxprune.graph._take import take_kept
-from jaxprune.typing import Params
+from jaxprune.typing import Leaf, Params, Tree
 
 
 def cut_state(
@@ -82,7 +82,7 @@ def _refuse_events(tx: optax.GradientTransformation, opt_state: optax.OptState) 
         )
 
 
-def _cut_beside(value: Any, places: Any) -> Any:
+def _cut_beside(value: Tree, places: Tree) -> Tree:
     """Cut what an optimizer keeps in the place of the params."""
     treedef: Any = jax.tree.structure(places)
     try:
@@ -92,7 +92,7 @@ def _cut_beside(value: Any, places: Any) -> Any:
     return treedef.unflatten(map(_cut_one, parts, jax.tree.leaves(places)))
 
 
-def _cut_one(part: Any, place: "_Place") -> Any:
+def _cut_one(part: Any, place: "_Place") -> Tree:
     """Cut what an optimizer keeps beside one parameter: an array, mostly like it."""
     if is_hole(part):
         return part
@@ -109,10 +109,10 @@ def _cut_one(part: Any, place: "_Place") -> Any:
     return take_kept(part, {i: k for i, k in place.kept.items() if i in same})
 
 
-def _adopted(tx: optax.GradientTransformation, state: Any, params: Params) -> Any:
+def _adopted(tx: optax.GradientTransformation, state: Tree, params: Params) -> Tree:
     """Let ``hold`` take over from a pruner: all that it needs are the masks."""
 
-    def adopt(want: Any, got: Any) -> Any:
+    def adopt(want: Tree, got: Tree) -> Any:
         got = got.masked if isinstance(got, StraightThroughState) and is_pruner(want) else got
         if not (is_pruner(want) and is_pruner(got)):
             return got
@@ -125,7 +125,7 @@ def _adopted(tx: optax.GradientTransformation, state: Any, params: Params) -> An
         return state
 
 
-def _settled(tx: optax.GradientTransformation, state: Any, small: Params) -> Any:
+def _settled(tx: optax.GradientTransformation, state: Tree, small: Params) -> Tree:
     """Give masks the shape that the optimizer makes; refuse what it would have made otherwise."""
     try:
         fresh = jax.eval_shape(tx.init, small)
@@ -143,7 +143,7 @@ def _settled(tx: optax.GradientTransformation, state: Any, small: Params) -> Any
     return state
 
 
-def _settle_masks(want: Any, got: Any) -> Any:
+def _settle_masks(want: Tree, got: Tree) -> Tree:
     if not is_pruner(want):
         return got
     packed = any(map(is_packed, jax.tree.leaves(want.masks, is_leaf=is_packed)))
@@ -156,14 +156,14 @@ def _settle_masks(want: Any, got: Any) -> Any:
     return got._replace(masks=pack(new) if packed else new)
 
 
-def _settle(want: Any, mask: Any) -> Any:
+def _settle(want: Tree, mask: Any) -> Tree:
     """A mask as ``want`` has it: none where nothing is removed, dense where there was none."""
     if is_hole(want):
         return want if mask is None or bool(jnp.all(mask)) else mask
     return jnp.broadcast_to(True if mask is None else mask, want.shape)
 
 
-def _without_masks(state: Any) -> Any:
+def _without_masks(state: Tree) -> Tree:
     return jax.tree.map(
         lambda node: node._replace(masks=()) if is_pruner(node) else node,
         state,
@@ -171,21 +171,21 @@ def _without_masks(state: Any) -> Any:
     )
 
 
-def _is_variable(node: Any) -> bool:
+def _is_variable(node: Leaf) -> bool:
     """True for an nnx variable, known by what it can do: the core does not import flax."""
     return hasattr(node, "get_value") and hasattr(node, "set_value")
 
 
-def _as_given(old: Any, new: Any) -> Any:
+def _as_given(old: Tree, new: Tree) -> Tree:
     """Put nnx variables back around the arrays that they held."""
 
-    def put(old: Any, new: Any) -> Any:
+    def put(old: Tree, new: Tree) -> Any:
         if not _is_variable(old):
             return new
         # A variable may hold a hole, for a leaf that a pruner leaves out, and so may a new one.
         return jax.tree.unflatten(jax.tree.structure(old, is_leaf=is_hole), [new])
 
-    def visit(old: Any, new: Any) -> Any:
+    def visit(old: Tree, new: Tree) -> Any:
         if not is_pruner(old):
             return put(old, new)
         before = _leaves_by_path(old.masks)  # there may be others now
@@ -205,24 +205,24 @@ def _as_given(old: Any, new: Any) -> Any:
     return jax.tree.map(visit, old, new, is_leaf=lambda v: is_pruner(v) or _is_variable_or_mask(v))
 
 
-def _is_variable_or_mask(node: Any) -> bool:
+def _is_variable_or_mask(node: Leaf) -> bool:
     return _is_variable(node) or is_packed(node)
 
 
-def _is_mask(node: Any) -> bool:
+def _is_mask(node: Leaf) -> bool:
     return is_hole(node) or is_packed(node)
 
 
-def _leaves_by_path(tree: Any) -> dict[str, Any]:
+def _leaves_by_path(tree: Tree) -> dict[str, Leaf]:
     whole = lambda node: _is_variable_or_mask(node) or is_hole(node)  # noqa: E731
     return {slot.path: slot.leaf for slot in slots(tree, whole)}
 
 
-def _unpacked(node: Any) -> Any:
+def _unpacked(node: Leaf) -> Tree:
     return node._replace(masks=unpack(node.masks)) if isinstance(node, PruneState) else node
 
 
-def _packed_like(old: Any, new: Any) -> Any:
+def _packed_like(old: Tree, new: Tree) -> Tree:
     """Pack the masks of a pruner that had them packed."""
     packed = isinstance(old, PruneState) and any(
         isinstance(m, Packed) for m in jax.tree.leaves(old.masks, is_leaf=is_packed)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._tree import map_leaves, wide_dtype
-from jaxprune.typing import Masks, Params
+from jaxprune.typing import DType, Masks, Params, Tree
 
 
 def live(grads: Params, masks: Masks) -> Params:
@@ -25,12 +25,12 @@ def enforce(update: jax.Array, param: jax.Array, mask: jax.Array | None) -> jax.
     return jnp.where(mask, update.astype(dtype), -param.astype(dtype))
 
 
-def common(a: Any, b: Any) -> Any:
+def common(a: Tree, b: Tree) -> Any:
     """A type that holds the numbers of both; eight bits promote to nothing by themselves."""
     if a == b:
         return a
     return jnp.promote_types(*(wide_dtype(d) if _is_eight(d) else d for d in (a, b)))
 
 
-def _is_eight(dtype: Any) -> bool:
+def _is_eight(dtype: DType) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits <= 8

@@ -21,7 +21,7 @@ from jaxprune._tree import (
     match,
     prunable,
 )
-from jaxprune.typing import Masks, Params, Where
+from jaxprune.typing import Leaf, Masks, Params, Tree, Where
 
 
 def apply_masks(params: Params, masks: Masks) -> Params:
@@ -85,7 +85,7 @@ def combine_masks(*masks: Masks) -> Masks:
     return first
 
 
-def _both(a: Any, b: Any) -> Any:
+def _both(a: Tree, b: Tree) -> Any:
     if is_hole(a) or is_hole(b):
         return b if is_hole(a) else a
     return a & b
@@ -328,7 +328,7 @@ def _check_bool(masks: Masks, params: Params, name: str) -> None:
         raise TypeError(f"`{name}` holds masks that are not bool: {', '.join(kinds)}. {step}")
 
 
-def _refuse_state(tree: Any, name: str) -> None:
+def _refuse_state(tree: Tree, name: str) -> None:
     """Say of an optimizer state in the place of masks whether there are masks in it."""
     if not _nodes(tree, lambda node: type(node).__name__.endswith("State")):
         return
@@ -343,7 +343,7 @@ def _refuse_state(tree: Any, name: str) -> None:
     )
 
 
-def _nodes(tree: Any, wanted: Callable[[Any], bool]) -> list[Any]:
+def _nodes(tree: Tree, wanted: Callable[[Any], bool]) -> list[Leaf]:
     """The named tuples of a tree that are wanted, the outermost of those that are nested."""
     is_one = lambda node: isinstance(node, tuple) and hasattr(node, "_fields") and wanted(node)  # noqa: E731
     return [node for node in jax.tree.leaves(tree, is_leaf=is_one) if is_one(node)]

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxprune._tree import map_leaves
+from jaxprune.typing import Leaf, Masks, Tree
 
 
-def in_auto_mode(f: Callable[..., Any], *args: Any, like: Any) -> Any:
+def in_auto_mode(f: Callable[..., Any], *args: Tree, like: Tree) -> Tree:
     """Call ``f`` with automatic mesh axes in the place of explicit ones.
 
     Ranking reshapes, gathers and compares arrays of different shardings, which explicit axes
@@ -30,7 +31,7 @@ def in_auto_mode(f: Callable[..., Any], *args: Any, like: Any) -> Any:
     return jax.sharding.auto_axes(f, out_sharding=out)(*args)
 
 
-def reshard_like(masks: Any, like: Any) -> Any:
+def reshard_like(masks: Masks, like: Tree) -> Masks:
     """Shard masks as the arrays they belong to, which explicit mesh axes ask for.
 
     A mask of size 1 along an axis is not sharded there: `[1, 300]` beside `[784@x, 300@y]` gets
@@ -39,7 +40,7 @@ def reshard_like(masks: Any, like: Any) -> Any:
     if not is_explicit(like):
         return masks
 
-    def reshard(x: Any, mask: Any) -> Any:
+    def reshard(x: Leaf, mask: Leaf) -> Leaf:
         if mask is None:
             return None
         layout = _sharding(mask.shape, x)
@@ -51,7 +52,7 @@ def reshard_like(masks: Any, like: Any) -> Any:
     return map_leaves(reshard, like, masks)
 
 
-def shapes_of(tree: Any) -> Any:
+def shapes_of(tree: Tree) -> Tree:
     """The shapes of arrays without their shardings: for ``jax.eval_shape``."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
@@ -105,7 +106,7 @@ def names_of(entry: Any) -> tuple[str, ...]:
     return tuple(entry) if isinstance(entry, tuple) else (entry,)
 
 
-def is_explicit(tree: Any) -> bool:
+def is_explicit(tree: Tree) -> bool:
     """True if an array of the tree has a type with explicit mesh axes."""
     return any(
         isinstance(x, jax.Array) and jax.typeof(x).sharding.mesh.explicit_axes

@@ -7,7 +7,7 @@ import optax
 
 from jaxprune._masks import Packed
 from jaxprune._serial import serialize_tuple
-from jaxprune.typing import Masks
+from jaxprune.typing import Leaf, Masks, Tree
 
 
 class PruneState(NamedTuple):
@@ -31,14 +31,14 @@ class PruneState(NamedTuple):
 serialize_tuple(PruneState)
 
 
-def without_variables(tree: Any) -> Any:
+def without_variables(tree: Tree) -> Any:
     """Take nnx variables from around arrays."""
     return jax.tree.map(
         lambda v: v.get_value() if _is_variable(v) else v, tree, is_leaf=_is_variable
     )
 
 
-def _is_variable(node: Any) -> bool:
+def _is_variable(node: Leaf) -> bool:
     """True for an nnx variable, known by what it can do: the core does not import flax."""
     return hasattr(node, "get_value") and hasattr(node, "set_value")
 
@@ -51,6 +51,6 @@ def is_placeholder(params: Any) -> bool:
     return not isinstance(params, dict | list | tuple | None) and not jax.tree.leaves(params)
 
 
-def is_packed(node: Any) -> bool:
+def is_packed(node: Leaf) -> bool:
     """True for a mask in bits: for ``is_leaf``."""
     return isinstance(node, Packed)

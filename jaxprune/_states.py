@@ -11,7 +11,7 @@ from jaxprune._errors import check_living
 from jaxprune._masks import check_masks, pack, unpack
 from jaxprune._state import PruneState, is_packed, without_variables
 from jaxprune._tree import align, is_hole, leaves_by_keys, list_paths
-from jaxprune.typing import Masks
+from jaxprune.typing import Leaf, Masks, Tree
 
 
 def get_masks(opt_state: optax.OptState) -> Masks:
@@ -84,7 +84,7 @@ def with_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
     )
 
 
-def is_pruner(node: Any) -> bool:
+def is_pruner(node: Leaf) -> bool:
     """True for the state of a pruner: for ``is_leaf``."""
     return isinstance(node, PruneState)
 
@@ -123,7 +123,7 @@ def _plain(masks: Masks) -> Masks:
     return unpack(without_variables(masks))
 
 
-def _merge(a: Any, b: Any) -> Any:
+def _merge(a: Tree, b: Tree) -> Any:
     """Put two trees of masks together, of which each has holes where the other has masks."""
     if is_hole(a) or is_hole(b):
         return b if is_hole(a) else a
@@ -131,7 +131,7 @@ def _merge(a: Any, b: Any) -> Any:
     return jax.tree.unflatten(treedef, [_merge(x, y) for x, y in zip(left, right, strict=True)])
 
 
-def _children(node: Any) -> tuple[list[Any], Any]:
+def _children(node: Leaf) -> tuple[list[Leaf], Any]:
     """A node taken apart by one level."""
     return jax.tree.flatten(node, is_leaf=lambda x: x is not node)
 
@@ -165,7 +165,7 @@ def _stored_like(old: Masks, masks: Masks) -> Masks:
     )
 
 
-def _fit(old: Any, new: Any) -> Any:
+def _fit(old: Tree, new: Tree) -> Any:
     """What a new mask has to fit: the old one, widened where either stands for a whole axis."""
     if is_hole(old) or is_hole(new):
         return new

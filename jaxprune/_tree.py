@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._where import is_array, is_floating, is_matrix, matches, regexes_of
-from jaxprune.typing import Params, Where
+from jaxprune.typing import DType, Leaf, Params, Tree, Where
 
 Keys = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -30,16 +30,16 @@ class Slot(NamedTuple):
 
     keys: Keys
     path: str
-    leaf: Any
+    leaf: Leaf
     key_path: tuple[Any, ...]
 
 
-def is_hole(leaf: Any) -> bool:
+def is_hole(leaf: Leaf) -> bool:
     """True for a leaf outside the pruning problem: None, or what ``optax.masked`` leaves out."""
     return leaf is None or isinstance(leaf, optax.MaskedNode)
 
 
-def slots(tree: Any, is_leaf: Callable[[Any], bool] = is_hole) -> list[Slot]:
+def slots(tree: Tree, is_leaf: Callable[[Any], bool] = is_hole) -> list[Slot]:
     """All leaves with their names, holes included.
 
     Variables and boxes around arrays (nnx, linen's metadata) add a ``.value`` of their own to each
@@ -55,7 +55,7 @@ def slots(tree: Any, is_leaf: Callable[[Any], bool] = is_hole) -> list[Slot]:
     ]
 
 
-def _slot(path: tuple[Any, ...], leaf: Any, alone: bool) -> Slot:
+def _slot(path: tuple[Any, ...], leaf: Leaf, alone: bool) -> Slot:
     keys = tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
     boxed = alone and len(keys) > 1 and keys[-1] == "value"
     field = isinstance(path[-1], jax.tree_util.GetAttrKey) if path else False
@@ -64,7 +64,7 @@ def _slot(path: tuple[Any, ...], leaf: Any, alone: bool) -> Slot:
     return Slot(keys[:short], "/".join(keys[:n]), leaf, path[:n])
 
 
-def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_leaves(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Map over ``tree`` with ``rest`` beside it. Holes of ``tree`` stay; ``rest`` may have more.
 
     Params come first and masks second: ``f(param, None)`` is a leaf that is not prunable.
@@ -72,7 +72,7 @@ def map_leaves(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     return map_with_path(lambda _, *leaves: f(*leaves), tree, *rest)
 
 
-def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
+def map_with_path(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Like ``map_leaves``, with the path as the first argument of ``f``."""
     treedef: Any = jax.tree.structure(tree, is_leaf=is_hole)
     beside = zip(*(treedef.flatten_up_to(other) for other in rest), strict=True)
@@ -88,17 +88,17 @@ def map_with_path(f: Callable[..., Any], tree: Any, *rest: Any) -> Any:
     )
 
 
-def leaves_with_path(tree: Any) -> list[tuple[str, Any]]:
+def leaves_with_path(tree: Tree) -> list[tuple[str, Any]]:
     """The leaves that are not holes, each with its path."""
     return [(slot.path, slot.leaf) for slot in slots(tree) if not is_hole(slot.leaf)]
 
 
-def leaves_by_keys(tree: Any) -> dict[Keys, Any]:
+def leaves_by_keys(tree: Tree) -> dict[Keys, Leaf]:
     """The leaves that are not holes, by what tells them apart."""
     return {slot.keys: slot.leaf for slot in slots(tree) if not is_hole(slot.leaf)}
 
 
-def leaves_by_path(tree: Any, user: str) -> dict[str, Any]:
+def leaves_by_path(tree: Tree, user: str) -> dict[str, Leaf]:
     """The leaves that are not holes, by path, for who selects by paths; refuse two of one path."""
     leaves = leaves_with_path(tree)
     check_paths([path for path, _ in leaves], user)
@@ -121,7 +121,7 @@ def list_paths(paths: list[str], most: int = 12) -> str:
     return f"{shown} and {len(paths) - most} more" if len(paths) > most else shown or "none"
 
 
-def check_regexes_match(regexes: tuple[str, ...], tree: Any, user: str) -> None:
+def check_regexes_match(regexes: tuple[str, ...], tree: Tree, user: str) -> None:
     """Refuse regexes that match no path of ``tree``: they are typing errors."""
     paths = list(leaves_by_path(tree, user)) if regexes else []
     unused = [r for r in regexes if not any(matches(r, path) for path in paths)]
@@ -200,13 +200,13 @@ def fill(part: Params, params: Params) -> Params:
     return map_leaves(lambda leaf, chosen: leaf if chosen is None else chosen, params, part)
 
 
-def same_structure(a: Any, b: Any) -> bool:
+def same_structure(a: Tree, b: Tree) -> bool:
     """True for trees that differ in nothing but their leaves and holes."""
-    structures: list[Any] = [jax.tree.structure(tree, is_leaf=is_hole) for tree in (a, b)]
+    structures: list[Leaf] = [jax.tree.structure(tree, is_leaf=is_hole) for tree in (a, b)]
     return bool(structures[0] == structures[1])
 
 
-def align(tree: Any, like: Any) -> Any | None:
+def align(tree: Tree, like: Tree) -> Tree | None:
     """Give ``tree`` the structure of ``like`` if both have the same leaves, else None.
 
     Trees that were made apart mirror one another although their containers differ: a dict and a
@@ -219,7 +219,7 @@ def align(tree: Any, like: Any) -> Any | None:
     return None if unknown or any(x is _Hole for x in leaves) else _built(like, leaves)
 
 
-def _beside(tree: Any, wanted: list[Slot]) -> tuple[list[Any], list[str]]:
+def _beside(tree: Tree, wanted: list[Slot]) -> tuple[list[Leaf], list[str]]:
     """What ``tree`` has for each wanted slot, ``_Hole`` where it says nothing; what else it has.
 
     A hole covers what lies below it: in ``{"a": None}`` beside ``{"a": {"b": x, "c": y}}`` both
@@ -237,17 +237,17 @@ def _beside(tree: Any, wanted: list[Slot]) -> tuple[list[Any], list[str]]:
     return leaves, [slot.path for keys, slot in given.items() if keys in left - holes]
 
 
-def _leaves(tree: Any) -> list[Any]:
+def _leaves(tree: Tree) -> list[Leaf]:
     return jax.tree.leaves(tree, is_leaf=is_hole)
 
 
-def _built(like: Any, leaves: list[Any]) -> Any:
+def _built(like: Tree, leaves: list[Leaf]) -> Tree:
     return jax.tree.unflatten(jax.tree.structure(like, is_leaf=is_hole), leaves)
 
 
 def match(
-    tree: Any,
-    like: Any,
+    tree: Tree,
+    like: Tree,
     name: str,
     *,
     step: str,
@@ -291,7 +291,9 @@ def match(
     return _built(like, [None if mine is _Hole else mine for mine in leaves])
 
 
-def _differences(tree: Any, missing: list[str], unknown: list[str], wanted: list[str]) -> list[str]:
+def _differences(
+    tree: Tree, missing: list[str], unknown: list[str], wanted: list[str]
+) -> list[str]:
     """Say what is missing and what nobody knows; the paths that there are, unless all are named."""
     words = [f"nothing at {list_paths(missing)}"] if missing else []
     if unknown == [""]:  # no tree at all
@@ -302,11 +304,11 @@ def _differences(tree: Any, missing: list[str], unknown: list[str], wanted: list
     return words
 
 
-def _shape(leaf: Any) -> Shape:
+def _shape(leaf: Leaf) -> Shape:
     return tuple(getattr(leaf, "shape", ()))
 
 
-def narrow(tree: Any, part: Params) -> Any:
+def narrow(tree: Tree, part: Params) -> Tree:
     """Put None in ``tree`` wherever ``part`` has a hole, if the two mirror one another."""
     mirror = align(tree, part)
     if mirror is None:
@@ -319,23 +321,23 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(wide_dtype(x.dtype))
 
 
-def wide_dtype(dtype: Any) -> Any:
+def wide_dtype(dtype: DType) -> DType:
     """Float32 for narrower floats, eight bits included, which promote to nothing; else itself."""
     return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
 
 
-def mirrored(tree: Any, params: Params, name: str) -> Any:
+def mirrored(tree: Tree, params: Params, name: str) -> Tree:
     """Give evidence the structure of ``params``, or say by path how it differs from them."""
     step = "Pass one array for each weight array, in a tree of the same structure."
     return match(tree, params, name, step=step)
 
 
-def copy_arrays(tree: Any) -> Any:
+def copy_arrays(tree: Tree) -> Tree:
     """Copy the arrays of a tree; functions and strings among its leaves stay what they are."""
     return jax.tree.map(lambda x: jnp.copy(x) if is_array(x) else x, tree)
 
 
-def split_static(tree: Any) -> tuple[list[Any], Any]:
+def split_static(tree: Tree) -> tuple[list[Leaf], Any]:
     """Take a tree apart into its arrays and what is not one, to be put together by ``join_static``.
 
     Modules hold functions and strings among their leaves; what jit does not take travels beside.
@@ -346,7 +348,7 @@ def split_static(tree: Any) -> tuple[list[Any], Any]:
     return arrays, (treedef, fixed, tuple(map(type, fixed)))  # True equals 1, but is not the same
 
 
-def join_static(arrays: Any, static: Any) -> Any:
+def join_static(arrays: Tree, static: Any) -> Tree:
     """Put arrays back where ``split_static`` took them from."""
     treedef, leaves, _ = static
     left = iter(arrays)

@@ -12,7 +12,10 @@ __all__ = (
     "Counting",
     "Criterion",
     "CrossLeaf",
+    "DType",
     "ElementwiseCriterion",
+    "Layout",
+    "Leaf",
     "Masks",
     "MemoryCriterion",
     "Params",
@@ -23,10 +26,14 @@ __all__ = (
     "Scores",
     "Settling",
     "Sparsity",
+    "Tree",
     "Units",
     "Where",
 )
 
+Tree: TypeAlias = Any  # any pytree
+Leaf: TypeAlias = Any  # of one: an array, or what looks like one
+DType: TypeAlias = Any  # a dtype, or a scalar type that stands for one
 Params: TypeAlias = Any  # pytree of float arrays
 Scores: TypeAlias = Any  # like Params; higher = keep; None where not prunable
 Units: TypeAlias = Any  # like Scores; one entry for what lives or dies together, the leaf's rank

@@ -15,7 +15,7 @@ from jaxprune._numbers import is_known, plain
 from jaxprune._parts import Parts
 from jaxprune._tree import join_static, map_leaves, split_static
 from jaxprune._values import is_concrete
-from jaxprune.typing import Masks, Params, Sparsity, Units
+from jaxprune.typing import DType, Masks, Params, Sparsity, Units
 
 Amount: TypeAlias = Any  # a Sparsity, what a scope made of one by `counts`, or OnTheWay
 
@@ -46,27 +46,33 @@ class Counted(NamedTuple):
     sparsity: Sparsity
 
 
-def counted(parts: Parts, params: Params, sparsity: Sparsity) -> Amount:
-    """Let the scope count outside of the program, where Python multiplies in double precision.
+def counted(parts: Parts, params: Params, sparsity: Sparsity) -> tuple[Parts, Amount]:
+    """Bind parts to params, and let the scope count before the program runs.
 
-    The counts travel as arrays: one program for all sparsities. Inside of somebody's trace a known
-    number stays one, and is counted there; so does that of a scope that cannot count.
+    There Python multiplies in double precision. The counts travel as arrays: one program for all
+    sparsities. Inside of somebody's trace a known number stays one, and is counted there; so does
+    that of a scope that cannot count.
     """
-    sparsity = parts.of_units(plain(sparsity))
     arrays, static = split_static(params)
-    if not (parts.can_count and is_known(sparsity) and is_concrete(arrays)):
-        return sparsity
     shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in arrays)
-    counts = parts.counts(_units(parts, static, shapes), sparsity)
+    parts, units = _bound(parts, static, shapes)
+    sparsity = parts.of_units(plain(sparsity))
+    if not (parts.can_count and is_known(sparsity) and is_concrete(arrays)):
+        return parts, sparsity
+    counts = parts.counts(units, sparsity)
     to = lambda dtype: lambda x: np.asarray(x, dtype)  # noqa: E731
-    return Counted(jax.tree.map(to(np.int32), counts), jax.tree.map(to(np.float32), sparsity))
+    exact = jax.tree.map(to(np.int32), counts)
+    return parts, Counted(exact, jax.tree.map(to(np.float32), sparsity))
 
 
 @functools.lru_cache(maxsize=256)
-def _units(parts: Parts, static: Any, shapes: tuple[tuple[tuple[int, ...], Any], ...]) -> Units:
-    """The shapes of the units. They are found by a trace of the pattern, once for like params."""
+def _bound(
+    parts: Parts, static: Any, shapes: tuple[tuple[tuple[int, ...], DType], ...]
+) -> tuple[Parts, Units]:
+    """Bind parts, and find the shapes of their units by a trace: once for params that are alike."""
     params = join_static([jax.ShapeDtypeStruct(*shape) for shape in shapes], static)
-    return jax.eval_shape(parts.pattern.pool, parts.prunable(params))
+    parts = parts.bind(params)
+    return parts, jax.eval_shape(parts.pattern.pool, parts.prunable(params))
 
 
 def resolved(parts: Parts, amount: Amount, units: Units) -> Any:

@@ -35,8 +35,9 @@ def find_masks(
     """Find the masks that remove a fraction of the weights worth least.
 
     Compiles itself, with the parts (``criterion``, ``pattern``, ``scope``, ``where``) as static
-    arguments: parts that compare equal share a program for every sparsity, a new lambda is
-    compiled anew.
+    arguments: parts that compare equal share a program, a new lambda is compiled anew. It is one
+    program for every sparsity, unless a scope of one's own cannot count beforehand
+    (``jp.typing.Counting``): then for each number one.
 
     Args:
       params: parameters; any tree of arrays.
@@ -90,8 +91,7 @@ def find(
 ) -> Masks:
     """Find masks in a program of their own; the settings have been checked."""
     functions, data = split_functions(parts.user, parts.criterion, evidence)
-    parts = parts.bind(params)
-    amount = counted(parts, params, sparsity)
+    parts, amount = counted(parts, params, sparsity)
     values, static = split_static((params, amount, within, data))
     settings = {"static": static, "parts": parts, "functions": functions, "rounds": rounds}
     masks, finite = _compiled(values, **settings)

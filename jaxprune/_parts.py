@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -37,6 +38,7 @@ class Parts:
     pattern: Pattern
     scope: Scope
     where: Where
+    is_bound: bool = False
 
     def __post_init__(self) -> None:
         check_parts(
@@ -53,14 +55,16 @@ class Parts:
         Raises:
           ValueError: a part does not fit the params, or the scope refuses the pattern.
         """
+        if self.is_bound:
+            return self
         pattern, scope = (
             _bound(part, params, where=self.where) for part in (self.pattern, self.scope)
         )
-        refuses = ability(scope, "refuses")
+        refuses = declared(scope, "refuses")
         if why := refuses and refuses(pattern):
             raise ValueError(why)
-        where = Owned(pattern) if hasattr(pattern, "owns") else self.where
-        return dataclasses.replace(self, pattern=pattern, scope=scope, where=where)
+        where = Owned(pattern) if declared(pattern, "owns") else self.where
+        return dataclasses.replace(self, pattern=pattern, scope=scope, where=where, is_bound=True)
 
     def prunable(self, params: Params) -> Params:
         """The leaves that these parts cover, None in the place of all others."""
@@ -68,7 +72,7 @@ class Parts:
 
     def check(self, sparsity: Sparsity, *, exact: bool) -> None:
         """Let the scope refuse the pattern, or a sparsity, before anything is computed."""
-        refuses, check = ability(self.scope, "refuses"), ability(self.scope, "check_sparsity")
+        refuses, check = (declared(self.scope, name) for name in ("refuses", "check_sparsity"))
         if why := refuses and refuses(self.pattern):
             raise ValueError(why)
         if check:
@@ -77,22 +81,23 @@ class Parts:
     @property
     def crosses_leaves(self) -> bool:
         """True for units that own parts of several leaves."""
-        return hasattr(self.pattern, "owns")
+        return declared(self.pattern, "owns") is not None
 
     def of_units(self, sparsity: Sparsity) -> Sparsity:
         """Of a tree of sparsities those of the units, where a pattern names them."""
-        named = ability(self.pattern, "of_units")
+        named = declared(self.pattern, "of_units")
         return named(sparsity) if named and is_tree(sparsity) else sparsity
 
     @property
     def can_count(self) -> bool:
         """True for a scope that counts beforehand."""
-        return ability(self.scope, "counts") is not None
+        return declared(self.scope, "counts") is not None
 
     def counts(self, units: Units, sparsity: Sparsity) -> Any:
         """What the scope takes for a sparsity: counts, if it counts beforehand."""
-        counts = ability(self.scope, "counts")
-        return counts(units, sparsity) if counts else sparsity
+        counts = declared(self.scope, "counts")
+        bound = _named(counts, getattr(self.scope, "keywords", {})) if counts else {}
+        return counts(units, sparsity, **bound) if counts else sparsity
 
     def alive(self, part: Params, masks: Masks) -> Units:
         """Say which units are alive: those of which at least one weight is."""
@@ -106,7 +111,7 @@ class Parts:
         chosen = (
             self.scope(units, amount) if alive is None else self.scope(units, amount, within=alive)
         )
-        settle = ability(self.pattern, "settle")
+        settle = declared(self.pattern, "settle")
         return settle(units, chosen, alive) if settle else chosen
 
 
@@ -138,23 +143,41 @@ def check_find(parts: Parts, sparsity: Sparsity, evidence: dict[str, Any], round
 
 def _bound(part: Any, params: Params, *, where: Where) -> Any:
     """Settle a part on params, if it is one that asks for them."""
-    bind = ability(part, "bind")
+    if isinstance(part, functools.partial):
+        inner = _bound(part.func, params, where=where)
+        return functools.partial(inner, *part.args, **part.keywords)
+    bind = declared(part, "bind")
     return bind(params, where=where) if bind else part
 
 
-def ability(part: Any, name: str) -> Callable[..., Any] | None:
-    """The method of a part by its name, with what ``functools.partial`` has bound to the part."""
+def declared(part: Any, name: str) -> Any:
+    """What a part declares by a name, or None: a method, or a mark.
+
+    ``functools.partial`` declares what is inside of it. What ``functools.wraps`` has copied to a
+    wrapper counts for nothing: the wrapper may do anything.
+    """
     if isinstance(part, functools.partial):
-        inner = ability(part.func, name)
-        return inner and functools.partial(inner, *part.args, **part.keywords)
-    return getattr(part, name, None)
+        return declared(part.func, name)
+    mine = getattr(part, name, None)
+    copied = getattr(getattr(part, "__wrapped__", None), name, None)
+    return None if mine is copied else mine
+
+
+def _named(f: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
+    """Those of some keywords that a function takes."""
+    return {k: v for k, v in keywords.items() if k in inspect.signature(f).parameters}
 
 
 def reads_lazily(scope: Scope) -> bool:
     """True for a scope whose units may be lazy."""
-    return bool(getattr(getattr(scope, "func", scope), "lazy", False))
+    return bool(declared(scope, "lazy"))
 
 
 def is_elementwise(f: Any) -> bool:
-    """True for what ``jp.elementwise`` has marked: a function, or the ``__call__`` of a part."""
-    return bool(getattr(f, "elementwise", getattr(type(f).__call__, "elementwise", False)))
+    """True for what ``jp.elementwise`` has marked: a function, or the ``__call__`` of a part.
+
+    Not for a partial: evidence that is bound to it is not taken apart by leaves.
+    """
+    if isinstance(f, functools.partial):
+        return False
+    return bool(declared(f, "elementwise") or declared(type(f).__call__, "elementwise"))

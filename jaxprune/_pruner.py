@@ -19,7 +19,7 @@ from jaxprune._help import schedule_for
 from jaxprune._masks import check_masks, unpack
 from jaxprune._mesh import all_true, reshard_like, shapes_of
 from jaxprune._numbers import plain
-from jaxprune._parts import Parts, ability
+from jaxprune._parts import Parts, declared
 from jaxprune._score import score
 from jaxprune._state import is_packed, is_placeholder
 from jaxprune._tree import leaves_with_path, list_paths, map_leaves, narrow
@@ -58,8 +58,8 @@ class Pruner:
                 f"is no default. Pass `key=jax.random.key(...)` to `{user}`."
             )
         final = getattr(self.schedule, "final", None)
-        check = ability(self.parts.scope, "check_sparsity")
-        if check:
+        check = declared(self.parts.scope, "check_sparsity")
+        if check and final is not None:
             check(final, exact=False)
 
     @property
@@ -155,7 +155,7 @@ class Bound:
 
     def falls(self, step: Any) -> jax.Array:
         """Say whether the schedule falls at an event, by more than the rounding of a float32."""
-        before = ability(self.schedule, "before")
+        before = declared(self.schedule, "before")
         last = before(step) if before else step - 1
         drops = jax.tree.map(
             lambda now, then: jnp.any(now < then - 1e-6),
@@ -184,8 +184,10 @@ class Bound:
 
 def remember(criterion: Criterion, memory: Any, part: Params, grads: Params) -> Any:
     """Take one step into the memory of a criterion, if it has one."""
-    update = getattr(criterion, "update", None)
-    return update(memory, part, narrow(grads, part)) if update else memory
+    if not hasattr(criterion, "init"):
+        return memory
+    update: Any = criterion.update  # type: ignore[attr-defined]
+    return update(memory, part, narrow(grads, part))
 
 
 def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:

@@ -10,8 +10,17 @@ from jax import lax
 
 from jaxprune._evidence import criterion_name, is_function, named_evidence, required_evidence
 from jaxprune._parts import Parts, is_elementwise, reads_lazily
-from jaxprune._ranking import Lazy
-from jaxprune._tree import align, fill, leaves_with_path, list_paths, map_leaves, narrow
+from jaxprune._ranking import Lazy, is_lazy, read
+from jaxprune._tree import (
+    align,
+    fill,
+    is_array,
+    is_floating,
+    leaves_with_path,
+    list_paths,
+    map_leaves,
+    narrow,
+)
 from jaxprune.typing import Criterion, Params, Scores
 
 
@@ -30,20 +39,32 @@ def score(parts: Parts, part: Params, params: Params, evidence: Mapping[str, Any
     criterion = parts.criterion
     part = lax.stop_gradient(part)
     offered = {name: _offer(name, value, part, params) for name, value in evidence.items()}
-    names = named_evidence(criterion, offered)
-    if not _may_be_lazy(parts, names):
-        scores = criterion(part, **offered)
-        _check_scores(scores, part, criterion)
-        return scores
-    # What is wrong is told by path, and so of the whole tree.
-    shapes = jax.eval_shape(lambda p: criterion(p, **offered), part)
-    _check_scores(shapes, part, criterion)
-    return _lazy(criterion, part, {name: offered[name] for name in names}, shapes)
+    named = {name: offered[name] for name in named_evidence(criterion, offered)}
+    if _may_be_lazy(parts, named):
+        # What is wrong is told by path, and so of the whole tree.
+        shapes = jax.eval_shape(lambda p: criterion(p, **offered), part)
+        _check_scores(shapes, part, criterion)
+        lazy = _lazy(criterion, part, named, shapes)
+        if _can_be_read(lazy):
+            return lazy
+    scores = criterion(part, **offered)
+    _check_scores(scores, part, criterion)
+    return scores
 
 
-def _may_be_lazy(parts: Parts, names: list[str]) -> bool:
+def _may_be_lazy(parts: Parts, named: Mapping[str, Any]) -> bool:
     single = is_elementwise(parts.criterion) and is_elementwise(parts.pattern.pool)
-    return single and reads_lazily(parts.scope) and not any(map(is_function, names))
+    arrays = all(map(is_array, jax.tree.leaves(named)))  # numbers and strings are not traced
+    return single and reads_lazily(parts.scope) and arrays and not any(map(is_function, named))
+
+
+def _can_be_read(scores: Scores) -> bool:
+    """Try the first leaf: evidence may be a tree in which the params' tree lies deeper."""
+    first = jax.tree.leaves(scores, is_leaf=is_lazy)[0]
+    try:
+        return jax.eval_shape(read, first).shape == first.shape
+    except Exception:  # whatever a criterion does with evidence that it does not know
+        return False
 
 
 def _offer(name: str, value: Any, part: Params, params: Params) -> Any:
@@ -103,9 +124,7 @@ def check_floating(scores: Scores) -> None:
         raise ValueError(
             "There are no scores to rank: the tree has no leaf but None. Score at least one leaf."
         )
-    wrong = [
-        (path, s) for path, s in leaves if not jnp.issubdtype(jnp.result_type(s), jnp.floating)
-    ]
+    wrong = [(path, s) for path, s in leaves if not is_floating(s)]
     if wrong:
         path, leaf = wrong[0]
         raise TypeError(

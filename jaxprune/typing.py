@@ -1,5 +1,6 @@
 """What params, scores, masks and the four parts are: all that the library asks of a part."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias, TypeVar
 
@@ -15,6 +16,8 @@ __all__ = (
     "DType",
     "ElementwiseCriterion",
     "Layout",
+    "Lazy",
+    "LazyScope",
     "Leaf",
     "Masks",
     "MemoryCriterion",
@@ -69,9 +72,12 @@ class MemoryCriterion(Criterion, Protocol):
 
 
 class ElementwiseCriterion(Criterion, Protocol):
-    """A criterion marked with ``jp.elementwise``."""
+    """A criterion marked with ``jp.elementwise``.
 
-    elementwise: bool
+    A function that wraps it, be it by ``functools.wraps``, is not marked until somebody says so.
+    """
+
+    elementwise: Any
 
 
 class Pattern(Protocol):
@@ -120,12 +126,40 @@ class Scope(Protocol):
     """Says who competes with whom. A plain function does.
 
     ``sparsity`` is a number of Python where it is known, so that there is one program for each
-    number, and a float32 inside of ``prune``. With ``lazy = True`` its units may be ``Lazy``:
-    scores that are computed where they are read.
+    number, and a float32 inside of ``prune``.
     """
 
     def __call__(self, units: Units, sparsity: Sparsity, *, within: Any = None) -> Any:
         """Say which units stay: bools like ``units``. Those outside ``within`` never do."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Lazy:
+    """Scores of a leaf, as what they are made from.
+
+    Stored scores are a buffer of the size of the params for as long as a search lasts. Made anew
+    at every pass they cost some arithmetic, which a search that waits for memory has time for.
+
+    Attributes:
+      operands: the weights `[...]` first, then evidence: arrays like them, or anything else.
+      score: from the operands to scores `[...]`.
+      dtype: of the scores.
+    """
+
+    operands: tuple[Any, ...]
+    score: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+    shape = property(lambda self: self.operands[0].shape)
+    size = property(lambda self: self.operands[0].size)
+    ndim = property(lambda self: self.operands[0].ndim)
+
+
+class LazyScope(Scope, Protocol):
+    """A scope that says ``lazy = True``: the leaves of its units may be ``Lazy``."""
+
+    lazy: bool
 
 
 class Counting(Scope, Protocol):
@@ -136,7 +170,11 @@ class Counting(Scope, Protocol):
     """
 
     def counts(self, units: Units, sparsity: Sparsity) -> Any:
-        """Give what the scope takes in the place of ``sparsity``. Of ``units`` shapes suffice."""
+        """Give integers, in any tree, which the scope takes in the place of ``sparsity``.
+
+        Of ``units`` shapes suffice. What it gave is handed to it again, to be given back. Of the
+        keywords that ``functools.partial`` bound to the scope it gets those that it names.
+        """
 
 
 class Choosy(Scope, Protocol):
@@ -146,7 +184,11 @@ class Choosy(Scope, Protocol):
         """Say why a pattern cannot be ranked, and what can; None where it can."""
 
     def check_sparsity(self, sparsity: Sparsity, *, exact: bool) -> None:
-        """Raise for a sparsity that makes no sense, or, if ``exact``, that cannot be met."""
+        """Raise for a sparsity that makes no sense, or, if ``exact``, that cannot be met.
+
+        Asked by ``find_masks`` and ``make_masks``, exactly, and by what has a schedule about the
+        number that it ends with.
+        """
 
 
 class Schedule(Protocol):
@@ -188,7 +230,7 @@ def elementwise(f: F) -> F:
       f: a criterion, or the ``__call__`` of one.
 
     Returns:
-      The same function with ``elementwise = True`` on it.
+      The same function, marked.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -202,5 +244,6 @@ def elementwise(f: F) -> F:
       Array([[ True, False],
              [ True,  True]], dtype=bool)
     """
-    f.elementwise = True  # type: ignore[attr-defined]
+    # An object of its own: `functools.wraps` copies marks, and a wrapper may do anything.
+    f.elementwise = object()  # type: ignore[attr-defined]
     return f

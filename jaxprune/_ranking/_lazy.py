@@ -1,35 +1,11 @@
 """Scores that a ranking computes where it reads them, instead of storing them."""
 
-import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Lazy:
-    """Scores of a leaf, as what they are made from.
-
-    Stored scores are a buffer of the size of the params for as long as a search lasts. Made anew
-    at every pass they cost some arithmetic, which a search that waits for memory has time for.
-
-    Attributes:
-      operands: the weights `[...]` first, then evidence: arrays like them, or anything else.
-      score: from the operands to scores `[...]`.
-      dtype: of the scores.
-    """
-
-    operands: tuple[Any, ...]
-    score: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
-
-    shape = property(lambda self: self.operands[0].shape)
-    size = property(lambda self: self.operands[0].size)
-    ndim = property(lambda self: self.operands[0].ndim)
-
+from jaxprune.typing import Lazy
 
 Leaf = jax.Array | Lazy
 

@@ -83,7 +83,8 @@ def _shard(path: str, leaf: Any, spec: Any, names: tuple[str, ...], user: str) -
 
 def _specs(units: Any, specs: Any, user: str) -> list[Any]:
     try:
-        return jax.tree.leaves(jax.tree.broadcast(specs, units, is_leaf=is_lazy))
+        one_each = jax.tree.map(lambda _: 0, units, is_leaf=is_lazy)
+        return jax.tree.leaves(jax.tree.broadcast(specs, one_each))
     except ValueError as error:
         raise ValueError(
             f"`{user}` got specs that are no tree like the units: {error}. Pass one PartitionSpec "

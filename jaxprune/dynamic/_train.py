@@ -59,7 +59,7 @@ def sparse_training(
     check_key(user, key)
     _check_parts(parts, sparsity)
 
-    settings: dict[str, Any] = {"grow": grow, "fraction": events, "parts": parts}
+    settings: dict[str, Any] = {"grow": grow, "fraction": events}
 
     def first(params: Params) -> tuple[Masks, Any]:
         if is_placeholder(params):
@@ -79,18 +79,19 @@ def sparse_training(
         updates, moments = optimizer.update(grads, now.state.inner_state, params, **now.extra)
         updates = map_leaves(enforce, updates, params, now.masks)
 
+        bound = parts.bind(now.part)
         renew = functools.partial(
-            _event, now=now, key=folded, optimizer=optimizer, store=store, **settings
+            _event, now=now, key=folded, optimizer=optimizer, store=store, parts=bound, **settings
         )
         # All that an event changes goes through the loop. What were changed outside of it, fused
         # with the optimizer, would make XLA copy the moments at every step.
-        stored = store(widen(now.state.masks, now.part, pattern))
+        stored = store(widen(now.state.masks, now.part, bound.pattern))
         loop = at_most_once(events.due(count), renew, (stored, updates, moments))
         stored, updates, moments = loop
         return Done(updates, stored, moments, ())
 
     return wrap(
-        user,
+        f"dynamic.{user}",
         inner,
         first=first,
         step=step,

@@ -1,6 +1,7 @@
 """Coupled channels, heads and layers: whole groups of parameter slices."""
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -192,7 +193,11 @@ class Coupled:
     def owns(self, path: str, array: Any) -> bool:
         """Say whether a leaf is a member of a group: a ``where`` for ``hold`` and the like."""
         del array
-        return any(path == member.path for group in self.groups for member in group.members)
+        return path in self._paths
+
+    @functools.cached_property
+    def _paths(self) -> frozenset[str]:
+        return frozenset(member.path for group in self.groups for member in group.members)
 
     def least(self, group: Group) -> int:
         """How many units a group keeps at any sparsity."""

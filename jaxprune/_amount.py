@@ -1,6 +1,9 @@
 """How much goes: a sparsity, counts of it, or one that is still on its way to another."""
 
+import dataclasses
 import functools
+import itertools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -15,7 +18,7 @@ from jaxprune._numbers import is_known, plain
 from jaxprune._parts import Parts
 from jaxprune._tree import join_static, map_leaves, split_static
 from jaxprune._values import is_concrete
-from jaxprune.typing import DType, Masks, Params, Sparsity, Units
+from jaxprune.typing import DType, Masks, Params, Sparsity, Tree, Units
 
 Amount: TypeAlias = Any  # a Sparsity, what a scope made of one by `counts`, or OnTheWay
 
@@ -34,6 +37,38 @@ class OnTheWay(NamedTuple):
     now: Sparsity
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Vector:
+    """A tree of numbers as one array: each array that a program takes costs its call something.
+
+    Attributes:
+      values: the leaves one after another, `[n]`.
+      treedef: of the tree.
+      shapes: of its leaves.
+    """
+
+    values: np.ndarray | jax.Array
+    treedef: Any = dataclasses.field(metadata={"static": True})
+    shapes: tuple[tuple[int, ...], ...] = dataclasses.field(metadata={"static": True})
+
+    @property
+    def tree(self) -> Tree:
+        """The numbers where they belong."""
+        ends = list(itertools.accumulate(map(math.prod, self.shapes)))
+        parts = zip([0, *ends], ends, self.shapes, strict=False)
+        leaves = [self.values[start:end].reshape(shape) for start, end, shape in parts]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def vector(tree: Tree, dtype: DType) -> Vector:
+    """Put known numbers into one array."""
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = [np.asarray(leaf, dtype) for leaf in leaves]
+    values = np.concatenate([np.zeros(0, dtype), *(x.ravel() for x in arrays)])
+    return Vector(values, treedef, tuple(x.shape for x in arrays))
+
+
 class Counted(NamedTuple):
     """What a scope counted before the program runs, and the sparsity that it stands for.
 
@@ -42,8 +77,8 @@ class Counted(NamedTuple):
       sparsity: float32 each, for rounds that lead there.
     """
 
-    counts: Any
-    sparsity: Sparsity
+    counts: Vector
+    sparsity: Vector
 
 
 def counted(parts: Parts, params: Params, sparsity: Sparsity) -> tuple[Parts, Amount]:
@@ -55,14 +90,12 @@ def counted(parts: Parts, params: Params, sparsity: Sparsity) -> tuple[Parts, Am
     """
     arrays, static = split_static(params)
     shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in arrays)
-    parts, units = _bound(parts, static, shapes)
+    parts, _ = _bound(parts, static, shapes)
     sparsity = parts.of_units(plain(sparsity))
     if not (parts.can_count and is_known(sparsity) and is_concrete(arrays)):
         return parts, sparsity
-    counts = parts.counts(units, sparsity)
-    to = lambda dtype: lambda x: np.asarray(x, dtype)  # noqa: E731
-    exact = jax.tree.map(to(np.int32), counts)
-    return parts, Counted(exact, jax.tree.map(to(np.float32), sparsity))
+    leaves, treedef = jax.tree.flatten(sparsity)
+    return parts, _counts(parts, static, shapes, tuple(leaves), treedef)
 
 
 @functools.lru_cache(maxsize=256)
@@ -75,14 +108,24 @@ def _bound(
     return parts, jax.eval_shape(parts.pattern.pool, parts.prunable(params))
 
 
+@functools.lru_cache(maxsize=256)
+def _counts(
+    parts: Parts, static: Any, shapes: Any, leaves: tuple[float, ...], treedef: Any
+) -> Counted:
+    """Count once for a sparsity and params that are alike; the parts are bound to them."""
+    sparsity = jax.tree.unflatten(treedef, leaves)
+    counts = parts.counts(_bound(parts, static, shapes)[1], sparsity)
+    return Counted(vector(counts, np.int32), vector(sparsity, np.float32))
+
+
 def resolved(parts: Parts, amount: Amount, units: Units) -> Any:
     """What the scope takes in the place of a sparsity, now that its units are there."""
     if isinstance(amount, Counted):
-        return amount.counts
+        return amount.counts.tree
     if not isinstance(amount, OnTheWay):
         return amount
     final, now = (
-        side.counts if isinstance(side, Counted) else parts.counts(units, side)
+        side.counts.tree if isinstance(side, Counted) else parts.counts(units, side)
         for side in (amount.final, amount.now)
     )
     return jax.tree.map(lambda f, n: jnp.where(amount.arrived, f, n), final, now)
@@ -113,7 +156,7 @@ def in_rounds(
     """
     if rounds == 1:
         return once(params, amount, within)
-    whole = amount.sparsity if isinstance(amount, Counted) else amount
+    whole = amount.sparsity.tree if isinstance(amount, Counted) else amount
 
     def share(s: Any, i: jax.Array) -> jax.Array:
         return -jnp.expm1(i / rounds * jnp.log1p(-jnp.asarray(s, jnp.float32)))

@@ -17,15 +17,20 @@ def loss(params):
 
 
 def train(tx, steps=3):
-    """Train operation by operation: a compiler would round differently in different programs."""
+    """Train by a program that is not optimised, so that each operation in it rounds by itself."""
+    assert jax.config.jax_disable_most_optimizations
     tx = optax.with_extra_args_support(tx)
+
+    @jax.jit
+    def step(params, state):
+        value, grads = jax.value_and_grad(loss)(params)
+        extra = {"value": value, "grad": grads, "value_fn": loss}
+        updates, state = tx.update(grads, state, params, **extra)
+        return optax.apply_updates(params, updates), state
+
     params, state = small_params(), tx.init(small_params())
-    with jax.disable_jit():
-        for _ in range(steps):
-            value, grads = jax.value_and_grad(loss)(params)
-            extra = {"value": value, "grad": grads, "value_fn": loss}
-            updates, state = tx.update(grads, state, params, **extra)
-            params = optax.apply_updates(params, updates)
+    for _ in range(steps):
+        params, state = step(params, state)
     return params
 
 

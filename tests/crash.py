@@ -20,6 +20,11 @@ ROOT = Path(__file__).parents[1]
 PIECEMEAL = (".draft", ".lock", ".jsonl")
 
 
+def is_piecemeal(name):
+    """Tell a file that may be found half written; drafts of arrays lie in a hidden folder."""
+    return name.endswith(PIECEMEAL) or any(part.startswith(".") for part in Path(name).parts[:-1])
+
+
 def contents(folder):
     """Read every file in a folder, by its path."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -65,7 +70,7 @@ def torn(before, after):
     """States in which what a file gained from one to the next is partly there."""
     for name, whole in after.items():
         old = len(before.get(name, b""))
-        if name.endswith(PIECEMEAL) and len(whole) > old:
+        if is_piecemeal(name) and len(whole) > old:
             for size in sorted({old, (old + len(whole)) // 2, len(whole) - 1}):
                 yield {**after, name: whole[:size]}
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import jaxprune as jp
 
@@ -42,6 +43,12 @@ def slow_keep(scores, count, alive=None):
     chosen = set(sorted(range(len(flat)), key=rank)[:count])
     keep = [i in chosen and living[i] for i in range(len(flat))]
     return np.array(keep, bool).reshape(np.shape(scores))
+
+
+def fast_if(is_fast, cases):
+    """Give cases to parametrise by, tuples or names, of which all but the fast ones are slow."""
+    rows = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*row, marks=[pytest.mark.slow] * (not is_fast(*row))) for row in rows]
 
 
 class TraceCount:

@@ -1,6 +1,7 @@
 """Rankings inside of shard_map, pmap and vmap: parts of leaves, ranked as the whole."""
 
 import functools
+from itertools import product
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 from jaxprune import patterns, schedules, scopes
-from tests.helpers import assert_trees_equal
+from tests.helpers import assert_trees_equal, fast_if
 
 # A data axis and a model axis; leaves cut in every way over the latter, one over both, one not.
 SPECS = {
@@ -49,9 +50,13 @@ def in_parts(find, check_vma=True, specs=SPECS):
     )
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("ties", [False, True])
-@pytest.mark.parametrize("scope", [scopes.across, scopes.per_leaf])
+@pytest.mark.parametrize(
+    "scope, ties, check_vma",
+    fast_if(
+        lambda scope, ties, check_vma: (scope is scopes.across) ^ ties ^ check_vma,
+        product([scopes.across, scopes.per_leaf], [False, True], [True, False]),
+    ),
+)
 def test_parts_ranked_over_their_axes_give_the_masks_of_the_whole(scope, ties, check_vma):
     bound = functools.partial(scope, axis_name=NAMES, specs=SPECS)
     params = draw(ties)
@@ -131,8 +136,10 @@ def test_parts_with_dead_units_give_the_masks_of_the_whole(within, sparsity):
     )
 
 
-@pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("packed", [True, False])
+@pytest.mark.parametrize(
+    "packed, check_vma",
+    fast_if(lambda packed, check_vma: packed == check_vma, product([True, False], [True, False])),
+)
 def test_a_pruner_on_parts_trains_as_on_the_whole(packed, check_vma):
     scope = functools.partial(scopes.across, axis_name=NAMES, specs=SPECS)
     settings = {"schedule": schedules.linear(0.75, begin=0, end=3, every=1), "packed": packed}

@@ -30,16 +30,19 @@ def gradients(params, steps=STEPS):
     return jax.tree.map(draw, params)
 
 
-def train(tx, params, all_grads, steps=STEPS):
-    """Train operation by operation; give the params and the state after every step."""
-    history = []
-    with jax.disable_jit():
-        state = tx.init(params)
-        for step in range(steps):
-            grads = jax.tree.map(lambda g: g[step], all_grads)  # noqa: B023
-            updates, state = tx.update(grads, state, params)
-            params = optax.apply_updates(params, updates)
-            history.append((params, state))
+def train(tx, params, all_grads, steps=STEPS, by_operation=False):
+    """Train; give the params and the state after every step, each in a program or op by op."""
+
+    def update(grads, state, params):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    update = update if by_operation else jax.jit(update)
+    history, state = [], jax.jit(tx.init)(params)
+    for step in range(steps):
+        grads = jax.tree.map(lambda g: g[step], all_grads)  # noqa: B023
+        params, state = update(grads, state, params)
+        history.append((params, state))
     return history
 
 
@@ -94,8 +97,7 @@ def test_masks_are_found_among_the_weights_handed_to_every_event(name):
     handed, want = params, jp.get_masks(tx.init(params))
     for step, ((params, state), (dense, _)) in enumerate(zip(history, bare, strict=True)):
         assert_trees_equal(params, dense)  # nothing is ever zeroed
-        with jax.disable_jit():
-            want = jp.find_masks(handed, 0.5, **SETTINGS[name]) if step in EVENTS else want
+        want = jp.find_masks(handed, 0.5, **SETTINGS[name]) if step in EVENTS else want
         handed = params
         assert_trees_equal(jp.get_masks(state), want)
         assert_zero_where_removed(jp.forward_params(params, state), jp.get_masks(state))
@@ -149,10 +151,9 @@ def test_random_draws_a_new_mask_at_each_event_and_the_same_ones_again(key):
     masks = [jp.get_masks(state) for _, state in train(tx, params, gradients(params))]
     again = [jp.get_masks(state) for _, state in train(tx, params, gradients(params))]
     for step in EVENTS:
-        with jax.disable_jit():
-            drawn = jp.find_masks(
-                params, 0.5, criterion=criteria.random, key=jax.random.fold_in(key, step)
-            )
+        drawn = jp.find_masks(
+            params, 0.5, criterion=criteria.random, key=jax.random.fold_in(key, step)
+        )
         assert_trees_equal(masks[step], drawn)
     assert (masks[1]["b"]["kernel"] != masks[3]["b"]["kernel"]).any()
     for a, b in zip(masks, again, strict=True):
@@ -194,8 +195,8 @@ def test_packed_masks_are_the_same_masks(name):
 @pytest.mark.parametrize("name", sorted(set(OPTIMIZERS) - {"lbfgs"}))  # which is in contract/
 def test_the_optimizer_never_learns_of_the_masks(name):
     params = small_params()
-    got = train(through(OPTIMIZERS[name]()), params, gradients(params), 2)
-    want = train(OPTIMIZERS[name](), params, gradients(params), 2)
+    got = train(through(OPTIMIZERS[name]()), params, gradients(params), 2, True)
+    want = train(OPTIMIZERS[name](), params, gradients(params), 2, True)
     assert_trees_equal(got[-1][0], want[-1][0])
     assert_trees_equal(got[-1][1].masked.inner_state, want[-1][1])
 
@@ -233,14 +234,14 @@ def test_seeds_train_side_by_side_under_vmap_with_one_count(key):
 
     params, state = together(keys, batch)
     assert state.masked.count.shape == ()
-    with jax.disable_jit():
-        for i, k in enumerate(keys):
-            p = {"w": batch["w"][i]}
-            s = tx(k).init(p)
-            for _ in range(STEPS):
-                p, s = step(p, s)
-            np.testing.assert_array_equal(jp.get_masks(state)["w"][i], jp.get_masks(s)["w"])
-            np.testing.assert_allclose(params["w"][i], p["w"], rtol=1e-5, atol=1e-6)
+    alone, init = jax.jit(step), jax.jit(lambda k, p: tx(k).init(p))
+    for i, k in enumerate(keys):
+        p = {"w": batch["w"][i]}
+        s = init(k, p)
+        for _ in range(STEPS):
+            p, s = alone(p, s)
+        np.testing.assert_array_equal(jp.get_masks(state)["w"][i], jp.get_masks(s)["w"])
+        np.testing.assert_allclose(params["w"][i], p["w"], rtol=1e-5, atol=1e-6)
 
 
 def test_masks_put_in_hold_until_the_next_event():

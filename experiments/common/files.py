@@ -70,9 +70,14 @@ def truncate(path: Path, end: int) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what those who were killed had begun to write; only for who holds the lock."""
-    for draft in folder.rglob(".*.draft"):
+    """Remove what those who were killed had begun to write; only for who holds the lock.
+
+    The library writes its files in hidden folders beside them, ``.a.safetensors.1x2y3z4w``.
+    """
+    for draft in list(folder.rglob(".*.draft")):
         draft.unlink()
+    for draft in list(folder.rglob(".*.*.????????")):
+        shutil.rmtree(draft)
 
 
 @contextlib.contextmanager

@@ -9,18 +9,21 @@ import jaxprune as jp
 from jaxprune import schedules
 from tests.contract.tables import OPTIMIZERS, WRAPPERS, small_params
 from tests.contract.trainings import IDLE, takes
-from tests.helpers import assert_trees_equal
+from tests.helpers import assert_trees_equal, fast_if
 
 
 def loss(params):
     return sum(jnp.sum((p - 0.3) ** 2) for p in jax.tree.leaves(params))
 
 
-def train(tx, steps=3):
-    """Train operation by operation: a compiler would round differently in different programs."""
+def train(tx, steps=3, whole=False):
+    """Train operation by operation: a compiler would round differently in different programs.
+
+    What JAX compiles on its own, such as a branch, it leaves ``whole`` or takes apart as well.
+    """
     tx = optax.with_extra_args_support(tx)
     params, state = small_params(), tx.init(small_params())
-    with jax.disable_jit():
+    with jax.disable_jit(not whole):
         for _ in range(steps):
             value, grads = jax.value_and_grad(loss)(params)
             extra = {"value": value, "grad": grads, "value_fn": loss}
@@ -37,13 +40,19 @@ PRUNERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_wrapped_and_bare_optimizers_agree_bit_for_bit(name):
-    bare = train(OPTIMIZERS[name]())
+    bare = train(OPTIMIZERS[name](), whole=True)
     for user, wrap in (PRUNERS | IDLE).items():
         if takes(user, name):
-            assert_trees_equal(train(wrap(OPTIMIZERS[name]())), bare)
+            assert_trees_equal(train(wrap(OPTIMIZERS[name]()), whole=True), bare)
 
 
-@pytest.mark.parametrize("name", sorted(set(WRAPPERS) - {"alone"}))
+@pytest.mark.parametrize(
+    "name",
+    fast_if(
+        lambda name: name[:6] != "around" or name in ("around MultiSteps", "around masked"),
+        sorted(set(WRAPPERS) - {"alone"}),
+    ),
+)
 def test_wrapped_and_bare_optimizers_agree_bit_for_bit_in_every_position(name):
     bare = train(WRAPPERS[name](lambda tx: tx))
     for user in ("prune", "rigl"):

@@ -109,13 +109,17 @@ def test_training_prunes_every_kind_of_tree(kind):
 def test_sparse_training_takes_every_kind_of_tree(kind):
     for name, wrap in TRAININGS.items():
         params, tx = TREES[kind](), wrap(optax.adam(0.1))
-        with jax.disable_jit():
-            state = tx.init(params)
-            for _ in range(3):
-                before = state
-                updates, state = tx.update(params, state, params)
-                params = optax.apply_updates(params, updates)
-                laws.closed(before, state)
+
+        @jax.jit
+        def step(params, state):
+            updates, state = tx.update(params, state, params)  # noqa: B023
+            return optax.apply_updates(params, updates), state
+
+        state = jax.jit(tx.init)(params)
+        for _ in range(3):
+            before = state
+            params, state = step(params, state)
+            laws.closed(before, state)
         masks = jp.get_masks(state)
         seen = params if name in SPARSE else jp.forward_params(params, state)
         assert structure(seen) == structure(params)

@@ -175,6 +175,15 @@ def test_a_scope_that_says_that_it_is_lazy_gets_scores_that_are_not_computed_yet
     assert seen == ["Lazy", "Lazy"]
 
 
+def unmarked(criterion):
+    """The same without the mark."""
+
+    def score(params, **evidence):
+        return criterion(params, **evidence)
+
+    return score
+
+
 GRADS = jax.tree.map(lambda w: jnp.cos(7 * w), PARAMS)
 EVIDENCE = {
     "magnitude": {},
@@ -189,7 +198,7 @@ EVIDENCE = {
 @pytest.mark.parametrize("scope", [jp.scopes.per_leaf, jp.scopes.across])
 def test_scores_that_are_made_where_they_are_read_give_the_masks_of_stored_ones(name, scope):
     marked, evidence = getattr(jp.criteria, name), EVIDENCE[name]
-    plain = lambda params, **given: marked(params, **given)
+    plain = unmarked(marked)
     assert_trees_equal(
         jp.find_masks(PARAMS, 0.5, criterion=marked, scope=scope, **evidence),
         jp.find_masks(PARAMS, 0.5, criterion=plain, scope=scope, **evidence),
@@ -219,7 +228,7 @@ def test_a_marked_criterion_stores_no_scores(name):
         return find.lower(params, evidence).compile().memory_analysis().temp_size_in_bytes
 
     marked = temporaries(criterion)
-    stored = temporaries(lambda params, **given: criterion(params, **given))
+    stored = temporaries(unmarked(criterion))
     assert marked <= params["kernel"].size * 1.1  # a byte a weight
     assert stored >= params["kernel"].size * 4
 

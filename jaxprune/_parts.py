@@ -145,7 +145,9 @@ def _bound(part: Any, params: Params, *, where: Where) -> Any:
     """Settle a part on params, if it is one that asks for them."""
     if isinstance(part, functools.partial):
         inner = _bound(part.func, params, where=where)
-        return functools.partial(inner, *part.args, **part.keywords)
+        # Partials equal only themselves: a new one would compile anew.
+        new = functools.partial(inner, *part.args, **part.keywords)
+        return part if inner is part.func else new
     bind = declared(part, "bind")
     return bind(params, where=where) if bind else part
 

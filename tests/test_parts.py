@@ -289,6 +289,8 @@ def test_keywords_that_a_partial_binds_to_a_scope_reach_who_takes_them():
     scope = functools.partial(jp.scopes.windows(4, axis=0), within=None)
     only_b = jp.by_path("b/kernel")
     assert jp.sparsity(jp.find_masks(PARAMS, 0.5, scope=scope, where=only_b), PARAMS) == 0.5
+    parts = Parts("find_masks", jp.criteria.magnitude, jp.patterns.Weights(), scope, only_b)
+    assert parts.bind(PARAMS).scope is scope  # or it would compile anew
     pruned = masks_by_prune(PARAMS, 0.5, scope=functools.partial(jp.scopes.across, specs=None))
     assert jp.sparsity(pruned, PARAMS) == 0.5
 

@@ -26,14 +26,6 @@ TINY = MLP((8,), 4)
 ACROSS = ("random_init", "magnitude_init", "snip", "grasp", "synflow")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """Compiling takes longer than running what is compiled here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """The folder of an undisturbed toy run, to be read only."""

@@ -25,14 +25,6 @@ TOY = Config(levels=2, steps=20, seeds=2, eval_every=5)
 SIZES = {"hidden_0/kernel": 6400, "hidden_1/kernel": 5000, "out/kernel": 500}
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiler():
-    """Compiling takes longer than running what is compiled here."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """The folder of an undisturbed toy run, to be read only."""

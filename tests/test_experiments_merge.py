@@ -3,7 +3,6 @@
 import dataclasses
 from pathlib import Path
 
-import jax
 import pytest
 
 from experiments import _template, lottery_ticket
@@ -16,12 +15,10 @@ TOY = _template.Config(sparsities=(0.5, 0.9), seeds=3, steps=5)
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Neither optimised nor rendered: both take longer than all else here."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Not rendered: that takes longer than all else here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(show, "png", lambda figure: b"png")
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

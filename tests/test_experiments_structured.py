@@ -62,14 +62,12 @@ def stand_in(monkeypatch):
 
 @pytest.fixture(scope="module", autouse=True)
 def quick():
-    """Small and less optimised: compiling takes longer than running what is compiled here."""
-    jax.config.update("jax_disable_most_optimizations", True)
+    """Small, and compiled once."""
     programs = train.compiler()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train, "compiler", lambda: programs)  # who goes on compiles nothing again
         stand_in(patch)
         yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

@@ -131,6 +131,19 @@ def resolved(parts: Parts, amount: Amount, units: Units) -> Any:
     return jax.tree.map(lambda f, n: jnp.where(amount.arrived, f, n), final, now)
 
 
+def if_due(parts: Parts, amount: Any, units: Units, due: jax.Array) -> Any:
+    """What the scope takes where masks are not to be found at every call: all, if not ``due``.
+
+    Args:
+      parts: with a scope that counts.
+      amount: what ``resolved`` gave.
+      units: of which shapes suffice.
+      due: bool `[]`.
+    """
+    counts, everything = parts.counts(units, amount), parts.counts(units, 0.0)
+    return jax.tree.map(lambda n, whole: jnp.where(due, n, whole), counts, everything)
+
+
 def in_rounds(
     once: Callable[[Params, Amount, Masks | None], Any],
     params: Params,

@@ -5,18 +5,19 @@ from typing import Any
 
 import jax
 
-from jaxprune._amount import Amount, counted, in_rounds, resolved
+from jaxprune._amount import Amount, counted, if_due, in_rounds, resolved
 from jaxprune._evidence import split_functions
 from jaxprune._help import readable
 from jaxprune._masks import check_masks
 from jaxprune._mesh import in_auto_mode
 from jaxprune._parts import Parts, check_find
+from jaxprune._ranking import read
 from jaxprune._score import all_finite, asks_functions, check_finite, score
 from jaxprune._tree import is_matrix, join_static, map_leaves, split_static
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
-from jaxprune.typing import Criterion, Masks, Params, Pattern, Scope, Scores, Sparsity, Where
+from jaxprune.typing import Criterion, Lazy, Masks, Params, Pattern, Scope, Scores, Sparsity, Where
 
 
 @readable
@@ -125,14 +126,31 @@ def select(
 
     def ranked(values: list[jax.Array]) -> Masks:
         scores, like, amount, within = join_static(values, static)
-        units = jax.lax.stop_gradient(parts.pattern.pool(scores))
-        alive = None if within is None else parts.alive(like, within)
-        keep = parts.keep(units, resolved(parts, amount, units), alive)
-        masks = parts.pattern.expand(keep, like=like)
-        return masks if within is None else map_leaves(_both, masks, within)
+        masks = choose(parts, scores, amount, within, like=like)
+        earlier = jax.tree.map(lambda _: None, like) if within is None else within
+        return map_leaves(lambda _, new, old: among(new, old), like, masks, earlier)
 
     return in_auto_mode(ranked, values, like=like)
 
 
-def _both(new: jax.Array, old: jax.Array | None) -> jax.Array:
-    return new if old is None else new & old
+def choose(
+    parts: Parts,
+    scores: Scores,
+    amount: Amount,
+    within: Masks | None,
+    *,
+    like: Params,
+    due: jax.Array | None = None,
+) -> Masks:
+    """Pool, keep and expand. Where scores are lazy, so are the masks, and may keep the dead."""
+    units = jax.lax.stop_gradient(parts.pattern.pool(scores))
+    alive = None if within is None else parts.alive(like, within)
+    counts = resolved(parts, amount, units)
+    if due is not None:
+        counts = if_due(parts, counts, units, due)
+    return parts.pattern.expand(parts.keep(units, counts, alive), like=like)
+
+
+def among(new: jax.Array | Lazy, old: jax.Array | None) -> jax.Array:
+    """Read a mask, and take away what an earlier one has removed."""
+    return read(new) if old is None else read(new) & old

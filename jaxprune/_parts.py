@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxprune._errors import check_key, check_parts, check_sparsity
 from jaxprune._evidence import check_names
 from jaxprune._numbers import is_tree
+from jaxprune._ranking import is_lazy
 from jaxprune._tree import map_leaves, prunable
 from jaxprune.typing import Criterion, Masks, Params, Pattern, Scope, Sparsity, Units, Where
 
@@ -100,7 +101,13 @@ class Parts:
         return counts(units, sparsity, **bound) if counts else sparsity
 
     def alive(self, part: Params, masks: Masks) -> Units:
-        """Say which units are alive: those of which at least one weight is."""
+        """Say which units are alive: those of which at least one weight is.
+
+        Masks may be lazy where units are the weights, and so is then what is alive.
+        """
+        if is_elementwise(self.pattern.pool):
+            whole = lambda w, m: m if is_lazy(m) else jnp.broadcast_to(m is None or m, w.shape)  # noqa: E731
+            return map_leaves(whole, part, masks)
         weights = map_leaves(
             lambda w, m: jnp.broadcast_to(m is None or m, w.shape).astype(jnp.float32), part, masks
         )

@@ -18,7 +18,7 @@ from jaxprune._pruner import Pruner, remember
 from jaxprune._state import is_placeholder, without_variables
 from jaxprune._tree import is_matrix, map_leaves
 from jaxprune._where import by_default
-from jaxprune._wrap import Done, Inner, Step, Store, at_most_once, wrap
+from jaxprune._wrap import Done, Inner, Step, Store, wrap
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
@@ -100,13 +100,13 @@ def prune(
         bound, count = pruner.on(now.params, now.state.masks), now.state.count
         memory = remember(criterion, now.state.criterion_state, bound.part, now.grads)
         evidence = pruner.evidence(now, memory)
-        falls = bound.falls(count)
-
-        def renew(stored: Masks) -> Masks:
-            within = jax.tree.map(lambda m: m | falls, unpack(stored))
-            return store(bound.find(count, within, evidence))
-
-        stored = at_most_once(schedule.due(count), renew, store(bound.widened(now.state.masks)))
+        stored = bound.renewed(
+            count,
+            store(bound.widened(now.state.masks)),
+            evidence,
+            store,
+            falls=bound.falls(count),
+        )
         masks = check_masks(unpack(stored), now.params, "masks")
         grads = live(now.grads, masks)
         updates, inner_state = inner.update(grads, now.state.inner_state, now.params, **now.extra)

@@ -13,18 +13,19 @@ from jaxprune._amount import Amount, OnTheWay
 from jaxprune._checks import check_extra
 from jaxprune._errors import check_key, short
 from jaxprune._evidence import check_evidence, criterion_name, required_evidence
-from jaxprune._find import select
+from jaxprune._find import among, choose, select
 from jaxprune._frozen import Moving, frozen, without
 from jaxprune._help import schedule_for
 from jaxprune._masks import check_masks, unpack
-from jaxprune._mesh import all_true, reshard_like, shapes_of
+from jaxprune._mesh import all_true, is_explicit, reshard_like, shapes_of
 from jaxprune._numbers import plain
 from jaxprune._parts import Parts, declared
-from jaxprune._score import score
+from jaxprune._ranking import Lazy, is_lazy
+from jaxprune._score import lazy_scores, score
 from jaxprune._state import is_packed, is_placeholder
 from jaxprune._tree import leaves_with_path, list_paths, map_leaves, narrow
 from jaxprune._where import by_default
-from jaxprune._wrap import Step
+from jaxprune._wrap import Step, Store, at_most_once
 from jaxprune.typing import Criterion, Masks, Params, Pattern, Schedule
 
 
@@ -164,10 +165,53 @@ class Bound:
         )
         return jnp.any(jnp.stack(jax.tree.leaves(drops)))
 
-    def find(self, step: Any, within: Masks | None, evidence: dict[str, Any]) -> Masks:
-        """Find the masks of an event."""
-        scores = score(self.parts, self.part, self.params, evidence)
-        return select(self.parts, scores, self.amount(step), within, like=self.part)
+    def renewed(
+        self,
+        step: jax.Array,
+        stored: Masks,
+        evidence: dict[str, Any],
+        store: Store,
+        *,
+        falls: jax.Array | None = None,
+    ) -> Masks:
+        """Find the masks of an event, if there is one at this step.
+
+        Args:
+          step: updates so far.
+          stored: the masks in force, as they lie in the state.
+          evidence: for the criterion.
+          store: puts masks into the form of the state.
+          falls: whether removed weights may come back, bool `[]`; None if they always may.
+
+        Returns:
+          Masks like ``stored``.
+        """
+        due = self.schedule.due(step)
+        scores = None
+        if self.parts.can_count and not is_explicit(self.part):
+            scores = lazy_scores(self.parts, self.part, self.params, evidence)
+        if scores is None:  # a pass over the weights at least, and so for events only
+
+            def renew(stored: Masks) -> Masks:
+                scores = score(self.parts, self.part, self.params, evidence)
+                within = None if falls is None else _living(stored, falls)
+                return store(select(self.parts, scores, self.amount(step), within, like=self.part))
+
+            return at_most_once(due, renew, stored)
+        # The search is settled before it starts where nothing is due, and so needs nothing around
+        # it that would carry, and copy, what it reads; what is left for the loop is to compare.
+        within = None if falls is None else _living_lazily(stored, falls)
+        masks = choose(
+            self.parts, scores, self.amount(step), within, like=self.part, due=jnp.asarray(due)
+        )
+
+        def compare(stored: Masks) -> Masks:
+            earlier = jax.tree.map(lambda _: None, masks, is_leaf=is_lazy)
+            if falls is not None:
+                earlier = _living(stored, falls)
+            return store(map_leaves(lambda _, new, old: among(new, old), self.part, masks, earlier))
+
+        return at_most_once(due, compare, stored)
 
     def widened(self, stored: Masks) -> Masks:
         """Widen masks of somebody else's pattern to what this one finds."""
@@ -207,6 +251,18 @@ def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:
         found,
     )
     return reshard_like(wide, part)
+
+
+def _living(stored: Masks, falls: jax.Array) -> Masks:
+    """What may be kept: what is, or all while the schedule falls."""
+    return jax.tree.map(lambda m: m | falls, unpack(stored))
+
+
+def _living_lazily(stored: Masks, falls: jax.Array) -> Masks:
+    """The same, put together where it is read; bits are not unpacked before."""
+    return jax.tree.map(
+        lambda m: Lazy((m, falls), _living, jnp.dtype(bool)), stored, is_leaf=is_packed
+    )
 
 
 def pruners_in(tx: Any) -> list[Pruner]:

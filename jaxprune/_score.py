@@ -36,20 +36,33 @@ def score(parts: Parts, part: Params, params: Params, evidence: Mapping[str, Any
     Returns:
       Scores like ``part``, arrays or ``Lazy``.
     """
-    criterion = parts.criterion
+    lazy = lazy_scores(parts, part, params, evidence)
+    if lazy is not None:
+        return lazy
     part = lax.stop_gradient(part)
-    offered = {name: _offer(name, value, part, params) for name, value in evidence.items()}
-    named = {name: offered[name] for name in named_evidence(criterion, offered)}
-    if _may_be_lazy(parts, named):
-        # What is wrong is told by path, and so of the whole tree.
-        shapes = jax.eval_shape(lambda p: criterion(p, **offered), part)
-        _check_scores(shapes, part, criterion)
-        lazy = _lazy(criterion, part, named, shapes)
-        if _can_be_read(lazy):
-            return lazy
-    scores = criterion(part, **offered)
-    _check_scores(scores, part, criterion)
+    scores = parts.criterion(part, **_offered(evidence, part, params))
+    _check_scores(scores, part, parts.criterion)
     return scores
+
+
+def lazy_scores(
+    parts: Parts, part: Params, params: Params, evidence: Mapping[str, Any]
+) -> Scores | None:
+    """Score the prunable leaves where a ranking reads them; None if a part needs them stored."""
+    criterion, part = parts.criterion, lax.stop_gradient(part)
+    offered = _offered(evidence, part, params)
+    named = {name: offered[name] for name in named_evidence(criterion, offered)}
+    if not _may_be_lazy(parts, named):
+        return None
+    # What is wrong is told by path, and so of the whole tree.
+    shapes = jax.eval_shape(lambda p: criterion(p, **offered), part)
+    _check_scores(shapes, part, criterion)
+    lazy = _lazy(criterion, part, named, shapes)
+    return lazy if _can_be_read(lazy) else None
+
+
+def _offered(evidence: Mapping[str, Any], part: Params, params: Params) -> dict[str, Any]:
+    return {name: _offer(name, value, part, params) for name, value in evidence.items()}
 
 
 def _may_be_lazy(parts: Parts, named: Mapping[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from jaxprune._serial import serialize_tuple
 from jaxprune._state import PruneState
 from jaxprune._states import get_masks
 from jaxprune._tree import is_matrix, map_leaves
-from jaxprune._wrap import Done, Inner, Step, Store, at_most_once, wrap
+from jaxprune._wrap import Done, Inner, Step, Store, wrap
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
@@ -104,11 +104,7 @@ def straight_through(
         bound, count = pruner.on(now.params, now.state.masks), now.state.count
         memory = remember(criterion, now.state.criterion_state, bound.part, now.grads)
         evidence = pruner.evidence(now, memory)
-        stored = at_most_once(
-            schedule.due(count),
-            lambda _: store(bound.find(count, None, evidence)),
-            store(bound.widened(now.state.masks)),
-        )
+        stored = bound.renewed(count, store(bound.widened(now.state.masks)), evidence, store)
         # Weights are dense: neither gradients nor updates know of masks.
         updates, inner_state = inner.update(
             now.grads, now.state.inner_state, now.params, **now.extra

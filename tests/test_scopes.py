@@ -89,9 +89,9 @@ def test_a_traced_sparsity_under_vmap_gives_each_replicate_its_own(scope):
         assert_trees_equal(jax.tree.map(lambda k: k[i], kept), scope(units, s))  # noqa: B023
 
 
-def test_rankings_too_large_for_an_int32_are_refused_by_name():
+def test_rankings_too_large_for_two_words_are_refused_by_name():
     leaf = jax.ShapeDtypeStruct((MOST_UNITS, 2), jnp.float32)
     with pytest.raises(
-        NotImplementedError, match=r"`across` would rank 4294967294 units.*per_leaf"
+        NotImplementedError, match=r"`across` would rank 281474976710654 units.*per_leaf"
     ):
         check_units(leaf.size, "across")

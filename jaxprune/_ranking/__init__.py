@@ -8,16 +8,28 @@ from jaxprune._ranking._lazy import stored as stored
 from jaxprune._ranking._order import order_key as order_key
 from jaxprune._ranking._shards import AxisName as AxisName
 from jaxprune._ranking._shards import shards as shards
+from jaxprune._ranking._tally import count_none as count_none
 from jaxprune._ranking._tally import count_true as count_true
+from jaxprune._ranking._whole import Whole as Whole
+from jaxprune._ranking._whole import floor as floor
+from jaxprune._ranking._whole import in_words as in_words
+from jaxprune._ranking._whole import least as least
+from jaxprune._ranking._whole import where as where
 
 __all__ = (
     "AxisName",
     "Lazy",
+    "Whole",
+    "count_none",
     "count_true",
+    "floor",
+    "in_words",
     "is_lazy",
     "keep_largest",
+    "least",
     "order_key",
     "read",
     "shards",
     "stored",
+    "where",
 )

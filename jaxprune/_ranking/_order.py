@@ -1,6 +1,6 @@
 """The order of units: by an integer key of their score, among equals by their position."""
 
-from typing import NamedTuple
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -9,17 +9,10 @@ from jax import lax
 
 from jaxprune._ranking._shards import Shard
 
-
-class Rank(NamedTuple):
-    """What units are ranked by: first the key of the score, then precedence. No two are equal.
-
-    Attributes:
-      key: order-preserving key of the score, unsigned, `[...]` as the leaf.
-      precedence: uint32 `[...]`, from 1, higher for earlier leaves and positions.
-    """
-
-    key: jax.Array
-    precedence: jax.Array
+# What units are ranked by, unsigned words of which the first counts most: the order-preserving key
+# of the score, then one word or two of precedence, from 1, which is higher for earlier leaves and
+# positions. No two units of a competition have the same.
+Rank: TypeAlias = tuple[jax.Array, ...]
 
 
 def order_key(x: jax.Array, alive: jax.Array | None = None) -> jax.Array:
@@ -47,38 +40,29 @@ def order_key(x: jax.Array, alive: jax.Array | None = None) -> jax.Array:
     return code if alive is None else jnp.where(alive, code, np.asarray(0, unsigned))
 
 
-def count_down(like: jax.Array, start: jax.Array, shard: Shard) -> jax.Array:
-    """Number the units of a leaf, or of the device's shard of it, downwards from ``start``.
+def count_down(like: jax.Array, start: Rank, shape: tuple[int, ...], shard: Shard) -> Rank:
+    """Number the units of each competition of a leaf downwards from ``start``.
 
-    Made from the leaf, so that the numbers lie where the leaf does, and without reshaping it.
+    Made from the leaf, so that the numbers lie where the leaf does, and without reshaping it. With
+    two words the first numbers slabs, the second the units inside of one:
+
+        start (3, 4), leaf [2, 2, 2] of two slabs: 3.4 3.3 3.2 3.1, 2.4 2.3 2.2 2.1
 
     Args:
-      like: the leaf `[...]`.
-      start: uint32 `[]`.
+      like: the leaf `[...]`, or the device's shard of it.
+      start: one word or two, uint32 `[]` each.
+      shape: of the leaf's counts, each axis full or 1: units compete along the axes of size 1;
+        `()` where all compete.
       shard: which part of a leaf this is.
 
     Returns:
-      uint32 `[...]`.
+      As many words, uint32 `[...]`.
     """
-    return shard.count_down(jnp.zeros_like(like, jnp.uint32) + start)
-
-
-def count_down_within(like: jax.Array, start: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Number the units of each competition of a leaf downwards from ``start``.
-
-    Args:
-      like: the leaf `[...]`.
-      start: uint32 `[]`.
-      shape: of the leaf's counts, each axis full or 1: units compete along the axes of size 1.
-
-    Returns:
-      uint32 `[...]`.
-    """
-    number = jnp.zeros_like(like, jnp.uint32) + start
-    stride = 1
-    for axis in reversed(range(like.ndim)):
-        if shape[axis] == 1:
-            place = lax.broadcasted_iota(jnp.uint32, like.shape, axis)
-            number -= place * np.uint32(stride)
-            stride *= like.shape[axis]
-    return number
+    compete = [i for i in range(like.ndim) if not shape or shape[i] == 1]
+    slabs = shard.slabs(like.shape, compete) if len(start) > 1 else []
+    inside = [i for i in compete if i not in slabs]
+    zero = jnp.zeros_like(like, jnp.uint32)
+    place = zero + start[-1] - shard.place(like.shape, inside, apart=len(start) == 1)
+    if len(start) == 1:
+        return (place,)
+    return zero + start[0] - shard.place(like.shape, slabs, apart=True), place

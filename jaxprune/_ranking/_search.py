@@ -1,29 +1,35 @@
 """The search for the last unit that stays, a byte of its rank at a time."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune._ranking._alike import each
 from jaxprune._ranking._competitions import Competitions
-from jaxprune._ranking._lazy import Leaf, stored
 from jaxprune._ranking._order import Rank
-from jaxprune._ranking._shards import Shard
 from jaxprune._ranking._tally import count_none, count_true, most_shards
+from jaxprune._ranking._whole import Whole, carried, in_words
+from jaxprune._ranking._whole import where as chosen
+
+Unit: TypeAlias = Any  # what the rank of a leaf's units is made from: a tree of arrays
 
 
-class Data(NamedTuple):
-    """What ranks are made from. All of it passes the barrier of the search loop."""
+class _State(NamedTuple):
+    """What is known of the rank that is looked for, `[n]` each.
 
-    leaves: list[Leaf]
-    zero: jax.Array  # uint32 [], where positions are counted from
+    ``reached`` units have at least the rank so far, ``beyond`` at least what comes after it;
+    ``byte`` counts the bytes that were found, `[]`; ``numbers`` are those of the leaves.
+    """
 
-
-# The rank so far, how many units reach it, how many what comes after it [n], and bytes found [].
-_State: TypeAlias = tuple[Rank, jax.Array, jax.Array, jax.Array]
+    last: Rank
+    reached: Whole
+    beyond: Whole
+    byte: jax.Array
+    numbers: tuple[jax.Array, ...]
 
 
 class _Bracket(NamedTuple):
@@ -31,18 +37,17 @@ class _Bracket(NamedTuple):
 
     low: jax.Array
     high: jax.Array
-    reached: jax.Array
-    beyond: jax.Array
+    reached: Whole
+    beyond: Whole
     turn: jax.Array  # []
 
 
 def last_kept(
-    ranks: Callable[[Data], list[Rank]],
-    data: Data,
-    wanted: jax.Array,
+    rank: Callable[[Unit, jax.Array, int], Rank],
+    units: Sequence[Unit],
+    wanted: Whole,
     competitions: Competitions,
-    shards: Sequence[Shard],
-) -> Rank:
+) -> tuple[Rank, tuple[jax.Array, ...]]:
     """Find for each competition the rank that exactly ``wanted`` units reach.
 
     A rank is a number of some bytes, those of the key before those of the precedence, and so the
@@ -54,74 +59,103 @@ def last_kept(
 
     The invariant: ``reached`` units have at least the rank found so far (filled up with zeros),
     ``beyond`` at least the next one, and ``beyond <= wanted <= reached``. It stops as soon as
-    ``reached`` is what is wanted; only where scores are equal does it come to the precedence.
+    ``reached`` is what is wanted; only where scores are equal does it come to the precedence. Where
+    all units are wanted it does not even start: a caller who has nothing to do asks for that.
 
     Args:
-      ranks: makes the rank of each unit from the data, for each leaf.
-      data: the leaves.
-      wanted: units to keep, int32 `[n]`.
+      rank: makes the rank of each unit of a leaf from what it is made from, from the leaf's number
+        int32 `[]`, and from the position of a leaf that is like it.
+      units: of each leaf.
+      wanted: units to keep, `[n]`.
       competitions: the `n` of them.
-      shards: for each leaf which part of it this device has.
 
     Returns:
-      Ranks `[n]`.
+      Ranks `[n]`, and the numbers of the leaves, int32 `[]` each: 0, 1, 2 and so on, of which a
+      compiler does not know that they are.
     """
-    sizes = competitions.sizes([stored(leaf) for leaf in data.leaves], shards)
-    dtype = jax.eval_shape(lambda: ranks(data)[0].key).dtype
-    position_bits = max(sizes).bit_length()
-    key_bytes, all_bytes = dtype.itemsize, dtype.itemsize + -(-position_bits // 8)
+    first = jax.eval_shape(lambda: rank(units[0], jnp.int32(0), 0))
+    words = [word.dtype for word in first]
+    bits = [8 * words[0].itemsize, *competitions.bits()]
+    word_of, shift_of = map(np.array, zip(*_bytes(bits), strict=True))
 
     def next_byte(state: _State) -> _State:
-        last, reached, beyond, byte = state
-        in_key = byte < key_bytes
-        below = jnp.where(in_key, 8 * key_bytes, position_bits + 8 * key_bytes)
-        shift = jnp.maximum(below - 8 * (byte + 1), 0)
-        # Tied to the loop, or XLA computes the ranks once and keeps them: a score-sized buffer.
-        # One by one, since what passes a barrier together varies over mesh axes together.
-        inside = jax.tree.map(lambda x: lax.optimization_barrier((x, byte))[0], data)
-        digits = [
-            _digit(rank, Rank(*(competitions.over(x, i) for x in last)), in_key, shift)
-            for i, rank in enumerate(ranks(inside))
-        ]
-        even = byte > 0
-        digit, reached, beyond = _find_byte(
-            digits, wanted, (reached, beyond), even, competitions=competitions, shards=shards
+        last, reached, beyond, byte, numbers = state
+        word, shift = jnp.asarray(word_of)[byte], jnp.asarray(shift_of)[byte]
+
+        def digit(unit: Unit, number: jax.Array, last: Rank) -> jax.Array:
+            # Tied to the loop, or XLA computes the ranks once and keeps them: a score-sized buffer.
+            # One by one, since what passes a barrier together varies over mesh axes together.
+            unit = jax.tree.map(lambda x: lax.optimization_barrier((x, byte))[0], unit)
+            return _digit(rank(unit, number, stack[0]), last, word, shift)
+
+        digits = []
+        for stack in competitions.stacks:
+            known = [competitions.over(x, stack) for x in last]
+            ids = jnp.asarray(stack, jnp.int32)
+            digits.append(each(digit, [units[i] for i in stack], ids, tuple(known)))
+        found, reached, beyond = _find_byte(
+            digits, wanted, (reached, beyond), byte > 0, competitions=competitions
         )
-        key = last.key + (jnp.where(in_key, digit, 0).astype(dtype) << shift.astype(dtype))
-        place = jnp.where(in_key, 0, digit).astype(jnp.uint32) << shift.astype(jnp.uint32)
-        return Rank(key, last.precedence + place), reached, beyond, byte + 1
+        last = tuple(
+            x + (jnp.where(word == i, found, 0).astype(x.dtype) << shift.astype(x.dtype))
+            for i, x in enumerate(last)
+        )
+        return _State(last, reached, beyond, byte + 1, lax.optimization_barrier(numbers))
 
     def searching(state: _State) -> jax.Array:
-        _, reached, _, byte = state
-        return jnp.any(reached != wanted) & (byte < all_bytes)
+        return jnp.any(state.reached.differs(wanted)) & (state.byte < len(word_of))
 
     # Under shard_map what a loop carries must vary over the axes that the counts vary over.
-    shapes = [competitions.shapes[r] for r in competitions.of_leaf]
-    none = [count_none(stored(x), s) for x, s in zip(data.leaves, shapes, strict=True)]
-    nothing = competitions.total(none, shards)
+    none = [
+        in_words(jnp.stack([count_none(_array(units[i]), competitions.shape(i)) for i in stack]))
+        for stack in competitions.stacks
+    ]
+    nothing = competitions.total(none).low
     nothing = nothing + sum(nothing)  # a ranking's loop goes on until all are settled
-    zero = Rank(nothing.astype(dtype), nothing.astype(jnp.uint32))
-    reached, beyond = jnp.asarray(sizes, jnp.int32) + nothing, nothing
-    return lax.while_loop(searching, next_byte, (zero, reached, beyond, jnp.int32(0)))[0]
+    sizes = list(map(in_words, competitions.sizes))
+    reached = carried(
+        np.array([s.high for s in sizes]) + nothing, np.array([s.low for s in sizes]) + nothing
+    )
+    last = tuple(nothing.astype(word) for word in words)
+    numbers = tuple(map(jnp.int32, range(len(units))))
+    start = _State(last, reached, in_words(nothing), jnp.int32(0), numbers)
+    state = lax.while_loop(searching, next_byte, start)
+    return state.last, state.numbers
 
 
-def _digit(unit: Rank, last: Rank, in_key: jax.Array, shift: jax.Array) -> jax.Array:
+def _array(unit: Unit) -> jax.Array:
+    """The weights, or the scores: the first array that a unit's rank is made from."""
+    return jax.tree.leaves(unit)[0]
+
+
+def _bytes(bits: Sequence[int]) -> list[tuple[int, int]]:
+    """All bytes of the words of a rank, the highest first: which word, and the bits behind it."""
+    return [
+        (word, max(n - 8 * (i + 1), 0)) for word, n in enumerate(bits) for i in range(-(-n // 8))
+    ]
+
+
+def _digit(unit: Rank, last: Rank, word: jax.Array, shift: jax.Array) -> jax.Array:
     """The byte that a unit has where the search is: 0 for what is below, 255 for what is beyond.
 
     Args:
       unit: ranks `[...]`.
       last: what has been found of the rank that is looked for; broadcasts over them.
-      in_key: whether the search is in the key, `[]`.
+      word: the word of the rank that the search is in, `[]`.
       shift: how many bits come after the byte, `[]`.
 
     Returns:
       uint8 `[...]`.
     """
-    by_key = _byte_above(unit.key, last.key, shift)
-    by_precedence = _byte_above(unit.precedence, last.precedence, shift)
-    decided = jnp.where(unit.key > last.key, np.uint8(255), np.uint8(0))
-    tied = jnp.where(unit.key == last.key, by_precedence, decided)
-    return jnp.where(in_key, by_key, tied)
+    digit = _byte_above(unit[0], last[0], shift)
+    tied, decided = unit[0] == last[0], unit[0] > last[0]
+    for i in range(1, len(unit)):
+        more = jnp.where(decided, np.uint8(255), np.uint8(0))
+        here = jnp.where(tied, _byte_above(unit[i], last[i], shift), more)
+        digit = jnp.where(word < i, digit, here)
+        decided |= tied & (unit[i] > last[i])
+        tied &= unit[i] == last[i]
+    return digit
 
 
 def _byte_above(x: jax.Array, low: jax.Array, shift: jax.Array) -> jax.Array:
@@ -132,59 +166,61 @@ def _byte_above(x: jax.Array, low: jax.Array, shift: jax.Array) -> jax.Array:
 
 def _find_byte(
     digits: Sequence[jax.Array],
-    wanted: jax.Array,
-    around: tuple[jax.Array, jax.Array],
+    wanted: Whole,
+    around: tuple[Whole, Whole],
     even: jax.Array,
     *,
     competitions: Competitions,
-    shards: Sequence[Shard],
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, Whole, Whole]:
     """Find the largest byte that ``wanted`` units reach, by counting.
 
     Args:
-      digits: for each leaf uint8 `[...]`.
+      digits: for each stack of leaves uint8 `[k, ...]`.
       wanted: units to keep, `[n]`.
       around: units that reach byte 0, and that are beyond byte 255, `[n]` each.
       even: whether units spread evenly over the byte, `[]`: not so for the one with the exponent.
       competitions: the `n` of them.
-      shards: for each leaf which part of it this device has.
 
     Returns:
-      The byte, and how many units reach it and the next one; int32 `[n]` each.
+      The byte, int32 `[n]`, and how many units reach it and the next one, `[n]` each.
     """
-    # Two leaves at a time, or XLA keeps what it compares of all leaves at once. Not where counts
+    # Two stacks at a time, or XLA keeps what it compares of all leaves at once. Not where counts
     # travel between devices, which they do better together.
-    in_turns = all(most_shards(x) == 1 and not s.names for x, s in zip(digits, shards, strict=True))
+    in_turns = all(
+        most_shards(x) == 1 and not competitions.shards[stack[0]].names
+        for x, stack in zip(digits, competitions.stacks, strict=True)
+    )
 
     def look(state: _Bracket) -> _Bracket:
         low, high, reached, beyond, turn = state
         # Two guesses by the counts at both ends, which mostly do, then by halves: many units may
         # be equal.
-        share = (reached - wanted) / jnp.maximum(reached - beyond, 1)
+        share = (reached - wanted).float / jnp.maximum((reached - beyond).float, 1)
         guess = jnp.where(even & (turn < 2), jnp.int32(share * (high - low)), (high - low) // 2)
         guess = low + jnp.clip(guess, 1, jnp.maximum(high - low - 1, 1))
-        reach: list[jax.Array] = []
-        for i, digit in enumerate(digits):
-            after = reach[-2:-1] if in_turns else []
-            now, _ = lax.optimization_barrier((digit, after))
-            bound = competitions.over(guess, i).astype(jnp.uint8)
-            reach.append(count_true(now >= bound, competitions.shapes[competitions.of_leaf[i]]))
+        reach: list[Whole] = []
+        for stack, digit in zip(competitions.stacks, digits, strict=True):
+            now, _ = lax.optimization_barrier((digit, reach[-2:-1] if in_turns else []))
+            bound = competitions.over(guess, stack).astype(jnp.uint8)
+            bound = bound.reshape(*bound.shape, *[1] * (now.ndim - bound.ndim))
+            keep = [0, *(i + 1 for i, n in enumerate(competitions.shape(stack[0])) if n > 1)]
+            reach.append(count_true(now >= bound, keep))
         # A competition that is settled guesses `high` until the others are, and stays as it is.
-        count = jnp.where(guess < high, competitions.total(reach, shards), beyond)
+        count = chosen(guess < high, competitions.total(reach), beyond)
         enough = (guess < high) & (count >= wanted)
         return _Bracket(
             low=jnp.where(enough, guess, low),
             high=jnp.where(enough, high, guess),
-            reached=jnp.where(enough, count, reached),
-            beyond=jnp.where(enough, beyond, count),
+            reached=chosen(enough, count, reached),
+            beyond=chosen(enough, beyond, count),
             turn=turn + 1,
         )
 
     def is_open(state: _Bracket) -> jax.Array:
-        return jnp.any((state.high - state.low > 1) & (state.reached != wanted))
+        return jnp.any((state.high - state.low > 1) & state.reached.differs(wanted))
 
     reached, beyond = around
-    none = beyond * 0
+    none = beyond.low * 0
     start = _Bracket(none, none + 256, reached, beyond, jnp.int32(0))
     found = lax.while_loop(is_open, look, start)
     return found.low, found.reached, found.beyond

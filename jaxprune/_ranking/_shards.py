@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import jax
@@ -13,6 +14,8 @@ from jax.sharding import PartitionSpec
 from jaxprune._mesh import names_of
 from jaxprune._ranking._lazy import is_lazy, stored
 from jaxprune._tree import is_hole, slots
+
+MOST_PLACES = 2**32 - 1  # that a uint32 numbers
 
 AxisName: TypeAlias = str | tuple[str, ...]  # of a mesh, of pmap or of vmap
 
@@ -34,18 +37,45 @@ class Shard:
         """Count the units of the whole leaf."""
         return int(leaf.size * _devices(self.names))
 
-    def count_down(self, number: jax.Array) -> jax.Array:
-        """Take from each unit's number its position in the whole leaf; uint32, as the shard is."""
-        shape = number.shape
+    def slabs(self, shape: Sequence[int], axes: Sequence[int]) -> list[int]:
+        """The first of some axes, so many that a uint32 numbers the units inside of each slab."""
+        whole, axes = self._whole(shape), list(axes)
+        inside = 1
+        while axes and inside * whole[axes[-1]] <= MOST_PLACES:
+            inside *= whole[axes.pop()]
+        return axes
+
+    def sizes(self, shape: Sequence[int], axes: Sequence[int]) -> tuple[int, int]:
+        """How many slabs the whole leaf has along some axes of its shards, and units in each."""
+        whole, slabs = self._whole(shape), self.slabs(shape, axes)
+        apart = 1 if self.dims is not None else _devices(self.names)
+        inside = math.prod(whole[i] for i in axes if i not in slabs)
+        return apart * math.prod(whole[i] for i in slabs), inside
+
+    def place(self, shape: Sequence[int], axes: Sequence[int], *, apart: bool) -> jax.Array:
+        """Number the units along some axes from 0 on, by their position in the whole leaf.
+
+        Args:
+          shape: of this shard.
+          axes: the others do not count.
+          apart: also number shards one after another where nobody said how they lie.
+
+        Returns:
+          uint32 `[...]`.
+        """
+        whole, place, stride = self._whole(shape), jnp.zeros(shape, jnp.uint32), 1
+        for axis in reversed(axes):
+            here = lax.broadcasted_iota(jnp.uint32, shape, axis)
+            first = _index(self.dims[axis] if self.dims else ()) * np.uint32(shape[axis])
+            place += (here + first) * np.uint32(stride)
+            stride *= whole[axis]
+        if apart and self.dims is None:
+            place += _index(self.names) * np.uint32(stride)
+        return place
+
+    def _whole(self, shape: Sequence[int]) -> list[int]:
         dims = self.dims or ((),) * len(shape)
-        whole = [n * _devices(names) for n, names in zip(shape, dims, strict=True)]
-        if self.dims is None:
-            number -= _index(self.names) * np.uint32(math.prod(shape))
-        for axis, names in enumerate(dims):
-            stride = np.uint32(math.prod(whole[axis + 1 :]))
-            number -= lax.broadcasted_iota(jnp.uint32, shape, axis) * stride
-            number -= _index(names) * (np.uint32(shape[axis]) * stride)
-        return number
+        return [n * _devices(names) for n, names in zip(shape, dims, strict=True)]
 
 
 def shards(units: Any, axis_name: AxisName | None, specs: Any, user: str) -> list[Shard]:

@@ -1,7 +1,7 @@
 """Drop the worst of the kept units and grow the most promising of the others."""
 
-import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,50 +9,107 @@ import numpy as np
 
 from jaxprune import schedules
 from jaxprune._errors import is_bool, whole
-from jaxprune._mesh import in_auto_mode
 from jaxprune._parts import Parts
-from jaxprune._ranking import count_true, keep_largest
-from jaxprune.typing import Masks, Schedule, Scores
+from jaxprune._ranking import (
+    Lazy,
+    Whole,
+    count_none,
+    count_true,
+    floor,
+    in_words,
+    is_lazy,
+    keep_largest,
+    least,
+    read,
+    where,
+)
+from jaxprune._wrap import at_most_once
+from jaxprune.typing import Masks, Params, Schedule, Scores, Units
+
+
+class Moves(NamedTuple):
+    """Which weights move, in trees like the masks; lazy where the scores were.
+
+    Attributes:
+      stay: of those that are kept.
+      grow: of those that are not.
+    """
+
+    stay: Masks
+    grow: Masks
+
+    def of(self, masks: Masks) -> Masks:
+        """What becomes of the masks that were found to move: read here and now."""
+        moved = lambda old, stay, grow: (old & read(stay)) | (~old & read(grow))  # noqa: E731
+        return jax.tree.map(moved, masks, self.stay, self.grow)
 
 
 def drop_and_grow(
-    masks: Masks, *, worth: Scores, promise: Scores, fraction: Any, parts: Parts
-) -> Masks:
+    masks: Masks,
+    worth: Scores,
+    promise: Scores,
+    fraction: Any,
+    *,
+    like: Params,
+    parts: Parts,
+    due: jax.Array | bool = True,
+) -> Moves:
     """Move a fraction of the kept units of each leaf: the worst ones to the most promising zeros.
 
     As many grow as are dropped, at most as many as were zero: the number kept stays the same.
+
+    Args:
+      masks: those in force; lazy ones where units are the weights.
+      worth: scores of what is kept, stored or lazy.
+      promise: scores of what is not.
+      fraction: of the kept units of each leaf, `[]`.
+      like: the prunable leaves.
+      parts: bound to them.
+      due: bool `[]`; nothing is counted or searched where it is False, and what came out means
+        nothing.
     """
-    move = functools.partial(_move, parts=parts)
-    return in_auto_mode(move, masks, worth, promise, jnp.asarray(fraction), like=worth)
+    pattern, due = parts.pattern, jnp.asarray(due)
+    alive = parts.alive(like, masks)
+    dead = jax.tree.map(lambda a: _lazily(_removed, a), alive, is_leaf=is_lazy)
+    units = pattern.pool(worth)
+    sizes = [in_words(u.size) for u in jax.tree.leaves(units, is_leaf=is_lazy)]
+    kept, moving = _counted(alive, sizes, fraction, due)
+    staying = [where(due, k - m, n) for k, m, n in zip(kept, moving, sizes, strict=True)]
+    growing = [where(due, m, n) for m, n in zip(moving, sizes, strict=True)]
+    each = tuple((i,) for i in range(len(sizes)))
+    stay = keep_largest(units, staying, each, alive)
+    grow = keep_largest(pattern.pool(promise), growing, each, dead)
+    return Moves(pattern.expand(stay, like=like), pattern.expand(grow, like=like))
 
 
-def _move(
-    masks: Masks, worth: Scores, promise: Scores, fraction: jax.Array, *, parts: Parts
-) -> Masks:
-    pattern = parts.pattern
-    alive, treedef = jax.tree.flatten(parts.alive(worth, masks))
-    kept = [count_true(a) for a in alive]
-    moving = [
-        jnp.minimum(_floor(fraction, k), a.size - k) for k, a in zip(kept, alive, strict=True)
-    ]
-    each = tuple((i,) for i in range(len(alive)))
-    stay = keep_largest(
-        jax.tree.leaves(pattern.pool(worth)),
-        [k - m for k, m in zip(kept, moving, strict=True)],
-        each,
-        alive,
-    )
-    grow = keep_largest(jax.tree.leaves(pattern.pool(promise)), moving, each, [~a for a in alive])
-    staying = pattern.expand(jax.tree.unflatten(treedef, stay), like=worth)
-    growing = pattern.expand(jax.tree.unflatten(treedef, grow), like=worth)
-    return jax.tree.map(lambda old, s, g: (old & s) | g, masks, staying, growing)
+def _counted(
+    alive: Units, sizes: list[Whole], fraction: Any, due: jax.Array
+) -> tuple[list[Whole], list[Whole]]:
+    """How many units each leaf keeps, and how many of them move."""
+    leaves = jax.tree.leaves(alive, is_leaf=is_lazy)
+
+    def count(_: list[Whole]) -> list[Whole]:
+        return [jax.tree.map(lambda n: n.reshape(()), count_true(read(a))) for a in leaves]
+
+    # What a loop carries varies over the mesh axes that the counts vary over.
+    nothing = [in_words(count_none(jax.tree.leaves(a)[0])) for a in leaves]
+    kept = at_most_once(due, count, nothing)
+    moving = [least(_floor(fraction, k), n - k) for k, n in zip(kept, sizes, strict=True)]
+    return kept, moving
 
 
-def _floor(fraction: Any, n: jax.Array) -> jax.Array:
+def _floor(fraction: Any, n: Whole) -> Whole:
     # A little more than the product, so that half of 30 % of 100 is 15 and not 14.999999.
     # Above some ten thousand, float32 may be off by some millionth of the product either way.
-    floor = jnp.floor(fraction * n.astype(jnp.float32) + 1e-3).astype(jnp.int32)
-    return jnp.minimum(floor, n)
+    return least(floor(fraction * n.float + 1e-3), n)
+
+
+def _lazily(f: Callable[..., jax.Array], mask: jax.Array | Lazy) -> jax.Array | Lazy:
+    return Lazy((mask,), f, jnp.dtype(bool)) if is_lazy(mask) else f(mask)
+
+
+def _removed(mask: jax.Array | Lazy) -> jax.Array:
+    return ~read(mask)
 
 
 def decay(user: str, drop_fraction: float, begin: int, end: int, every: int) -> Schedule:

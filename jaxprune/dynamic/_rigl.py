@@ -1,15 +1,17 @@
 """Sparse training that grows where the gradient is largest."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxprune._help import readable
+from jaxprune._ranking import Lazy
 from jaxprune._tree import is_matrix
 from jaxprune.criteria import magnitude, random
 from jaxprune.dynamic._drop_and_grow import decay
 from jaxprune.dynamic._train import sparse_training
 from jaxprune.patterns import Weights
-from jaxprune.typing import Pattern, Sparsity, Where
+from jaxprune.typing import Params, Pattern, Scores, Sparsity, Where
 
 
 @readable
@@ -87,7 +89,7 @@ def rigl(
     return sparse_training(
         inner,
         user="rigl",
-        grow=magnitude,
+        promise=_gradients,
         start=magnitude if key is None else random,
         sparsity=sparsity,
         events=decay("rigl", drop_fraction, begin, end, every),
@@ -96,3 +98,9 @@ def rigl(
         key=key,
         packed=packed,
     )
+
+
+def _gradients(grads: Params, key: jax.Array | None) -> Scores:
+    """Promise of a weight: the size of its gradient."""
+    del key
+    return jax.tree.map(lambda g: Lazy((g,), jnp.abs, g.dtype), grads)

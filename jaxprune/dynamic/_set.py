@@ -1,15 +1,18 @@
 """Sparse training that grows at random."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxprune._help import readable
+from jaxprune._mesh import all_true
+from jaxprune._ranking import Lazy
 from jaxprune._tree import is_matrix
 from jaxprune.criteria import random
 from jaxprune.dynamic._drop_and_grow import decay
 from jaxprune.dynamic._train import sparse_training
 from jaxprune.patterns import Weights
-from jaxprune.typing import Pattern, Sparsity, Where
+from jaxprune.typing import Params, Pattern, Scores, Sparsity, Where
 
 
 @readable
@@ -74,7 +77,7 @@ def set(
     return sparse_training(
         inner,
         user="set",
-        grow=random,
+        promise=_draws,
         start=random,
         sparsity=sparsity,
         events=decay("set", drop_fraction, begin, end, every),
@@ -83,3 +86,17 @@ def set(
         key=key,
         packed=packed,
     )
+
+
+def _draws(grads: Params, key: jax.Array | None) -> Scores:
+    """Promise of a weight: what ``random`` draws for it, drawn where it is read."""
+    leaves, treedef = jax.tree.flatten(grads)
+    assert key is not None  # `set` has refused it
+    keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+    lazy = [Lazy((g, k), _drawn, jnp.dtype(jnp.float32)) for g, k in zip(leaves, keys, strict=True)]
+    return jax.tree.unflatten(treedef, lazy)
+
+
+def _drawn(like: jax.Array, key: jax.Array) -> jax.Array:
+    zero = (~all_true(like)).astype(jnp.float32)  # draws lie where the weights do
+    return zero + jax.random.uniform(key, like.shape)

@@ -1,9 +1,11 @@
 """Training at one sparsity while masks move: what RigL and SET share."""
 
-import functools
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxprune._checks import check_extra, check_inner
@@ -12,25 +14,26 @@ from jaxprune._errors import check_key, check_sparsity
 from jaxprune._find import find
 from jaxprune._frozen import moving
 from jaxprune._masks import check_masks, unpack
+from jaxprune._mesh import in_auto_mode, is_explicit
 from jaxprune._numbers import is_tree
-from jaxprune._parts import Parts
+from jaxprune._parts import Parts, is_elementwise
 from jaxprune._pruner import widen
-from jaxprune._state import is_placeholder
+from jaxprune._ranking import Lazy, is_lazy, read
+from jaxprune._state import is_packed, is_placeholder
 from jaxprune._tree import map_leaves, narrow, prunable
 from jaxprune._where import by_default
 from jaxprune._wrap import Done, Inner, Step, Store, at_most_once, wrap
-from jaxprune.criteria import magnitude
-from jaxprune.dynamic._drop_and_grow import drop_and_grow
+from jaxprune.dynamic._drop_and_grow import Moves, drop_and_grow
 from jaxprune.dynamic._moments import check_moments, reset_moments
 from jaxprune.scopes import erk, per_leaf
-from jaxprune.typing import Criterion, Masks, Params, Pattern, Schedule, Sparsity, Where
+from jaxprune.typing import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
 
 
 def sparse_training(
     inner: optax.GradientTransformation,
     *,
     user: str,
-    grow: Criterion,
+    promise: Callable[[Params, jax.Array | None], Scores],
     start: Criterion,
     sparsity: Sparsity,
     events: Schedule,
@@ -44,7 +47,7 @@ def sparse_training(
     Args:
       inner: an optax optimizer whose moments can be mapped over the params.
       user: the public wrapper, for messages.
-      grow: scores gradients; may ask for ``key``.
+      promise: from gradients, and a key, to lazy scores of what may grow.
       start: scores the weights for the first masks; may ask for ``key``.
       sparsity: a number, shared out by ``erk``, or a tree of numbers.
       events: what fraction of the kept units moves, and when.
@@ -58,8 +61,6 @@ def sparse_training(
     parts = Parts(user, start, pattern, per_leaf, where)
     check_key(user, key)
     _check_parts(parts, sparsity)
-
-    settings: dict[str, Any] = {"grow": grow, "fraction": events}
 
     def first(params: Params) -> tuple[Masks, Any]:
         if is_placeholder(params):
@@ -75,20 +76,24 @@ def sparse_training(
         check_extra(user, inner, now.extra)
         params, count = now.params, now.state.count
         folded = None if now.state.key is None else jax.random.fold_in(now.state.key, count)
-        grads = live(now.grads, now.masks)
+        grads, old = live(now.grads, now.masks), now.masks
         updates, moments = optimizer.update(grads, now.state.inner_state, params, **now.extra)
-        updates = map_leaves(enforce, updates, params, now.masks)
+        moved = map_leaves(_moved, params, map_leaves(enforce, updates, params, old))
 
         bound = parts.bind(now.part)
-        renew = functools.partial(
-            _event, now=now, key=folded, optimizer=optimizer, store=store, parts=bound, **settings
-        )
-        # All that an event changes goes through the loop. What were changed outside of it, fused
-        # with the optimizer, would make XLA copy the moments at every step.
+        worth = jax.tree.map(_size, narrow(moved, now.part))
+        scores = (worth, promise(narrow(now.grads, now.part), folded), events(count))
         stored = store(widen(now.state.masks, now.part, bound.pattern))
-        loop = at_most_once(events.due(count), renew, (stored, updates, moments))
-        stored, updates, moments = loop
-        return Done(updates, stored, moments, ())
+        due = jnp.asarray(events.due(count))
+        stored = _renewed(stored, scores, due=due, part=now.part, parts=bound, store=store)
+        masks = check_masks(unpack(stored), params, "masks")
+        # Elementwise at every step, beside what the optimizer does anyway: updates and moments that
+        # went through the loop of the event would be copied for it.
+        grown = jax.tree.map(lambda new, was: new & ~was, masks, old)
+        moments = reset_moments(optimizer, moments, optimizer.init(moved), params, grown)
+        # What grows was zero and stays so for now: only what was kept and is gets an update.
+        through = jax.tree.map(jnp.logical_and, masks, old)
+        return Done(map_leaves(enforce, updates, params, through), stored, moments, ())
 
     return wrap(
         f"dynamic.{user}",
@@ -101,38 +106,64 @@ def sparse_training(
     )
 
 
-def _event(
-    loop: tuple[Masks, optax.Updates, optax.OptState],
+def _renewed(
+    stored: Masks,
+    scores: tuple[Scores, Scores, jax.Array],
     *,
-    now: Step,
-    key: jax.Array | None,
-    optimizer: Inner,
-    store: Store,
-    grow: Criterion,
-    fraction: Schedule,
+    due: jax.Array,
+    part: Params,
     parts: Parts,
-) -> tuple[Masks, optax.Updates, optax.OptState]:
-    """Move masks after the inner update: what they, the updates and the moments become."""
-    stored, updates, moments = loop
-    params, part = now.params, now.part
-    # From what the loop carries: the masks beside it would be copied at every step.
-    old = check_masks(unpack(stored), params, "masks")
-    moved = map_leaves(_moved, params, updates)
-    new = drop_and_grow(
-        old,
-        worth=magnitude(narrow(moved, part)),
-        promise=grow(narrow(now.grads, part), key=key),
-        fraction=fraction(now.state.count),
-        parts=parts,
-    )
-    grown = jax.tree.map(lambda n, o: n & ~o, new, old)
-    fresh = optimizer.init(moved)
-    # What grows was zero and stays so for now: no update but that of what is removed.
-    return (
-        store(new),
-        map_leaves(enforce, updates, params, new),
-        reset_moments(optimizer, moments, fresh, params, grown),
-    )
+    store: Store,
+) -> Masks:
+    """Move masks, if there is an event.
+
+    Args:
+      stored: the masks in force, as they lie in the state.
+      scores: lazy ones of what is kept and of what may grow, and the fraction that moves.
+      due: bool `[]`.
+      part: the prunable leaves.
+      parts: bound to them.
+      store: puts masks into the form of the state.
+    """
+    if is_elementwise(parts.pattern.pool) and not is_explicit(part):
+        # Searched before the loops, which have nothing left but to compare: one a leaf, so that
+        # what a leaf needs for it is free again when the next one comes.
+        masks = jax.tree.map(_unpacked_lazily, stored, is_leaf=is_packed)
+        moves = drop_and_grow(masks, *scores, like=part, parts=parts, due=due)
+
+        leaves, treedef = jax.tree.flatten(stored, is_leaf=is_packed)
+        after: Any = [x for x in jax.tree.leaves(moves) if x.ndim <= 1]  # thresholds
+        new = []
+        for mask, stay, grow in zip(leaves, *map(_lazy_leaves, moves), strict=True):
+            tied, _ = jax.lax.optimization_barrier((mask, after))
+            after = at_most_once(due, partial(_compare, Moves(stay, grow), store), tied)
+            new.append(after)
+        return jax.tree.unflatten(treedef, new)
+
+    def move(masks: Masks, part: Params, *scores: Any) -> Masks:
+        here = jax.tree.map(read, scores, is_leaf=is_lazy)
+        return drop_and_grow(masks, *here, like=part, parts=parts).of(masks)
+
+    def renew(stored: Masks) -> Masks:
+        return store(in_auto_mode(move, unpack(stored), part, *scores, like=part))
+
+    return at_most_once(due, renew, stored)
+
+
+def _lazy_leaves(tree: Masks) -> list[Lazy]:
+    return jax.tree.leaves(tree, is_leaf=is_lazy)
+
+
+def _compare(moves: Moves, store: Store, stored: Masks) -> Masks:
+    return store(moves.of(unpack(stored)))
+
+
+def _unpacked_lazily(mask: Masks) -> Lazy:
+    return Lazy((mask,), unpack, jnp.dtype(bool))
+
+
+def _size(weight: jax.Array) -> Lazy:
+    return Lazy((weight,), jnp.abs, weight.dtype)
 
 
 def _check_parts(parts: Parts, sparsity: Sparsity) -> None:

@@ -6,7 +6,7 @@ import jax
 
 from jaxprune._numbers import is_tree
 from jaxprune._ranking import AxisName, keep_largest, shards
-from jaxprune.scopes._count import Counts, counted_by, flat, kept
+from jaxprune.scopes._count import Counts, counted_by, kept, leaves_of
 from jaxprune.typing import Sparsity, Units
 
 
@@ -23,7 +23,7 @@ def _counts(
             "`scope=jp.scopes.per_leaf`."
         )
     parts = shards(units, axis_name, specs, "across")
-    n = sum(part.whole(leaf) for part, leaf in zip(parts, flat(units)[0], strict=True))
+    n = sum(part.whole(leaf) for part, leaf in zip(parts, leaves_of(units), strict=True))
     return kept([n], [sparsity], "across")
 
 
@@ -70,9 +70,7 @@ def across(
       >>> across({"a": jnp.array([1.0, 4.0]), "b": jnp.array([3.0, 2.0])}, 0.25)
       {'a': Array([False,  True], dtype=bool), 'b': Array([ True,  True], dtype=bool)}
     """
-    leaves, treedef = flat(units)
-    alive = None if within is None else jax.tree.leaves(within)
     parts = shards(units, axis_name, specs, "across")
     counts = _counts(units, sparsity, axis_name=axis_name, specs=specs)
-    everyone = tuple(range(len(leaves)))
-    return jax.tree.unflatten(treedef, keep_largest(leaves, counts.kept, (everyone,), alive, parts))
+    everyone = tuple(range(len(parts)))
+    return keep_largest(units, counts.kept, (everyone,), within, parts)

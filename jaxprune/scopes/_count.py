@@ -8,18 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._numbers import is_number, is_tree
-from jaxprune._ranking import is_lazy
+from jaxprune._ranking import Whole, floor, in_words, is_lazy, where
 from jaxprune._tree import Keys, is_hole, leaves_by_keys, list_paths, slots
 from jaxprune.typing import Sparsity, Units
 
-MOST_UNITS = 2**31 - 1  # counts are int32 on every device
+MOST_UNITS = 2**47 - 1  # that two words count
 
 
 class Counts(NamedTuple):
     """What our scopes take in the place of a sparsity: how many units each ranking keeps.
 
     Attributes:
-      kept: integers, known or traced, in an order that the scope knows.
+      kept: integers, or ``Whole``, known or traced, in an order that the scope knows.
     """
 
     kept: tuple[Any, ...]
@@ -39,7 +39,7 @@ def counted_by(counts: Callable[..., Any]) -> Callable[[F], F]:
     return declare
 
 
-def removed(sparsity: Any, n: int) -> int | jax.Array:
+def removed(sparsity: Any, n: int) -> Any:
     """Count the units to remove out of ``n``: ``round(sparsity * n)``, ties to even.
 
     A number that is known now is multiplied in float64. A traced one is the float32 that it is,
@@ -49,30 +49,32 @@ def removed(sparsity: Any, n: int) -> int | jax.Array:
 
     Args:
       sparsity: a number in [0, 1], or a traced one `[]`.
-      n: units, below 2**31.
+      n: units.
 
     Returns:
-      An integer of Python, or int32 `[]`.
+      An integer of Python, or a traced one `[]`: int32, or ``Whole`` from 2**31 units on.
     """
     if is_number(sparsity):
         return round(float(sparsity) * n)
     share = jnp.asarray(sparsity)
     wide = share.astype(jnp.promote_types(share.dtype, jnp.float32))  # an integer is 0 or 1
-    # Above 2**24 a float32 may round up to more than there are, and 2**31 is no int32.
+    # Above 2**24 a float32 may round up to more than there are.
     most = np.nextafter(wide.dtype.type(n), 0) if wide.dtype.type(n) > n else wide.dtype.type(n)
-    count = jnp.round(jnp.minimum(wide * n, most)).astype(jnp.int32)
-    return jnp.where(wide >= 1, n, count)
+    count = jnp.round(jnp.minimum(wide * float(n), most))
+    if n < 2**31:
+        return jnp.where(wide >= 1, n, count.astype(jnp.int32))
+    return where(wide >= 1, in_words(n), floor(count))
 
 
-def flat(units: Units) -> tuple[list[Any], Any]:
-    """The units of each leaf, lazy ones as they are, and how to put them together again."""
-    return jax.tree.flatten(units, is_leaf=is_lazy)
+def leaves_of(units: Units) -> list[Any]:
+    """The units of each leaf, lazy ones as they are."""
+    return jax.tree.leaves(units, is_leaf=is_lazy)
 
 
 def one_each(units: Units, sparsity: Sparsity, user: str) -> list[Any]:
     """List the sparsity of each leaf of ``units``, in order, from a number or a tree of them."""
     if not is_tree(sparsity):
-        return [sparsity] * len(flat(units)[0])
+        return [sparsity] * len(leaves_of(units))
     wanted = [slot.keys for slot in _named(units)]
     given: dict[Keys, Any] = leaves_by_keys(sparsity)
     missing = ["/".join(keys) for keys in wanted if keys not in given]
@@ -95,8 +97,9 @@ def check_units(n: int, user: str) -> None:
     """Refuse rankings of ``n`` units that an int32 cannot count."""
     if n > MOST_UNITS:
         raise NotImplementedError(
-            f"`{user}` would rank {n} units together, more than the {MOST_UNITS} that a 32-bit "
-            "count holds. Rank smaller parts, for example with `scope=jp.scopes.per_leaf`."
+            f"`{user}` would rank {n} units together, more than the {MOST_UNITS} that two "
+            "words of 32 bits count. Rank smaller parts, for example with "
+            "`scope=jp.scopes.per_leaf`."
         )
 
 
@@ -104,4 +107,13 @@ def kept(sizes: Sequence[int], sparsities: Sequence[Any], user: str) -> Counts:
     """Count what stays of each ranking."""
     for n in sizes:
         check_units(n, user)
-    return Counts(tuple(n - removed(s, n) for n, s in zip(sizes, sparsities, strict=True)))
+    # Once for all rankings of a size: as traced operations they are the most of a trace.
+    pairs = [(id(s), n) for s, n in zip(sparsities, sizes, strict=True)]
+    distinct = {(id(s), n): (s, n) for s, n in zip(sparsities, sizes, strict=True)}
+    counts = {pair: _kept(*given) for pair, given in distinct.items()}
+    return Counts(tuple(counts[pair] for pair in pairs))
+
+
+def _kept(sparsity: Any, n: int) -> Whole:
+    out = removed(sparsity, n)
+    return in_words(n - out) if isinstance(out, int) else in_words(n) - in_words(out)

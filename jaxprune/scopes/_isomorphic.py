@@ -20,10 +20,7 @@ class Isomorphic:
 
     def __call__(self, units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
         counts = self.counts(units, sparsity).kept
-        names, rankings = sorted(units), self._rankings(units)
-        leaves = [units[name] for name in names]
-        alive = None if within is None else [within[name] for name in names]
-        return dict(zip(names, keep_largest(leaves, counts, rankings, alive), strict=True))
+        return keep_largest(units, counts, self._rankings(units), within)
 
     def counts(self, units: Units, sparsity: Sparsity) -> Counts:
         """How many units of each class stay."""

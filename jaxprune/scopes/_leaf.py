@@ -2,10 +2,8 @@
 
 from typing import Any
 
-import jax
-
 from jaxprune._ranking import AxisName, keep_largest, shards
-from jaxprune.scopes._count import Counts, counted_by, flat, kept, one_each
+from jaxprune.scopes._count import Counts, counted_by, kept, leaves_of, one_each
 from jaxprune.typing import Sparsity, Units
 
 
@@ -16,7 +14,7 @@ def _counts(
     if isinstance(sparsity, Counts):
         return sparsity
     parts = shards(units, axis_name, specs, "per_leaf")
-    sizes = [part.whole(leaf) for part, leaf in zip(parts, flat(units)[0], strict=True)]
+    sizes = [part.whole(leaf) for part, leaf in zip(parts, leaves_of(units), strict=True)]
     return kept(sizes, one_each(units, sparsity, "per_leaf"), "per_leaf")
 
 
@@ -54,9 +52,7 @@ def per_leaf(
       >>> per_leaf({"a": jnp.array([1.0, 4.0]), "b": jnp.array([3.0, 2.0])}, 0.5)
       {'a': Array([False,  True], dtype=bool), 'b': Array([ True, False], dtype=bool)}
     """
-    leaves, treedef = flat(units)
-    alive = None if within is None else jax.tree.leaves(within)
     parts = shards(units, axis_name, specs, "per_leaf")
     counts = _counts(units, sparsity, axis_name=axis_name, specs=specs)
-    each = tuple((i,) for i in range(len(leaves)))
-    return jax.tree.unflatten(treedef, keep_largest(leaves, counts.kept, each, alive, parts))
+    each = tuple((i,) for i in range(len(parts)))
+    return keep_largest(units, counts.kept, each, within, parts)

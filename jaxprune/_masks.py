@@ -21,6 +21,7 @@ from jaxprune._tree import (
     match,
     prunable,
 )
+from jaxprune._values import count_true
 from jaxprune.typing import Leaf, Masks, Params, Tree, Where
 
 
@@ -162,9 +163,7 @@ def sparsity(masks: Masks, params: Params) -> float | jax.Array:
     total = max(sum(c.size for c in counts), 1)
     if any(isinstance(c.kept, jax.core.Tracer) for c in counts):
         # Fractions, since nobody says that an int32 holds the number of weights.
-        gone = [
-            c.size / total * (1 - jnp.asarray(c.kept, float) / max(c.entries, 1)) for c in counts
-        ]
+        gone = [c.size / total * (1 - c.kept / float(max(c.entries, 1))) for c in counts]
         return jnp.sum(jnp.stack(gone))
     return sum(c.size - c.weights for c in counts) / total
 
@@ -174,7 +173,7 @@ class Count(NamedTuple):
 
     Attributes:
       path: path of the leaf.
-      kept: entries of the mask that are True; traced inside of a trace.
+      kept: entries of the mask that are True; a float inside of a trace.
       entries: entries of the mask; an axis of size 1 speaks for the whole axis of the leaf.
       size: weights of the leaf.
     """
@@ -196,9 +195,7 @@ def count_kept(masks: Masks, params: Params) -> list[Count]:
 
     def visit(path: str, p: jax.Array, m: jax.Array | None) -> None:
         if m is not None:
-            kept: Any = jnp.sum(m, dtype=jnp.int32)
-            whole = kept if isinstance(kept, jax.core.Tracer) else int(kept)
-            counts.append(Count(path, whole, m.size, p.size))
+            counts.append(Count(path, count_true(m), m.size, p.size))
 
     map_with_path(visit, params, masks)
     return counts

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jaxprune._bits import axis_of, pack_bits, packed_axis, unpack_bits
 from jaxprune._errors import check_living
 from jaxprune._help import readable
-from jaxprune._mesh import all_true, even_shards, is_explicit, reshard_like
+from jaxprune._mesh import all_true, reshard_like
 from jaxprune._serial import serialize_shaped
 from jaxprune._tree import (
     align,
@@ -21,6 +21,7 @@ from jaxprune._tree import (
     match,
     prunable,
 )
+from jaxprune._values import count_true
 from jaxprune.typing import Leaf, Masks, Params, Tree, Where
 
 
@@ -162,9 +163,7 @@ def sparsity(masks: Masks, params: Params) -> float | jax.Array:
     total = max(sum(c.size for c in counts), 1)
     if any(isinstance(c.kept, jax.core.Tracer) for c in counts):
         # Fractions, since nobody says that an int32 holds the number of weights.
-        gone = [
-            c.size / total * (1 - jnp.asarray(c.kept, float) / max(c.entries, 1)) for c in counts
-        ]
+        gone = [c.size / total * (1 - c.kept / float(max(c.entries, 1))) for c in counts]
         return jnp.sum(jnp.stack(gone))
     return sum(c.size - c.weights for c in counts) / total
 
@@ -174,7 +173,7 @@ class Count(NamedTuple):
 
     Attributes:
       path: path of the leaf.
-      kept: entries of the mask that are True; traced inside of a trace.
+      kept: entries of the mask that are True; a float inside of a trace.
       entries: entries of the mask; an axis of size 1 speaks for the whole axis of the leaf.
       size: weights of the leaf.
     """
@@ -196,19 +195,23 @@ def count_kept(masks: Masks, params: Params) -> list[Count]:
 
     def visit(path: str, p: jax.Array, m: jax.Array | None) -> None:
         if m is not None:
-            kept: Any = jnp.sum(m, dtype=jnp.int32)
-            whole = kept if isinstance(kept, jax.core.Tracer) else int(kept)
-            counts.append(Count(path, whole, m.size, p.size))
+            counts.append(Count(path, count_true(m), m.size, p.size))
 
     map_with_path(visit, params, masks)
     return counts
 
 
 class Packed(NamedTuple):
-    """A mask in bits: ``bits`` holds the last axis of ``shape`` eight to a byte.
+    """A mask in bits: eight neighbours along one axis in a byte, the first in its highest bit.
+
+    The axis is the longest one but the last, the one nearest to the last among equals; another one,
+    the last too, only where the bytes are fewer by more than a ninth, as for masks of one input
+    channel. So a mask `[784, 300]` has bits `[98, 300]`, and weight ``[i, j]`` is bit
+    ``128 >> i % 8`` of ``bits[i // 8, j]``. Bits along the last axis, as all once were, are
+    read as well; ``pack`` packs them anew.
 
     Attributes:
-      bits: uint8 ``[..., ceil(last / 8)]``; the first weight is the highest bit.
+      bits: uint8, of the shape of the mask but for the axis of n weights, which is ceil(n / 8).
       shape: shape of the mask.
     """
 
@@ -232,7 +235,7 @@ def pack(masks: Masks) -> Any:
     """Store masks with one bit a weight instead of one byte.
 
     Args:
-      masks: masks; None stays None, what is packed stays packed.
+      masks: masks; None stays None, what is packed stays packed, as ``Packed`` says.
 
     Returns:
       The same tree with a ``Packed`` in the place of each mask. It is a pytree node that knows
@@ -240,15 +243,11 @@ def pack(masks: Masks) -> Any:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> packed = pack({"w": jnp.ones((3, 16), bool)})
+      >>> packed = pack({"w": jnp.ones((16, 3), bool)})
       >>> packed["w"].bits.shape, packed["w"].shape
-      ((3, 2), (3, 16))
+      ((2, 3), (16, 3))
     """
-    return jax.tree.map(
-        lambda m: m if isinstance(m, Packed) else Packed(_pack_bits(m), m.shape),
-        masks,
-        is_leaf=lambda m: isinstance(m, Packed),
-    )
+    return jax.tree.map(_pack, masks, is_leaf=lambda m: isinstance(m, Packed))
 
 
 def unpack(packed: Any) -> Masks:
@@ -265,29 +264,21 @@ def unpack(packed: Any) -> Masks:
       >>> unpack(pack({"w": jnp.array([True, False, True])}))
       {'w': Array([ True, False,  True], dtype=bool)}
     """
-    return jax.tree.map(
-        lambda m: _unpack_bits(m) if isinstance(m, Packed) else m,
-        packed,
-        is_leaf=lambda m: isinstance(m, Packed),
-    )
+    return jax.tree.map(_unpack, packed, is_leaf=lambda m: isinstance(m, Packed))
 
 
-def _pack_bits(mask: jax.Array) -> jax.Array:
-    return jnp.packbits(even_shards(jnp.atleast_1d(mask), 8), axis=-1)
+def _pack(mask: jax.Array | Packed) -> Packed:
+    """Pack a mask, or anew what was packed along another axis than today."""
+    if not isinstance(mask, Packed):
+        return Packed(pack_bits(mask, packed_axis(mask.shape)), mask.shape)
+    axis = packed_axis(mask.shape)
+    if axis_of(mask.bits.shape, mask.shape) == axis:
+        return mask
+    return Packed(pack_bits(_unpack(mask), axis), mask.shape)
 
 
-def _unpack_bits(packed: Packed) -> jax.Array:
-    last = packed.shape[-1] if packed.shape else 1
-    sharding = jax.typeof(packed.bits).sharding if is_explicit(packed.bits) else None
-    # A byte beside its bit, elementwise: XLA fuses it into whatever uses the mask, which it does
-    # not with jnp.unpackbits.
-    place = np.arange(packed.bits.shape[-1] * 8)[:last]
-    eight = jnp.repeat(packed.bits, 8, axis=-1, out_sharding=sharding)[..., :last]
-    bit = np.uint8(128 >> place % 8).reshape(*[1] * (eight.ndim - 1), last)
-    mask = (eight & bit) != 0
-    # Leading axes are those of the bits: a stack of packed masks unpacks to a stack of masks.
-    stack = packed.bits.shape[: packed.bits.ndim - max(len(packed.shape), 1)]
-    return mask.reshape(*stack, *packed.shape)
+def _unpack(mask: jax.Array | Packed) -> jax.Array:
+    return unpack_bits(*mask) if isinstance(mask, Packed) else mask
 
 
 def check_masks(masks: Masks, params: Params, name: str) -> Masks:

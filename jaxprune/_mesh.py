@@ -72,16 +72,18 @@ def all_true(param: jax.Array, shape: tuple[int, ...] | None = None) -> jax.Arra
     return true.all(axis=axes, keepdims=True) if axes else true
 
 
-def even_shards(x: jax.Array, size: int) -> jax.Array:
-    """Gather the last axis where its shards on an explicit axis are no multiple of ``size``."""
+def even_shards(x: jax.Array, size: int, axis: int) -> jax.Array:
+    """Gather an axis where its shards on an explicit axis are no multiple of ``size``."""
     if not is_explicit(x):
         return x
     known = jax.typeof(x).sharding
     sizes = dict(zip(known.mesh.axis_names, known.mesh.axis_sizes, strict=True))
-    parts = math.prod(sizes[name] for name in names_of(known.spec[-1]))
-    if x.shape[-1] % (parts * size) == 0:
+    parts = math.prod(sizes[name] for name in names_of(known.spec[axis]))
+    if x.shape[axis] % (parts * size) == 0:
         return x
-    return jax.sharding.reshard(x, NamedSharding(known.mesh, PartitionSpec(*known.spec[:-1], None)))
+    spec = list(known.spec)
+    spec[axis] = None
+    return jax.sharding.reshard(x, NamedSharding(known.mesh, PartitionSpec(*spec)))
 
 
 def sharding_for(sharding: Any, shape: Sequence[int]) -> Any:

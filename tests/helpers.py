@@ -31,6 +31,19 @@ def assert_trees_equal(got, want):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+def with_old_bits(tree):
+    """Packed masks in a tree as earlier versions had them: along the last axis, whatever it is."""
+
+    def old(node):
+        if not isinstance(node, jp.Packed):
+            return node
+        mask = np.asarray(jp.unpack(node))
+        wide = mask if node.shape else mask[..., None]
+        return node._replace(bits=jnp.asarray(np.packbits(wide, axis=-1)))
+
+    return jax.tree.map(old, tree, is_leaf=lambda node: isinstance(node, jp.Packed))
+
+
 def slow_keep(scores, count, alive=None):
     """Keep ``count`` of the scores of one competition set, one at a time, as HOUSE says it."""
     flat = [float(s) for s in np.asarray(scores, np.float64).ravel()]

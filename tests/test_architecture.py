@@ -43,6 +43,7 @@ LAYERS = (
         "_evidence",
         "_parts",
         "_score",
+        "_bits",
         "_masks",
         "_amount",
         "_find",

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 import jax
@@ -20,7 +21,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import jaxprune as jp
 from jaxprune.checkpoint import _step, latest_step, restore_run, save_run
-from tests.helpers import TraceCount
+from tests.helpers import TraceCount, with_old_bits
 
 pytest.importorskip("orbax.checkpoint")
 
@@ -98,6 +99,33 @@ def test_masks_come_back_packed_or_not_as_like_has_them(tmp_path, saved, wanted)
     save_run(tmp_path, 0, states[saved])
     empty = optax.MultiSteps(make(wanted), 2).init(PARAMS)
     assert_same_bits(restore_run(tmp_path, empty), states[wanted])
+
+
+def test_bits_of_an_earlier_version_come_back_in_those_of_today(tmp_path):
+    masks = {"kernel": jnp.asarray(np.random.default_rng(1).random((16, 8)) < 0.5), "bias": None}
+    tx = jp.hold(optax.adam(0.1), packed=True)
+    state = jp.with_masks(tx.init(PARAMS), masks)
+    old = with_old_bits(state)
+    save_run(tmp_path / "run", 0, state)
+    save_run(tmp_path / "old", 0, old)  # in memory they may lie in either way, on disk in one
+    for folder, like in product(("run", "old"), (tx.init(PARAMS), with_old_bits(old))):
+        want = state if like.masks["kernel"].bits.shape == (2, 8) else old
+        assert_same_bits(restore_run(tmp_path / folder, like), want)
+
+
+def test_orbax_alone_says_that_bits_have_another_shape_than_those_it_wrote(tmp_path):
+    import orbax.checkpoint as ocp
+
+    masks = {"kernel": jnp.asarray(np.random.default_rng(1).random((16, 8)) < 0.5), "bias": None}
+    tx = jp.hold(optax.adam(0.1), packed=True)
+    state, start = jp.with_masks(tx.init(PARAMS), masks), tx.init(PARAMS)
+    with ocp.StandardCheckpointer() as orbax:
+        orbax.save(tmp_path / "old", with_old_bits(state))
+        orbax.wait_until_finished()
+        with pytest.raises(ValueError, match=r"\(2, 8\) is not compatible with the stored shape"):
+            orbax.restore(tmp_path / "old", start)
+        back = orbax.restore(tmp_path / "old", with_old_bits(start))
+    assert_same_bits(jp.with_masks(back, jp.get_masks(back)), state)
 
 
 def test_masks_are_bits_on_disk_wherever_they_are(tmp_path):

@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
+from jaxprune._bits import axis_of, stack_of
 from jaxprune._masks import Packed
 from jaxprune._tree import Slot, check_paths, is_hole, slots
 
@@ -111,7 +112,7 @@ def _what(leaf: Leaf) -> str:
 def kind_of(leaf: Leaf) -> Kind | None:
     """Describe an array, a shape, a packed mask or a number; None for all else."""
     if isinstance(leaf, Packed):
-        return Kind("bool", (*_stack(leaf), *leaf.shape))
+        return Kind("bool", (*stack_of(leaf.bits.shape, leaf.shape), *leaf.shape))
     if type(leaf) in NUMBERS:
         return Kind(type(leaf).__name__, ())
     if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic):
@@ -198,9 +199,10 @@ def digest(*arrays: np.ndarray) -> str:
 def on_host(leaf: Leaf) -> np.ndarray:
     """Bring what is to be stored of a leaf to the host: the words of keys, masks unpacked."""
     if isinstance(leaf, Packed):
-        shape = leaf.shape or (1,)
-        wide = np.unpackbits(np.asarray(leaf.bits), axis=-1, count=shape[-1]).view(np.bool_)
-        return wide.reshape(*_stack(leaf), *leaf.shape)
+        bits = on_host(leaf.bits)
+        axis = axis_of(bits.shape, leaf.shape)
+        wide = np.unpackbits(bits, axis=axis, count=(leaf.shape or (1,))[axis]).view(np.bool_)
+        return wide.reshape(*stack_of(bits.shape, leaf.shape), *leaf.shape)
     array = jax.random.key_data(leaf) if is_key(leaf) else leaf
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
@@ -219,8 +221,9 @@ def place(array: np.ndarray, like: Leaf = None, key: str | None = None) -> Leaf:
         keys = jax.random.wrap_key_data(jnp.asarray(array), impl=key)
         return keys if sharding_of(like) is None else jax.device_put(keys, sharding_of(like))
     if isinstance(like, Packed):
-        wide = array.reshape(*_stack(like), *(like.shape or (1,)))
-        return Packed(place(np.packbits(wide, axis=-1), like.bits), like.shape)
+        wide = array.reshape(*stack_of(like.bits.shape, like.shape), *(like.shape or (1,)))
+        bits = np.packbits(wide, axis=axis_of(like.bits.shape, like.shape))
+        return Packed(place(bits, like.bits), like.shape)
     if type(like) in NUMBERS:
         return type(like)(array.item())
     array = array.astype(getattr(like, "dtype", array.dtype), copy=False)
@@ -257,8 +260,3 @@ def sharding_of_mask(like: Leaf, shape: tuple[int, ...]) -> Sharding | None:
     names = (*sharding.spec, *[None] * (len(shape) - len(sharding.spec)))
     spec = (None if n == 1 else name for n, name in zip(shape, names, strict=True))
     return NamedSharding(sharding.mesh, PartitionSpec(*spec))
-
-
-def _stack(packed: Packed) -> tuple[int, ...]:
-    """Leading axes of a stack of packed masks."""
-    return packed.bits.shape[: packed.bits.ndim - max(len(packed.shape), 1)]

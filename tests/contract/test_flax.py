@@ -11,7 +11,7 @@ import jaxprune as jp
 from tests.contract import laws
 from tests.contract.tables import small_params
 from tests.contract.trainings import SPARSE, wrappers
-from tests.helpers import assert_trees_equal
+from tests.helpers import assert_trees_equal, with_old_bits
 
 
 def squares(model):
@@ -74,3 +74,16 @@ def test_a_train_state_passes_through_bytes(name, packed):
     back = serialization.from_bytes(start, serialization.to_bytes(state))
     assert_trees_equal(back, state)
     assert_trees_equal(jp.get_masks(back.opt_state), masks)
+
+
+def test_bytes_of_an_earlier_version_hold_the_same_masks():
+    tx = wrappers(packed=True)["prune"](optax.adam(0.1))
+    start = TrainState.create(apply_fn=None, params=small_params(), tx=tx)
+    masks = jp.find_masks(small_params(), 0.5)
+    state = start.replace(step=3, opt_state=jp.with_masks(start.opt_state, masks))
+    data = serialization.to_bytes(with_old_bits(state))
+    assert data != serialization.to_bytes(state)
+    back = serialization.from_bytes(start, data)
+    assert_trees_equal(jp.get_masks(back.opt_state), masks)
+    anew = jp.with_masks(back.opt_state, jp.get_masks(back.opt_state))
+    assert_trees_equal(back.replace(opt_state=anew), state)

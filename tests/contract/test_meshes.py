@@ -1,6 +1,7 @@
 """Laws 8 and 9 for every wrapper on a mesh of two axes, however the weights are cut over it."""
 
 import functools
+import math
 import re
 from itertools import product
 
@@ -14,10 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 import jaxprune as jp
 from jaxprune import patterns, scopes
+from jaxprune._values import count_parts, whole_count
 from tests.contract import laws, sharded
 from tests.helpers import FULL, TraceCount, assert_trees_equal, fast_if
 
 AXIS_TYPES = (AxisType.Auto, AxisType.Explicit)
+NAMES = sharded.NAMES
 LAYOUTS = ("fsdp", "tensor", "grid")
 
 
@@ -26,18 +29,20 @@ def mesh_of(axis_type=AxisType.Auto):
 
 
 def assert_lie_like(masks, params):
-    """Each axis of a mask is cut as that of its weights; of bits, each axis but the last."""
+    """Each axis of a mask is cut as that of its weights; of bits, where shards are whole bytes."""
 
     def check(param, mask):
         if mask is None:
             return
         array = mask.bits if isinstance(mask, jp.Packed) else mask
-        free = array.ndim - 1 if isinstance(mask, jp.Packed) else array.ndim
         spec = [*param.sharding.spec, *[None] * param.ndim]
-        cut = [s if n > 1 else None for s, n in zip(spec, array.shape[:free], strict=False)]
-        want = NamedSharding(param.sharding.mesh, P(*cut)).shard_shape((*array.shape[:free],))
-        got = array.sharding.shard_shape(array.shape)[:free]
-        assert got == want, (array.sharding, param.sharding)
+        cut = P(*(s if n > 1 else None for s, n in zip(spec, mask.shape, strict=False)))
+        want = NamedSharding(param.sharding.mesh, cut).shard_shape(mask.shape)
+        got = array.sharding.shard_shape(array.shape)
+        for axis, (n, part) in enumerate(zip(want, got, strict=True)):
+            in_bytes = array.shape[axis] != mask.shape[axis]
+            ok = part == n // 8 or n % 8 if in_bytes else part == n
+            assert ok, (axis, array.sharding, param.sharding)
 
     jax.tree.map(check, params, masks, is_leaf=lambda x: x is None)
 
@@ -230,3 +235,64 @@ def test_an_event_of_a_training_step_moves_nothing_but_counts(layout):
     step = jax.jit(functools.partial(sharded.step, tx)).lower(params, state).compile(FULL)
     assert {kind for kind, _ in travelling(step)} == {"all-reduce"}
     assert max(size for _, size in travelling(step)) <= 256
+
+
+CUTS = [
+    ((4, 64, 24), P(None, "data", None)),
+    ((4, 64, 24), P("data", None, None)),
+    ((4, 64, 24), P(None, NAMES, None)),
+    ((64, 24), P("data", None)),
+    ((64, 24), P(None, "model")),
+    ((64, 24), P("data", "model")),
+    ((64, 4, 24), P("data", "model", None)),
+    ((3, 3, 64, 24), P(None, None, "model", "data")),
+    ((64, 1), P("data", None)),
+    ((1, 64), P(None, "model")),
+    ((64,), P(NAMES)),
+]
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("shape, spec", CUTS)
+def test_packing_and_unpacking_over_a_mesh_moves_nothing(shape, spec, axis_type):
+    mesh = mesh_of(axis_type)
+    mask = np.random.default_rng(0).random(shape) < 0.5
+    masks = {"w": jax.device_put(mask, NamedSharding(mesh, spec))}
+    with jax.set_mesh(mesh):
+        pack = jax.jit(jp.pack).lower(masks).compile(FULL)
+        packed = pack(masks)
+        unpack = jax.jit(jp.unpack).lower(packed).compile(FULL)
+    assert_lie_like(packed, masks)
+    assert_lie_like(unpack(packed), masks)
+    assert travelling(pack) == travelling(unpack) == []
+    np.testing.assert_array_equal(unpack(packed)["w"], mask)
+
+
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize(
+    "shape, spec", [((16, 24), P(NAMES)), ((8, 4), P("model")), ((12,), P("model"))]
+)
+def test_shards_that_are_no_whole_bytes_are_packed_as_well(shape, spec, axis_type):
+    mesh = mesh_of(axis_type)
+    mask = np.random.default_rng(0).random(shape) < 0.5
+    masks = {"w": jax.device_put(mask, NamedSharding(mesh, spec))}
+    with jax.set_mesh(mesh):
+        for pack, unpack in ((jp.pack, jp.unpack), (jax.jit(jp.pack), jax.jit(jp.unpack))):
+            np.testing.assert_array_equal(unpack(pack(masks))["w"], mask)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("axis_type", AXIS_TYPES)
+@pytest.mark.parametrize("shape, spec", [CUTS[0], CUTS[1], CUTS[2], CUTS[5], CUTS[6], CUTS[10]])
+def test_counting_beyond_a_word_over_a_mesh_moves_nothing_but_counts(shape, spec, axis_type):
+    mesh = mesh_of(axis_type)
+    count = functools.partial(count_parts, word=1 + math.prod(shape) // 3)
+    mask = np.random.default_rng(0).random(shape) < 0.5
+    placed = jax.device_put(mask, NamedSharding(mesh, spec))
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(count).lower(placed).compile(FULL)
+    parts = compiled(placed)
+    assert whole_count(parts) == mask.sum() and parts.size > 2
+    assert {kind for kind, _ in travelling(compiled)} == {"all-reduce"}
+    assert max(size for _, size in travelling(compiled)) <= 4 * max(shape)

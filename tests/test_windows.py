@@ -8,7 +8,8 @@ import pytest
 
 import jaxprune as jp
 from jaxprune import schedules
-from jaxprune.scopes import windows
+from jaxprune._ranking import order_key
+from jaxprune.scopes import _windows, windows
 from tests.helpers import assert_trees_equal, slow_keep
 
 
@@ -57,6 +58,52 @@ def test_half_precision_scores_are_ranked(key, dtype):
     scores = jax.random.normal(key, (8, 3), dtype)
     keep = windows(4)({"w": scores}, 0.5)["w"]
     np.testing.assert_array_equal(keep, slow_windows(scores, 2, 4, 0))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.float8_e4m3fn])
+@pytest.mark.parametrize("m", [2, 4, 8, 16])
+@pytest.mark.parametrize("shape", [(32, 3), (2, 16, 5), (48, 1)])
+def test_ranks_by_tiles_are_those_of_a_slow_loop(key, dtype, m, shape):
+    # Chosen on a TPU only, and for long axes; here it is called by itself.
+    scores = jax.random.normal(key, shape).round(1)
+    scores = scores.at[..., 5, 0].set(jnp.nan).at[..., 7, 0].set(-jnp.inf).astype(dtype)
+    alive = jax.random.bernoulli(key, 0.7, shape)
+    axis = len(shape) - 2
+    for within in (None, alive):
+        codes = order_key(scores, within)
+        rank = _windows._rank_by_tiles(codes, m=m, axis=axis)
+        np.testing.assert_array_equal(rank, _windows._rank_by_rows(codes, m=m, axis=axis))
+        for n in {0, 1, m // 2, m}:
+            keep = (rank < n) if within is None else (rank < n) & within
+            wide = np.asarray(scores, np.float32)
+            np.testing.assert_array_equal(keep, slow_windows(wide, n, m, axis, within))
+
+
+@pytest.mark.parametrize(
+    "shape, m, axis, fills",
+    [
+        ((4096, 3), 4, 0, True),
+        ((2, 2048, 3), 8, 1, True),
+        ((4096, 3), 16, 0, True),
+        ((2048, 3), 16, 0, False),  # 256 devices would have half a window each
+        ((1024, 3), 4, 0, False),
+        ((4096, 3), 32, 0, False),  # as many arrays as members
+        ((6144, 3), 3, 0, False),  # windows that cross tiles
+        ((3, 4096), 4, 1, False),
+        ((4096,), 4, 0, False),
+    ],
+)
+def test_windows_are_read_by_tiles_only_where_no_device_has_a_part_of_one(shape, m, axis, fills):
+    assert _windows._fills_tiles(shape, m, axis) is fills
+
+
+@pytest.mark.parametrize("vmapped", [False, True])
+def test_long_axes_keep_what_a_slow_loop_keeps(key, vmapped):
+    # Here the program for a TPU is chosen among.
+    scores = jax.random.normal(key, (2, 2048, 1)).round(1)
+    keep = lambda x: windows(4)({"w": x}, 0.5)["w"]
+    found = jax.vmap(keep)(scores) if vmapped else jax.jit(keep)(scores)
+    np.testing.assert_array_equal(found, slow_windows(scores, 2, 4, 1))
 
 
 def test_float64_scores_are_ranked_under_x64():

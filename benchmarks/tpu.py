@@ -102,10 +102,6 @@ def topology_mesh(name: str) -> Mesh:
     Raises:
       RuntimeError: there is no TPU compiler, it does not load, or it does not know the topology.
     """
-    os.environ.update(ENVIRONMENT)
-    jax.config.update(
-        "jax_platforms", "cpu"
-    )  # what few arrays there are need a device that is here
     try:
         devices = topologies.get_topology_desc(name, platform="tpu").devices
     except Exception as error:  # whatever a compiler of another jax may raise
@@ -240,9 +236,12 @@ def table(config: Config, mesh: Mesh) -> Iterator[dict[str, Any]]:
         print(f"{dtype.name}: bare {bare.figures['cpu_seconds']:.1f} CPU s", flush=True)
         for name in names:
             try:
-                yield measure(name, dtype, mesh, bare)
+                row = measure(name, dtype, mesh, bare)
             except Exception as error:  # the other rows are worth having
-                yield {"row": name, "dtype": dtype.name, "error": first_line(error)}
+                row = {"row": name, "dtype": dtype.name, "error": first_line(error)}
+            above = row.get("temporary_above_bare", float("nan"))
+            print(f"{dtype.name}: {name} {above:+.3f} shards", flush=True)
+            yield row
 
 
 def many_leaves(mesh: Mesh) -> dict[str, Any]:

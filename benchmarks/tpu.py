@@ -34,11 +34,18 @@ from jaxprune.schedules._schedule import Schedule
 LAYERS, WIDTH, HIDDEN, BATCH = 24, 4096, 16384, 2048
 KERNELS, SMALL = 72, 256  # of the unrolled network, and their size
 LARGE = "v5e:16x16"  # what 70 billion weights fit
-LEGEND = """memory: temporaries above those of the bare step, in shards of the params.
-bytes: accessed in a step, an event included; between: without it (a schedule that is never due).
-Of a loop both count one round, as the compiler does. cycles: estimated, of a step between events;
-collectives are not in them. aliased: donated buffers that the results are written to.
-collectives: what pruning adds, and what a chip hands in to the largest. *: a search is left."""
+PARTS = ("unrolled", "llama")  # beside the rows of the table
+COLUMNS = (
+    *("step", "memory", "bytes", "between", "cycles", "aliased", "collectives"),
+    *("wall s", "CPU s"),
+)
+LEGEND = """\
+memory: temporaries above those of the bare step, in shards of the params.
+bytes: accessed in a step with an event in it; between: in one whose schedule is never due, from
+which the compiler drops the event (*: but for a search). Of a loop both count one round.
+cycles: estimated, of a step between events; collectives have no estimate; ?: a loop does not tell
+its rounds. aliased: donated buffers that the results are written to. collectives: what pruning
+adds, and what a chip hands in to the largest."""
 # Without these, the compiler asks the cloud where it runs, and a second process has to wait.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -216,10 +223,19 @@ def measure(name: str, dtype: Any, mesh: Mesh, bare: Compiled) -> dict[str, Any]
         "bytes_over_bare": mine["bytes_accessed"] / base["bytes_accessed"],
         "bytes_between_over_bare": between.figures["bytes_accessed"] / base["bytes_accessed"],
         "searches_left_between": hlo.searches(hlo.parse(between.text)),
-        "cycles_between_over_bare": hlo.cycles(program) / hlo.cycles(bare_program),
+        "cycles_over_bare": cycles_ratio(program, bare_program),
         "collectives_added": sum(added.values()),
+        "kinds_added": sorted({kind for kind, _ in added}),
         "largest_added": max((size for _, size in added), default=0),
     }
+
+
+def cycles_ratio(program: hlo.Program, bare: hlo.Program) -> float | None:
+    """Cycles of a step between events over those of the bare one; None where they are not told."""
+    try:
+        return hlo.cycles(program) / hlo.cycles(bare)
+    except ValueError:
+        return None
 
 
 def shard_bytes(params: Any) -> float:
@@ -297,24 +313,14 @@ def show(dtype: str, topology: str, rows: list[dict[str, Any]]) -> None:
     weights = 2 * LAYERS * WIDTH * HIDDEN / 1e9
     print_table(
         f"{weights:.1f} billion {dtype} weights on {topology}, over the bare step of Adam",
-        [
-            "step",
-            "memory",
-            "bytes",
-            "between",
-            "cycles",
-            "aliased",
-            "collectives",
-            "wall s",
-            "CPU s",
-        ],
+        COLUMNS,
         [
             [
                 row["row"],
                 f"{row['temporary_above_bare']:+.3f}",
                 f"{row['bytes_over_bare']:.3f}",
                 f"{row['bytes_between_over_bare']:.3f}" + "*" * (row["searches_left_between"] > 0),
-                f"{row['cycles_between_over_bare']:.3f}",
+                "?" if row["cycles_over_bare"] is None else f"{row['cycles_over_bare']:.3f}",
                 f"{row['aliased']} of {row['donated']}",
                 f"{row['collectives_added']}, {row['largest_added']} B",
                 f"{row['wall_seconds']:.1f}",
@@ -329,6 +335,9 @@ def show(dtype: str, topology: str, rows: list[dict[str, Any]]) -> None:
 
 
 def main(config: Config) -> dict[str, Any]:
+    wrong = sorted(set(config.rows) - {*wrappers(), *PARTS})
+    if wrong:
+        raise ValueError(f"There are no rows {wrong}. Choose from {[*wrappers(), *PARTS]}.")
     os.environ.update(ENVIRONMENT)
     jax.config.update("jax_platforms", "cpu")  # where the few arrays are that are not described
     result: dict[str, Any] = {"machine": machine(), "topology": config.topology}
@@ -336,20 +345,23 @@ def main(config: Config) -> dict[str, Any]:
         mesh = topology_mesh(config.topology)
     except RuntimeError as error:
         print(error)
-        return result | {"error": str(error)}
+        result["error"] = str(error)
+    else:
+        result |= compile_all(config, mesh)
+    write_json(config.out, result)
+    return result
+
+
+def compile_all(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """Compile and show the rows of the table, then the parts beside it."""
     rows = list(table(config, mesh))
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         show(dtype, config.topology, [row for row in rows if row["dtype"] == dtype])
-    print(LEGEND)
-    parts = {"unrolled": lambda: many_leaves(mesh), "llama": lambda: llama(topology_mesh(LARGE))}
-    made = {
-        name: attempt(name, make)
-        for name, make in parts.items()
-        if not config.rows or name in config.rows
-    }
-    result |= {"rows": rows, **made}
-    write_json(config.out, result)
-    return result
+    if rows:
+        print(LEGEND)
+    make = {"unrolled": lambda: many_leaves(mesh), "llama": lambda: llama(topology_mesh(LARGE))}
+    parts = [name for name in PARTS if not config.rows or name in config.rows]
+    return {"rows": rows} | {name: attempt(name, make[name]) for name in parts}
 
 
 if __name__ == "__main__":

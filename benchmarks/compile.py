@@ -42,27 +42,30 @@ class Config:
     """What to measure.
 
     Attributes:
-      trees: ``one`` is 72 kernels of one shape, ``twelve`` 144 kernels of twelve shapes.
+      trees: ``one`` has kernels of one shape, ``twelve`` twice as many of twelve shapes.
       against: another checkout of the library, to be compared with.
       turns: of every contestant; the quickest counts.
-      size: of the 72 kernels along each axis; the others are of a quarter, a half ... of it.
+      kernels: of the tree of one shape; a multiple of 6.
+      size: of these along each axis; the others are of a quarter, a half ... of it.
       out: JSON file to write.
     """
 
     trees: tuple[str, ...] = ("one", "twelve")
     against: Path | None = None
     turns: int = 2
+    kernels: int = 72
     size: int = 256
     out: Path = Path("results/benchmarks/compile.json")
 
 
-def shapes(tree: str, size: int) -> dict[str, tuple[int, int]]:
+def shapes(tree: str, kernels: int, size: int) -> dict[str, tuple[int, int]]:
     """Shapes of the kernels of a tree, by name."""
     if tree == "one":
-        return {f"layer_{i}": (size, size) for i in range(72)}
+        return {f"layer_{i}": (size, size) for i in range(kernels)}
     sides = [size * part // 4 for part in (1, 2, 3, 4)]
     twelve = [(a, b) for a in sides for b in sides[:3]]
-    return {f"block_{j}_{i}": shape for j in range(12) for i, shape in enumerate(twelve)}
+    blocks = 2 * kernels // len(twelve)
+    return {f"block_{j}_{i}": shape for j in range(blocks) for i, shape in enumerate(twelve)}
 
 
 def tasks(params: dict[str, jax.Array]) -> dict[str, Callable[[], Any]]:
@@ -90,14 +93,12 @@ def tasks(params: dict[str, jax.Array]) -> dict[str, Callable[[], Any]]:
     }
 
 
-def report(tree: str, size: str, turns: str) -> None:
+def report(tree: str, kernels: str, size: str, turns: str) -> None:
     """Print the least CPU seconds of each task, each from empty caches, as JSON."""
     jax.config.update("jax_enable_compilation_cache", False)
-    keys = jax.random.split(jax.random.key(0), len(shapes(tree, int(size))))
-    params = {
-        name: jax.random.normal(key, shape)
-        for key, (name, shape) in zip(keys, shapes(tree, int(size)).items(), strict=True)
-    }
+    each = shapes(tree, int(kernels), int(size))
+    keys = jax.random.split(jax.random.key(0), len(each))
+    params = {n: jax.random.normal(k, s) for k, (n, s) in zip(keys, each.items(), strict=True)}
     jax.block_until_ready(params)
     seconds: dict[str, float] = {}
     for _ in range(int(turns)):
@@ -112,7 +113,8 @@ def report(tree: str, size: str, turns: str) -> None:
 
 def measure(checkout: Path, tree: str, config: Config) -> dict[str, float]:
     """Seconds by task, of the library of a checkout, in a process of its own."""
-    words = map(str, (checkout.resolve(), HERE, tree, config.size, config.turns))
+    settings = (config.kernels, config.size, config.turns)
+    words = map(str, (checkout.resolve(), HERE, tree, *settings))
     done = subprocess.run(
         [sys.executable, "-P", "-c", CHILD, *words], stdout=subprocess.PIPE, check=True, text=True
     )
@@ -142,10 +144,15 @@ def above(seconds: dict[str, float]) -> float:
 
 
 def main(config: Config) -> dict[str, Any]:
+    if config.against and not (config.against / "jaxprune/__init__.py").exists():
+        raise ValueError(  # else the installed library would be compared with itself
+            f"There is no jaxprune in {config.against}. Clone the repository, check out what to "
+            "compare with, and give the path of the clone."
+        )
     cases = [compare(tree, config) for tree in config.trees]
     for case in cases:
         seconds = case["seconds"] | {"prune, above adam": above(case["seconds"])}
-        sizes = list(shapes(case["tree"], config.size).values())
+        sizes = list(shapes(case["tree"], config.kernels, config.size).values())
         peers = dict.fromkeys(case["over_peer"], "sort") | {"prune, above adam": "adam"}
         print_table(
             f"Compiling for {len(sizes)} kernels of {len(set(sizes))} shapes (CPU seconds)",
@@ -161,7 +168,8 @@ def main(config: Config) -> dict[str, Any]:
                 for name, ratio in case["over_peer"].items()
             ],
         )
-    result = {"machine": machine(), "size": config.size, "turns": config.turns, "cases": cases}
+    settings = {name: getattr(config, name) for name in ("kernels", "size", "turns")}
+    result = {"machine": machine(), "config": settings, "cases": cases}
     write_json(config.out, result)
     return result
 

@@ -256,8 +256,8 @@ def table(config: Config, mesh: Mesh) -> Iterator[dict[str, Any]]:
                 row = measure(name, dtype, mesh, bare)
             except Exception as error:  # the other rows are worth having
                 row = {"row": name, "dtype": dtype.name, "error": first_line(error)}
-            above = row.get("temporary_above_bare", float("nan"))
-            print(f"{dtype.name}: {name} {above:+.3f} shards", flush=True)
+            said = row.get("error") or f"{row['temporary_above_bare']:+.3f} shards"
+            print(f"{dtype.name}: {name} {said}", flush=True)
             yield row
 
 
@@ -312,8 +312,7 @@ def in_words(result: dict[str, Any]) -> str:
 
 
 def show(dtype: str, topology: str, rows: list[dict[str, Any]]) -> None:
-    """Print the rows of one dtype, and why others are missing."""
-    done = [row for row in rows if "error" not in row]
+    """Print the rows of one dtype."""
     weights = 2 * LAYERS * WIDTH * HIDDEN / 1e9
     print_table(
         f"{weights:.1f} billion {dtype} weights on {topology}, over the bare step of Adam",
@@ -330,12 +329,10 @@ def show(dtype: str, topology: str, rows: list[dict[str, Any]]) -> None:
                 f"{row['wall_seconds']:.1f}",
                 f"{row['cpu_seconds']:.1f}",
             ]
-            for row in done
+            for row in rows
+            if "error" not in row  # it was printed
         ],
     )
-    for row in rows:
-        if "error" in row:
-            print(f"{row['row']} did not compile: {row['error']}")
 
 
 def main(config: Config) -> dict[str, Any]:

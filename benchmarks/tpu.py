@@ -10,6 +10,8 @@ the 128 MiB of fast memory of a chip, below which figures are mostly what the co
 """
 
 import dataclasses
+import functools
+import importlib.metadata
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -119,6 +121,14 @@ def topology_mesh(name: str) -> Mesh:
             "written as v5e:2x4."
         ) from error
     return Mesh(np.array(devices), ("data",))
+
+
+def libtpu_version() -> str | None:
+    """Version of the TPU compiler, on which all figures depend; None if it is not installed."""
+    try:
+        return importlib.metadata.version("libtpu")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def first_line(error: BaseException) -> str:
@@ -249,11 +259,10 @@ def table(config: Config, mesh: Mesh) -> Iterator[dict[str, Any]]:
     """Compile all rows of the scanned network; one that does not compile says why."""
     names = [n for n in wrappers() if n != "bare" and (not config.rows or n in config.rows)]
     for dtype in map(jnp.dtype, config.dtypes if names else ()):
-        bare = train("bare", scanned_loss, *scanned(dtype, mesh))
-        print(f"{dtype.name}: bare {bare.figures['cpu_seconds']:.1f} CPU s", flush=True)
+        bare = functools.cache(lambda d=dtype: train("bare", scanned_loss, *scanned(d, mesh)))
         for name in names:
             try:
-                row = measure(name, dtype, mesh, bare)
+                row = measure(name, dtype, mesh, bare())
             except Exception as error:  # the other rows are worth having
                 row = {"row": name, "dtype": dtype.name, "error": first_line(error)}
             said = row.get("error") or f"{row['temporary_above_bare']:+.3f} shards"
@@ -341,13 +350,15 @@ def main(config: Config) -> dict[str, Any]:
     wrong = sorted(set(config.rows) - {*wrappers(), *PARTS})
     if wrong:
         raise ValueError(f"There are no rows {wrong}. Choose from {[*wrappers(), *PARTS]}.")
-    result: dict[str, Any] = {"machine": machine(), "topology": config.topology}
+    compiler = {"jax": jax.__version__, "libtpu": libtpu_version()}
+    result: dict[str, Any] = {"machine": machine(), **compiler, "topology": config.topology}
     try:
         mesh = topology_mesh(config.topology)
     except RuntimeError as error:
         print(error)
         result["error"] = str(error)
     else:
+        print("Compiled by", *(f"{name} {version}" for name, version in compiler.items()))
         result |= compile_all(config, mesh)
     write_json(config.out, result)
     return result

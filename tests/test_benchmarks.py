@@ -11,6 +11,7 @@ pytest.importorskip("safetensors")
 
 from benchmarks import (
     checkpoint,
+    compile,
     events,
     parallel_seeds,
     restart,
@@ -150,3 +151,24 @@ def test_scale_ranks_trees_of_many_sizes_alone_and_cut(tmp_path):
     result = json.loads(out.read_text())
     assert [(row["weights"], row["leaves"]) for row in result["trees"]] == [(4096, 2), (4096, 1)]
     assert set(result["sharded"]["over_one_device"]) == {"rows", "columns"}
+
+
+@pytest.mark.slow
+def test_compile_compares_with_its_peers_and_with_another_checkout(tmp_path):
+    out = tmp_path / "compile.json"
+    config = compile.Config(("one",), against=compile.HERE, turns=1, kernels=6, size=8, out=out)
+    compile.main(config)
+    (case,) = json.loads(out.read_text())["cases"]
+    assert case["over_peer"].keys() == case["over_other"].keys()
+    assert 0.2 < case["over_other"]["find_masks"] < 5  # one and the same checkout
+
+
+def test_compile_has_72_kernels_of_one_shape_and_144_of_twelve():
+    counts = [list(compile.shapes(tree, 72, 256).values()) for tree in ("one", "twelve")]
+    assert [(len(shapes), len(set(shapes))) for shapes in counts] == [(72, 1), (144, 12)]
+    assert max(counts[1]) == (256, 192)
+
+
+def test_compile_refuses_a_checkout_without_the_library(tmp_path):
+    with pytest.raises(ValueError, match=r"no jaxprune in .*Clone"):
+        compile.main(compile.Config(against=tmp_path))

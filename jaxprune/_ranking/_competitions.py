@@ -83,16 +83,18 @@ class Competitions:
 
     def over(self, known: jax.Array, stack: Stack) -> jax.Array:
         """What is known of each competition, `[n]`, for the leaves of a stack: `[k, ...]`."""
-        ids = self.ids[stack[0]]
-        if len(stack) == 1 and ids.size:
-            part = lax.slice_in_dim(known, ids.flat[0], ids.flat[0] + ids.size)
-            return part.reshape(1, *ids.shape)
-        return known[np.stack([self.ids[i] for i in stack])]
+        ids = np.stack([self.ids[i] for i in stack])
+        first = int(ids.flat[0]) if ids.size else 0
+        if np.array_equal(ids.ravel(), first + np.arange(ids.size)):  # a slice, mostly: no gather
+            return lax.slice_in_dim(known, first, first + ids.size).reshape(ids.shape)
+        return jnp.broadcast_to(known[first], ids.shape) if (ids == first).all() else known[ids]
 
     def of_leaves(self, known: jax.Array) -> jax.Array:
         """What is known of each competition, `[n]`, for each leaf that has but one: `[m]`."""
         firsts = np.array([ids.ravel()[0] if ids.size else 0 for ids in self.ids])
-        return known if np.array_equal(firsts, np.arange(self.n)) else known[firsts]
+        if np.array_equal(firsts, np.arange(self.n)):
+            return known
+        return jnp.broadcast_to(known[0], firsts.shape) if self.n == 1 else known[firsts]
 
     def flat(self, found: Sequence[Whole]) -> Whole:
         """Put what was found for each ranking, in the shapes of the counts, into a vector `[n]`."""

@@ -1,106 +1,151 @@
-"""The search for the largest sparsity: against a walk over a grid, few evaluations, bad metrics."""
+"""Tests of the search: leaves that share a body, counts in two words, nothing done for nothing."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import jaxprune as jp
-
-
-def counted(metric):
-    """The metric, and the sparsities that it was asked for."""
-    asked = []
-
-    def evaluate(sparsity):
-        asked.append(sparsity)
-        return metric(sparsity)
-
-    return evaluate, asked
-
-
-@given(st.floats(0.0, 1.0), st.sampled_from([0.1, 0.01, 0.003]))
-def test_a_metric_that_falls_is_followed_to_within_the_resolution(knee, resolution):
-    metric = lambda s: 0.9 if s <= knee else 0.5
-    found = jp.find_sparsity(metric, 0.0, 0.95, resolution=resolution)
-    grid = np.linspace(0.0, 0.95, 2001)
-    want = max(s for s in grid if metric(s) >= 0.9)
-    assert metric(found) == 0.9 and want - resolution - 1e-3 <= found <= want + 1e-3
-
-
-def test_evaluations_are_few_and_never_repeated():
-    evaluate, asked = counted(lambda s: 1 - max(0, s - 0.6))
-    found = jp.find_sparsity(evaluate)
-    assert found in asked and len(asked) == len(set(asked)) == 9
-    assert asked[:2] == [0.0, 0.95] and 0.595 <= found <= 0.605
-
-
-def test_where_the_highest_will_do_it_is_taken_at_once():
-    evaluate, asked = counted(lambda s: 1.0)
-    assert jp.find_sparsity(evaluate, 0.2, 0.9) == 0.9 and asked == [0.2, 0.9]
-
-
-def test_a_baseline_of_ones_own_sets_the_bar():
-    metric = lambda s: jnp.float32(1 - s)
-    assert jp.find_sparsity(metric, tolerance=0.1) == pytest.approx(0.1, abs=0.01)
-    got = jp.find_sparsity(metric, tolerance=0.1, baseline=0.8)
-    assert got == pytest.approx(0.3, abs=0.01) and isinstance(got, float)
-
-
-def test_a_metric_that_goes_up_and_down_gives_a_sparsity_that_was_seen_to_do():
-    evaluate, asked = counted(lambda s: 1.0 if s < 0.1 or 0.4 < s < 0.5 else 0.0)
-    found = jp.find_sparsity(evaluate)
-    assert found in asked and (found < 0.1 or 0.4 < found < 0.5)
-
-
-def test_a_network_that_diverged_is_within_no_tolerance():
-    metric = lambda s: float("nan") if s > 0.7 else 1.0
-    assert jp.find_sparsity(metric) == pytest.approx(0.7, abs=0.01)
-
-
-@pytest.mark.parametrize("metric", [lambda s: 0.9 - s, lambda s: float("nan")])
-def test_a_dense_network_below_the_bar_is_an_error(metric):
-    with pytest.raises(ValueError, match=r"at low=0, but 0.95 is the least.*Raise `tolerance`"):
-        jp.find_sparsity(metric, tolerance=0.05, baseline=1.0)
-
-
-def test_a_first_metric_that_is_nan_is_an_error():
-    with pytest.raises(ValueError, match=r"metric of nan at low=0"):
-        jp.find_sparsity(lambda s: float("nan"))
-
-
-def test_what_evaluate_raises_passes_with_what_was_found_before():
-    def evaluate(sparsity):
-        if 0 < sparsity < 0.9:
-            raise RuntimeError("out of memory")
-        return 1.0 - sparsity
-
-    with pytest.raises(RuntimeError, match="out of memory") as caught:
-        jp.find_sparsity(evaluate)
-    (note,) = caught.value.__notes__
-    assert "evaluate(0.475)" in note and "0: 1, 0.95: 0.05" in note
-
-
-@pytest.mark.parametrize("value", [jnp.ones(3), None, "0.9"])
-def test_a_metric_that_is_no_number_is_refused(value):
-    with pytest.raises(TypeError, match=r"from evaluate\(0\). Return one number"):
-        jp.find_sparsity(lambda s: value)
-
-
-@pytest.mark.parametrize(
-    "settings, words",
-    [
-        ({"low": 0.5, "high": 0.5}, r"low=0.5 and high=0.5.*0 <= low < high <= 1"),
-        ({"high": 1.5}, r"high=1.5"),
-        ({"low": -0.1}, r"low=-0.1"),
-        ({"tolerance": -1.0}, r"tolerance=-1.0.*0 or more"),
-        ({"tolerance": float("nan")}, r"tolerance=nan"),
-        ({"resolution": 0}, r"resolution=0. Pass a positive"),
-    ],
+from jaxprune._ranking import (
+    Lazy,
+    _shards,
+    _tally,
+    _whole,
+    in_words,
+    keep_largest,
+    least,
+    read,
 )
-def test_settings_out_of_range_are_refused_before_anything_is_evaluated(settings, words):
-    evaluate, asked = counted(lambda s: 1.0)
-    with pytest.raises(ValueError, match=words):
-        jp.find_sparsity(evaluate, **settings)
-    assert asked == []
+from jaxprune._ranking._alike import stacks
+from tests.helpers import slow_keep
+
+
+def join(leaves):
+    return np.concatenate([np.asarray(leaf).ravel() for leaf in leaves])
+
+
+def primitives(jaxpr):
+    """The equations of a jaxpr, and of all that it calls."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from primitives(inner)
+
+
+def alike(n, shape=(6, 5)):
+    """Layers of one shape, with ties and NaN in them."""
+    rng = np.random.default_rng(n)
+    draw = lambda: rng.choice([0.0, 0.5, 1.0, 2.0, np.nan], shape).astype(np.float32)
+    return {f"layer_{i}": {"kernel": jnp.asarray(draw())} for i in range(n)}
+
+
+@pytest.mark.parametrize("n", [3, 4, 9])
+@pytest.mark.parametrize("together", [True, False])
+def test_layers_that_share_a_body_keep_what_they_keep_apart(n, together):
+    tree = alike(n)
+    other = {f"{'abcdefghi'[i]}": leaf["kernel"] for i, leaf in enumerate(tree.values())}
+    rankings = (tuple(range(n)),) if together else tuple((i,) for i in range(n))
+    counts = [11 * n] if together else [3 * i for i in range(n)]
+    alive = jax.tree.map(lambda x: jnp.arange(x.size).reshape(x.shape) % 3 > 0, tree)
+    shared = keep_largest(tree, counts, rankings, alive)
+    apart = keep_largest(
+        other, counts, rankings, dict(zip(other, jax.tree.leaves(alive), strict=True))
+    )
+    for a, b in zip(jax.tree.leaves(shared), jax.tree.leaves(apart), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_a_body_is_shared_by_leaves_of_one_shape_and_name_but_for_numbers():
+    kinds = [()] * 10
+    leaf, long = jnp.ones((2, 3)), jnp.ones((2, 4))
+    leaves = [*[leaf] * 4, long, *[leaf] * 3, *[leaf.astype(jnp.bfloat16)] * 2]
+    names = [*[f"l{i}/q" for i in range(4)], "l4/q", *[f"l{i}/o" for i in range(3)], "l8/q", "l9/q"]
+    assert stacks(leaves, names, kinds) == [(0, 1, 2, 3), (4,), (5,), (6,), (7,), (8,), (9,)]
+
+
+def test_a_program_grows_with_the_shapes_of_leaves_not_with_their_number():
+    def bodies(n):
+        program = jax.make_jaxpr(lambda t: keep_largest(t, [9] * n, tuple((i,) for i in range(n))))
+        names = [e.primitive.name for e in primitives(program(alike(n)).jaxpr)]
+        return names.count("reduce_window") + names.count("bitcast_convert_type")
+
+    assert bodies(24) - bodies(12) == 12  # the last comparison, one for each leaf, and no search
+
+
+def test_where_all_units_are_wanted_nothing_is_searched():
+    leaf = {"w": jnp.arange(64.0).reshape(8, 8)}
+
+    @jax.jit
+    def rounds(count):
+        calls = []
+        lazy = Lazy((leaf["w"],), lambda w: (calls.append(1), w)[1], jnp.dtype(jnp.float32))
+        return read(keep_largest({"w": lazy}, [count], ((0,),))["w"])
+
+    assert rounds(64).all() and int(rounds(63).sum()) == 63 and not rounds(0).any()
+
+
+@pytest.fixture
+def small_words(monkeypatch):
+    """Counts and positions in words so small that a tree of some hundred units needs two."""
+    monkeypatch.setattr(_whole, "WORD", 4)
+    monkeypatch.setattr(_tally, "MOST", 40)
+    monkeypatch.setattr(_shards, "MOST_PLACES", 31)
+    jax.clear_caches()
+    yield
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+SHAPES = ((7, 5, 4), (30, 6), (9,), (3, 11, 2))
+
+
+@pytest.mark.parametrize("together", [True, False])
+@pytest.mark.parametrize("k", [0.0, 0.1, 0.5, 0.93, 1.0])
+def test_counts_and_positions_in_two_words_keep_what_one_word_keeps(small_words, together, k):
+    rng = np.random.default_rng(7)
+    leaves = [
+        jnp.asarray(rng.choice([0.0, 1.0, np.nan, -2.0], shape).astype(np.float32))
+        for shape in SHAPES
+    ]
+    sizes = [x.size for x in leaves]
+    alive = [jnp.asarray(rng.random(shape) < 0.9) for shape in SHAPES]
+    rankings = (tuple(range(4)),) if together else tuple((i,) for i in range(4))
+    counts = [round(k * sum(sizes))] if together else [round(k * n) for n in sizes]
+    got = keep_largest(leaves, counts, rankings, alive)
+    for n, ranking in zip(counts, rankings, strict=True):
+        scores, living, kept = (join([tree[i] for i in ranking]) for tree in (leaves, alive, got))
+        np.testing.assert_array_equal(kept, slow_keep(scores, n, living))
+
+
+def test_competitions_inside_of_a_leaf_count_in_two_words(small_words):
+    scores = jnp.asarray(np.random.default_rng(1).random((4, 9, 6)).astype(np.float32))
+    counts = jnp.array([0, 17, 40, 54]).reshape(4, 1, 1)
+    kept = keep_largest([scores], [counts], ((0,),))[0]
+    assert kept.sum((1, 2)).tolist() == [0, 17, 40, 54]
+
+
+@given(a=st.integers(0, 2**46), b=st.integers(0, 2**46))
+def test_numbers_in_two_words_are_added_and_compared_exactly(a, b):
+    x, y = in_words(a), in_words(b)
+    number = lambda n: int(n.high) * 2**16 + int(n.low)
+    assert number(x + y) == a + b and number(x - y) == a - b
+    assert bool(x >= y) == (a >= b) and bool(x.differs(y)) == (a != b)
+    assert number(least(x, y)) == min(a, b)
+    assert 0 <= int((x - y).low) < 2**16
+
+
+def test_a_leaf_beyond_an_int32_is_counted_and_ranked_in_an_abstract_trace():
+    huge = jax.ShapeDtypeStruct((80, 8192, 28672), jnp.bfloat16)  # 18.8 billion
+    keep = jax.eval_shape(lambda x: keep_largest([x], [2**34], ((0,),)), huge)
+    assert keep[0].shape == huge.shape and keep[0].dtype == bool
+
+
+def test_axes_too_long_for_two_words_are_refused_by_shape():
+    with pytest.raises(NotImplementedError, match=r"3000000000\) are too many along single"):
+        flat = jax.ShapeDtypeStruct((3 * 10**9,), jnp.float32)
+        jax.eval_shape(lambda x: keep_largest([x], [9], ((0,),)), flat)

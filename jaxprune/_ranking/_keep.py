@@ -160,14 +160,14 @@ def _found(
     pairs: list[Unit], counts: list[Whole], *, competitions: Competitions, dtype: DType
 ) -> list[_Threshold]:
     """Find for each leaf what its units are compared with."""
-    start = tuple(map(jnp.asarray, competitions.starts))
 
-    def rank(unit: Unit, number: jax.Array, leaf: int) -> Rank:
-        key, here = _key(unit, dtype), tuple(x[number] for x in start)
-        return key, *count_down(key, here, competitions.shape(leaf), competitions.shards[leaf])
+    def rank(unit: Unit, start: Rank, leaf: int) -> Rank:
+        key = _key(unit, dtype)
+        return key, *count_down(key, start, competitions.shape(leaf), competitions.shards[leaf])
 
     last, numbers = last_kept(rank, pairs, competitions.flat(counts), competitions)
     shared = tuple(map(competitions.of_leaves, last))
+    start = tuple(map(jnp.asarray, competitions.starts))
     return [
         _Threshold(
             tuple(competitions.over(x, (i,))[0] for x in last) if competitions.shape(i) else shared,

@@ -62,7 +62,7 @@ def count_down(like: jax.Array, start: Rank, shape: tuple[int, ...], shard: Shar
     slabs = shard.slabs(like.shape, compete) if len(start) > 1 else []
     inside = [i for i in compete if i not in slabs]
     zero = jnp.zeros_like(like, jnp.uint32)
-    place = zero + start[-1] - shard.place(like.shape, inside, apart=len(start) == 1)
+    place = shard.count_down(zero + start[-1], inside, apart=len(start) == 1)
     if len(start) == 1:
         return (place,)
-    return zero + start[0] - shard.place(like.shape, slabs, apart=True), place
+    return shard.count_down(zero + start[0], slabs, apart=True), place

@@ -43,7 +43,7 @@ class _Bracket(NamedTuple):
 
 
 def last_kept(
-    rank: Callable[[Unit, jax.Array, int], Rank],
+    rank: Callable[[Unit, Rank, int], Rank],
     units: Sequence[Unit],
     wanted: Whole,
     competitions: Competitions,
@@ -63,8 +63,8 @@ def last_kept(
     all units are wanted it does not even start: a caller who has nothing to do asks for that.
 
     Args:
-      rank: makes the rank of each unit of a leaf from what it is made from, from the leaf's number
-        int32 `[]`, and from the position of a leaf that is like it.
+      rank: makes the rank of each unit of a leaf from what it is made from, from where its
+        precedence starts, `[]`, and from the position of a leaf that is like it.
       units: of each leaf.
       wanted: units to keep, `[n]`.
       competitions: the `n` of them.
@@ -73,7 +73,8 @@ def last_kept(
       Ranks `[n]`, and the numbers of the leaves, int32 `[]` each: 0, 1, 2 and so on, of which a
       compiler does not know that they are.
     """
-    first = jax.eval_shape(lambda: rank(units[0], jnp.int32(0), 0))
+    starts = competitions.starts
+    first = jax.eval_shape(lambda: rank(units[0], tuple(jnp.asarray(x[0]) for x in starts), 0))
     words = [word.dtype for word in first]
     bits = [8 * words[0].itemsize, *competitions.bits()]
     word_of, shift_of = map(np.array, zip(*_bytes(bits), strict=True))
@@ -82,17 +83,18 @@ def last_kept(
         last, reached, beyond, byte, numbers = state
         word, shift = jnp.asarray(word_of)[byte], jnp.asarray(shift_of)[byte]
 
-        def digit(unit: Unit, number: jax.Array, last: Rank) -> jax.Array:
+        def digit(unit: Unit, start: Rank, last: Rank) -> jax.Array:
             # Tied to the loop, or XLA computes the ranks once and keeps them: a score-sized buffer.
             # One by one, since what passes a barrier together varies over mesh axes together.
-            unit = jax.tree.map(lambda x: lax.optimization_barrier((x, byte))[0], unit)
-            return _digit(rank(unit, number, stack[0]), last, word, shift)
+            tied = lambda x: lax.optimization_barrier((x, byte))[0]  # noqa: E731
+            unit, start = jax.tree.map(tied, (unit, start))
+            return _digit(rank(unit, start, stack[0]), last, word, shift)
 
         digits = []
         for stack in competitions.stacks:
-            known = [competitions.over(x, stack) for x in last]
-            ids = jnp.asarray(stack, jnp.int32)
-            digits.append(each(digit, [units[i] for i in stack], ids, tuple(known)))
+            known = tuple(competitions.over(x, stack) for x in last)
+            start = tuple(jnp.asarray(x[list(stack)]) for x in starts)
+            digits.append(each(digit, [units[i] for i in stack], start, known))
         found, reached, beyond = _find_byte(
             digits, wanted, (reached, beyond), byte > 0, competitions=competitions
         )
@@ -121,6 +123,27 @@ def last_kept(
     start = _State(last, reached, in_words(nothing), jnp.int32(0), numbers)
     state = lax.while_loop(searching, next_byte, start)
     return state.last, state.numbers
+
+
+def _count_reaching(digits: jax.Array, bound: jax.Array, keep: tuple[int, ...]) -> Whole:
+    """Count the units of each leaf of a stack that reach a bound.
+
+    Args:
+      digits: `[k, ...]`.
+      bound: broadcasts over them.
+      keep: the axes of a leaf along which competitions differ.
+    """
+
+    def together(digits: jax.Array, bound: jax.Array) -> Whole:
+        return count_true(digits >= bound, (0, *(axis + 1 for axis in keep)))
+
+    def in_turns(digits: jax.Array, bound: jax.Array) -> Whole:
+        return lax.map(lambda leaf: count_true(leaf[0] >= leaf[1], keep), (digits, bound))
+
+    if len(digits) == 1:
+        return together(digits, bound)
+    # A CPU writes out what it compares, of which a leaf at a time is enough.
+    return lax.platform_dependent(digits, bound, cpu=in_turns, default=together)
 
 
 def _array(unit: Unit) -> jax.Array:
@@ -203,8 +226,8 @@ def _find_byte(
             now, _ = lax.optimization_barrier((digit, reach[-2:-1] if in_turns else []))
             bound = competitions.over(guess, stack).astype(jnp.uint8)
             bound = bound.reshape(*bound.shape, *[1] * (now.ndim - bound.ndim))
-            keep = [0, *(i + 1 for i, n in enumerate(competitions.shape(stack[0])) if n > 1)]
-            reach.append(count_true(now >= bound, keep))
+            keep = tuple(i for i, n in enumerate(competitions.shape(stack[0])) if n > 1)
+            reach.append(_count_reaching(now, bound, keep))
         # A competition that is settled guesses `high` until the others are, and stays as it is.
         count = chosen(guess < high, competitions.total(reach), beyond)
         enough = (guess < high) & (count >= wanted)

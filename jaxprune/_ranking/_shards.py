@@ -52,26 +52,30 @@ class Shard:
         inside = math.prod(whole[i] for i in axes if i not in slabs)
         return apart * math.prod(whole[i] for i in slabs), inside
 
-    def place(self, shape: Sequence[int], axes: Sequence[int], *, apart: bool) -> jax.Array:
-        """Number the units along some axes from 0 on, by their position in the whole leaf.
+    def count_down(self, number: jax.Array, axes: Sequence[int], *, apart: bool) -> jax.Array:
+        """Take from each unit's number its position, along some axes, in the whole leaf.
+
+        One axis after another: their sum, which is the same in every round of a search, XLA would
+        compute once and keep, four bytes a unit.
 
         Args:
-          shape: of this shard.
+          number: uint32, as the shard is.
           axes: the others do not count.
           apart: also number shards one after another where nobody said how they lie.
 
         Returns:
-          uint32 `[...]`.
+          uint32, as the shard is.
         """
-        whole, place, stride = self._whole(shape), jnp.zeros(shape, jnp.uint32), 1
+        shape, stride = number.shape, 1
+        whole = self._whole(shape)
         for axis in reversed(axes):
-            here = lax.broadcasted_iota(jnp.uint32, shape, axis)
             first = _index(self.dims[axis] if self.dims else ()) * np.uint32(shape[axis])
-            place += (here + first) * np.uint32(stride)
+            number -= lax.broadcasted_iota(jnp.uint32, shape, axis) * np.uint32(stride)
+            number -= first * np.uint32(stride)
             stride *= whole[axis]
         if apart and self.dims is None:
-            place += _index(self.names) * np.uint32(stride)
-        return place
+            number -= _index(self.names) * np.uint32(stride)
+        return number
 
     def _whole(self, shape: Sequence[int]) -> list[int]:
         dims = self.dims or ((),) * len(shape)

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -200,7 +201,7 @@ class Bound:
             return at_most_once(due, renew, stored)
         # The search is settled before it starts where nothing is due, and so needs nothing around
         # it that would carry, and copy, what it reads; what is left for the loop is to compare.
-        within = None if falls is None else _living_lazily(stored, falls)
+        within = None if falls is None else lazy_masks(stored, self.part, _living, falls)
         masks = choose(
             self.parts, scores, self.amount(step), within, like=self.part, due=jnp.asarray(due)
         )
@@ -258,11 +259,18 @@ def _living(stored: Masks, falls: jax.Array) -> Masks:
     return jax.tree.map(lambda m: m | falls, unpack(stored))
 
 
-def _living_lazily(stored: Masks, falls: jax.Array) -> Masks:
-    """The same, put together where it is read; bits are not unpacked before."""
-    return jax.tree.map(
-        lambda m: Lazy((m, falls), _living, jnp.dtype(bool)), stored, is_leaf=is_packed
-    )
+def lazy_masks(stored: Masks, part: Params, read: Callable[..., jax.Array], *beside: Any) -> Masks:
+    """Masks as they lie in a state, in a tree like ``part``, to be unpacked where they are read.
+
+    Args:
+      stored: masks or bits.
+      part: the prunable leaves.
+      read: from what is stored of a leaf, and ``beside``, to bools.
+      *beside: arrays.
+    """
+    leaves = jax.tree.leaves(stored, is_leaf=is_packed)
+    lazy = [Lazy((leaf, *beside), read, jnp.dtype(bool)) for leaf in leaves]
+    return jax.tree.unflatten(jax.tree.structure(part), lazy)
 
 
 def pruners_in(tx: Any) -> list[Pruner]:

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxprune import scopes
-from jaxprune.scopes._count import MOST_UNITS, check_units
+from jaxprune._ranking import in_words
+from jaxprune.scopes._count import MOST_UNITS, kept
 from tests.helpers import assert_trees_equal, slow_keep
 
 UNITS = {
@@ -89,9 +90,13 @@ def test_a_traced_sparsity_under_vmap_gives_each_replicate_its_own(scope):
         assert_trees_equal(jax.tree.map(lambda k: k[i], kept), scope(units, s))  # noqa: B023
 
 
-def test_rankings_too_large_for_two_words_are_refused_by_name():
-    leaf = jax.ShapeDtypeStruct((MOST_UNITS, 2), jnp.float32)
-    with pytest.raises(
-        NotImplementedError, match=r"`across` would rank 281474976710654 units.*per_leaf"
-    ):
-        check_units(leaf.size, "across")
+@pytest.mark.parametrize("traced", [False, True])
+def test_rankings_beyond_an_int32_are_counted_in_two_words(traced):
+    sizes = [2 * MOST_UNITS, 80 * 8192 * 28672, 7]
+    for s in (0.0, 0.25, 0.9, 1.0):
+        given = jnp.float32(s) if traced else s
+        counts = kept(sizes, [given] * 3).kept
+        exact = [n - round(float(np.float32(s) if traced else s) * n) for n in sizes]
+        got = [int(c.high) * 2**16 + int(c.low) for c in map(in_words, counts)]
+        slack = [n / 2**23 + 1 if traced and 0 < s < 1 else 0 for n in sizes]
+        assert all(abs(a - b) <= d for a, b, d in zip(got, exact, slack, strict=True))

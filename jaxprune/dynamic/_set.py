@@ -1,5 +1,7 @@
 """Sparse training that grows at random."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -91,8 +93,8 @@ def set(
 def _draws(grads: Params, key: jax.Array | None) -> Scores:
     """Promise of a weight: what ``random`` draws for it, drawn where it is read."""
     leaves, treedef = jax.tree.flatten(grads)
-    assert key is not None  # `set` has refused it
-    keys = [jax.random.fold_in(key, i) for i in range(len(leaves))]
+    given: Any = key  # `set` has refused None
+    keys = [jax.random.fold_in(given, i) for i in range(len(leaves))]
     lazy = [Lazy((g, k), _drawn, jnp.dtype(jnp.float32)) for g, k in zip(leaves, keys, strict=True)]
     return jax.tree.unflatten(treedef, lazy)
 

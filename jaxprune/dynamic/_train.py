@@ -17,7 +17,7 @@ from jaxprune._masks import check_masks, unpack
 from jaxprune._mesh import in_auto_mode, is_explicit
 from jaxprune._numbers import is_tree
 from jaxprune._parts import Parts, is_elementwise
-from jaxprune._pruner import widen
+from jaxprune._pruner import lazy_masks, widen
 from jaxprune._ranking import Lazy, is_lazy, read
 from jaxprune._state import is_packed, is_placeholder
 from jaxprune._tree import map_leaves, narrow, prunable
@@ -128,7 +128,7 @@ def _renewed(
     if is_elementwise(parts.pattern.pool) and not is_explicit(part):
         # Searched before the loops, which have nothing left but to compare: one a leaf, so that
         # what a leaf needs for it is free again when the next one comes.
-        masks = jax.tree.map(_unpacked_lazily, stored, is_leaf=is_packed)
+        masks = lazy_masks(stored, part, unpack)
         moves = drop_and_grow(masks, *scores, like=part, parts=parts, due=due)
 
         leaves, treedef = jax.tree.flatten(stored, is_leaf=is_packed)
@@ -156,10 +156,6 @@ def _lazy_leaves(tree: Masks) -> list[Lazy]:
 
 def _compare(moves: Moves, store: Store, stored: Masks) -> Masks:
     return store(moves.of(unpack(stored)))
-
-
-def _unpacked_lazily(mask: Masks) -> Lazy:
-    return Lazy((mask,), unpack, jnp.dtype(bool))
 
 
 def _size(weight: jax.Array) -> Lazy:

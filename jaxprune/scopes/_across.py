@@ -24,7 +24,7 @@ def _counts(
         )
     parts = shards(units, axis_name, specs, "across")
     n = sum(part.whole(leaf) for part, leaf in zip(parts, leaves_of(units), strict=True))
-    return kept([n], [sparsity], "across")
+    return kept([n], [sparsity])
 
 
 @counted_by(_counts)

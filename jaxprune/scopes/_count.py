@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._numbers import is_number, is_tree
-from jaxprune._ranking import Whole, floor, in_words, is_lazy, where
+from jaxprune._ranking import floor, in_words, is_lazy, where
 from jaxprune._tree import Keys, is_hole, leaves_by_keys, list_paths, slots
 from jaxprune.typing import Sparsity, Units
 
-MOST_UNITS = 2**47 - 1  # that two words count
+MOST_UNITS = 2**31 - 1  # that an int32 counts; beyond it counts are ``Whole``
 
 
 class Counts(NamedTuple):
@@ -61,7 +61,7 @@ def removed(sparsity: Any, n: int) -> Any:
     # Above 2**24 a float32 may round up to more than there are.
     most = np.nextafter(wide.dtype.type(n), 0) if wide.dtype.type(n) > n else wide.dtype.type(n)
     count = jnp.round(jnp.minimum(wide * float(n), most))
-    if n < 2**31:
+    if n <= MOST_UNITS:
         return jnp.where(wide >= 1, n, count.astype(jnp.int32))
     return where(wide >= 1, in_words(n), floor(count))
 
@@ -93,20 +93,8 @@ def _named(units: Units) -> list[Any]:
     return [slot for slot in found if not is_hole(slot.leaf)]
 
 
-def check_units(n: int, user: str) -> None:
-    """Refuse rankings of ``n`` units that an int32 cannot count."""
-    if n > MOST_UNITS:
-        raise NotImplementedError(
-            f"`{user}` would rank {n} units together, more than the {MOST_UNITS} that two "
-            "words of 32 bits count. Rank smaller parts, for example with "
-            "`scope=jp.scopes.per_leaf`."
-        )
-
-
-def kept(sizes: Sequence[int], sparsities: Sequence[Any], user: str) -> Counts:
+def kept(sizes: Sequence[int], sparsities: Sequence[Any]) -> Counts:
     """Count what stays of each ranking."""
-    for n in sizes:
-        check_units(n, user)
     # Once for all rankings of a size: as traced operations they are the most of a trace.
     pairs = [(id(s), n) for s, n in zip(sparsities, sizes, strict=True)]
     distinct = {(id(s), n): (s, n) for s, n in zip(sparsities, sizes, strict=True)}
@@ -114,6 +102,8 @@ def kept(sizes: Sequence[int], sparsities: Sequence[Any], user: str) -> Counts:
     return Counts(tuple(counts[pair] for pair in pairs))
 
 
-def _kept(sparsity: Any, n: int) -> Whole:
+def _kept(sparsity: Any, n: int) -> Any:
     out = removed(sparsity, n)
-    return in_words(n - out) if isinstance(out, int) else in_words(n) - in_words(out)
+    if n <= MOST_UNITS:
+        return n - out
+    return in_words(n - out) if isinstance(out, int) else in_words(n) - out

@@ -8,7 +8,7 @@ import jax
 from jaxprune._numbers import is_tree
 from jaxprune._ranking import keep_largest
 from jaxprune._tree import list_paths
-from jaxprune.scopes._count import Counts, check_units, kept
+from jaxprune.scopes._count import Counts, kept
 from jaxprune.typing import Sparsity, Units
 
 
@@ -33,8 +33,7 @@ class Isomorphic:
             )
         rankings, names = self._rankings(units), sorted(units)
         sizes = [sum(units[names[i]].size for i in ranking) for ranking in rankings]
-        check_units(sum(sizes), "isomorphic")
-        return kept(sizes, [sparsity] * len(sizes), "isomorphic")
+        return kept(sizes, [sparsity] * len(sizes))
 
     def _rankings(self, units: Units) -> tuple[tuple[int, ...], ...]:
         """Which groups, numbered in the order of their names, are of one class."""

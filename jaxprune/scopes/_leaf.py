@@ -15,7 +15,7 @@ def _counts(
         return sparsity
     parts = shards(units, axis_name, specs, "per_leaf")
     sizes = [part.whole(leaf) for part, leaf in zip(parts, leaves_of(units), strict=True)]
-    return kept(sizes, one_each(units, sparsity, "per_leaf"), "per_leaf")
+    return kept(sizes, one_each(units, sparsity, "per_leaf"))
 
 
 @counted_by(_counts)

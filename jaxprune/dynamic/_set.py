@@ -80,6 +80,7 @@ def set(
         inner,
         user="set",
         promise=_draws,
+        at_random=True,
         start=random,
         sparsity=sparsity,
         events=decay("set", drop_fraction, begin, end, every),

@@ -41,6 +41,7 @@ def sparse_training(
     where: Where,
     key: jax.Array | None,
     packed: bool,
+    at_random: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that at an event units are dropped by size and grown by ``grow``.
 
@@ -55,6 +56,7 @@ def sparse_training(
       where: which leaves are prunable.
       key: for the two criteria.
       packed: keep the masks as bits.
+      at_random: whether ``promise`` draws.
     """
     check_inner(inner, user)
     check_sparsity(sparsity, user)
@@ -78,22 +80,31 @@ def sparse_training(
         folded = None if now.state.key is None else jax.random.fold_in(now.state.key, count)
         grads, old = live(now.grads, now.masks), now.masks
         updates, moments = optimizer.update(grads, now.state.inner_state, params, **now.extra)
-        moved = map_leaves(_moved, params, map_leaves(enforce, updates, params, old))
+        # Behind a barrier, or XLA computes them twice: for the search, and again after it.
+        updates = jax.lax.optimization_barrier(map_leaves(enforce, updates, params, old))
+        moved = map_leaves(_moved, params, updates)
 
         bound = parts.bind(now.part)
-        worth = jax.tree.map(_size, narrow(moved, now.part))
+        worth = map_leaves(_worth, now.part, narrow(updates, now.part))
         scores = (worth, promise(narrow(now.grads, now.part), folded), events(count))
         stored = store(widen(now.state.masks, now.part, bound.pattern))
         due = jnp.asarray(events.due(count))
-        stored = _renewed(stored, scores, due=due, part=now.part, parts=bound, store=store)
+        stored = _renewed(
+            stored,
+            scores,
+            due=due,
+            part=now.part,
+            parts=bound,
+            store=store,
+            at_random=at_random,
+        )
         masks = check_masks(unpack(stored), params, "masks")
         # Elementwise at every step, beside what the optimizer does anyway: updates and moments that
         # went through the loop of the event would be copied for it.
         grown = jax.tree.map(lambda new, was: new & ~was, masks, old)
         moments = reset_moments(optimizer, moments, optimizer.init(moved), params, grown)
-        # What grows was zero and stays so for now: only what was kept and is gets an update.
-        through = jax.tree.map(jnp.logical_and, masks, old)
-        return Done(map_leaves(enforce, updates, params, through), stored, moments, ())
+        # What grows was zero and stays so for now: no update but that of what is removed.
+        return Done(map_leaves(enforce, updates, params, masks), stored, moments, ())
 
     return wrap(
         f"dynamic.{user}",
@@ -114,6 +125,7 @@ def _renewed(
     part: Params,
     parts: Parts,
     store: Store,
+    at_random: bool,
 ) -> Masks:
     """Move masks, if there is an event.
 
@@ -124,13 +136,14 @@ def _renewed(
       part: the prunable leaves.
       parts: bound to them.
       store: puts masks into the form of the state.
+      at_random: whether what may grow is drawn, at every pass of a search over it.
     """
-    if is_elementwise(parts.pattern.pool) and not is_explicit(part):
+
+    def before_the_event(stored: Masks) -> Masks:
         # Searched before the loops, which have nothing left but to compare: one a leaf, so that
         # what a leaf needs for it is free again when the next one comes.
         masks = lazy_masks(stored, part, unpack)
         moves = drop_and_grow(masks, *scores, like=part, parts=parts, due=due)
-
         leaves, treedef = jax.tree.flatten(stored, is_leaf=is_packed)
         after: Any = [x for x in jax.tree.leaves(moves) if x.ndim <= 1]  # thresholds
         new = []
@@ -144,10 +157,16 @@ def _renewed(
         here = jax.tree.map(read, scores, is_leaf=is_lazy)
         return drop_and_grow(masks, *here, like=part, parts=parts).of(masks)
 
-    def renew(stored: Masks) -> Masks:
-        return store(in_auto_mode(move, unpack(stored), part, *scores, like=part))
+    def within_the_event(stored: Masks) -> Masks:
+        move_all = lambda m: store(in_auto_mode(move, unpack(m), part, *scores, like=part))  # noqa: E731
+        return at_most_once(due, move_all, stored)
 
-    return at_most_once(due, renew, stored)
+    if is_explicit(part) or not is_elementwise(parts.pattern.pool):
+        return within_the_event(stored)
+    if not at_random:
+        return before_the_event(stored)
+    # Draws cost a CPU more than what it reads: there they are made once, and stored.
+    return jax.lax.platform_dependent(stored, cpu=within_the_event, default=before_the_event)
 
 
 def _lazy_leaves(tree: Masks) -> list[Lazy]:
@@ -158,8 +177,13 @@ def _compare(moves: Moves, store: Store, stored: Masks) -> Masks:
     return store(moves.of(unpack(stored)))
 
 
-def _size(weight: jax.Array) -> Lazy:
-    return Lazy((weight,), jnp.abs, weight.dtype)
+def _worth(weight: jax.Array, update: jax.Array) -> Lazy:
+    """The size of a weight after its update."""
+    return Lazy((weight, update), _size, weight.dtype)
+
+
+def _size(weight: jax.Array, update: jax.Array) -> jax.Array:
+    return jnp.abs(_moved(weight, update))
 
 
 def _check_parts(parts: Parts, sparsity: Sparsity) -> None:

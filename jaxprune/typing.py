@@ -136,7 +136,7 @@ class Scope(Protocol):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Lazy:
-    """Scores of a leaf, as what they are made from.
+    """Scores of a leaf, or what is kept of it, as what they are made from.
 
     Stored scores are a buffer of the size of the params for as long as a search lasts. Made anew
     at every pass they cost some arithmetic, which a search that waits for memory has time for.
@@ -157,7 +157,11 @@ class Lazy:
 
 
 class LazyScope(Scope, Protocol):
-    """A scope that says ``lazy = True``: the leaves of its units may be ``Lazy``."""
+    """A scope that says ``lazy = True``: the leaves of its units may be ``Lazy``.
+
+    It may give ``Lazy`` bools for them, which are read where masks are stored. Those need not know
+    of ``within``: what earlier masks have removed is taken away by whoever reads them.
+    """
 
     lazy: bool
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import jaxprune as jp
 from jaxprune._ranking import (
     Lazy,
     _shards,
@@ -18,7 +19,7 @@ from jaxprune._ranking import (
     read,
 )
 from jaxprune._ranking._alike import stacks
-from tests.helpers import slow_keep
+from tests.helpers import FULL, slow_keep
 
 
 def join(leaves):
@@ -149,3 +150,16 @@ def test_axes_too_long_for_two_words_are_refused_by_shape():
     with pytest.raises(NotImplementedError, match=r"3000000000\) are too many along single"):
         flat = jax.ShapeDtypeStruct((3 * 10**9,), jnp.float32)
         jax.eval_shape(lambda x: keep_largest([x], [9], ((0,),)), flat)
+
+
+@pytest.mark.optimized
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("scope", [jp.scopes.per_leaf, jp.scopes.across])
+@pytest.mark.parametrize("layers", [1, 40])
+def test_inside_of_a_jit_of_ones_own_masks_take_no_more_than_the_params(dtype, scope, layers):
+    shape = (256, 512) if layers > 1 else (40, 256, 512)
+    params = {f"l{i}": {"kernel": jax.ShapeDtypeStruct(shape, dtype)} for i in range(layers)}
+    program = jax.jit(lambda p: jp.find_masks(p, 0.5, scope=scope)).lower(params).compile(FULL)
+    memory = program.memory_analysis()
+    peak = memory.temp_size_in_bytes + memory.output_size_in_bytes
+    assert peak <= 1.1 * memory.argument_size_in_bytes

@@ -80,8 +80,7 @@ def sparse_training(
         folded = None if now.state.key is None else jax.random.fold_in(now.state.key, count)
         grads, old = live(now.grads, now.masks), now.masks
         updates, moments = optimizer.update(grads, now.state.inner_state, params, **now.extra)
-        # Behind a barrier, or XLA computes them twice: for the search, and again after it.
-        updates = jax.lax.optimization_barrier(map_leaves(enforce, updates, params, old))
+        updates = map_leaves(enforce, updates, params, old)
         moved = map_leaves(_moved, params, updates)
 
         bound = parts.bind(now.part)

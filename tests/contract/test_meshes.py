@@ -296,3 +296,30 @@ def test_counting_beyond_a_word_over_a_mesh_moves_nothing_but_counts(shape, spec
     assert whole_count(parts) == mask.sum() and parts.size > 2
     assert {kind for kind, _ in travelling(compiled)} == {"all-reduce"}
     assert max(size for _, size in travelling(compiled)) <= 4 * max(shape)
+
+
+@pytest.mark.parametrize("scope", [scopes.across, scopes.per_leaf])
+def test_layers_of_one_shape_that_are_cut_differently_are_ranked_as_on_one_device(scope):
+    rng = np.random.default_rng(5)
+    specs = [
+        P("data", None),
+        P(None, "model"),
+        P("data", "model"),
+        P(None, None),
+        P("model", "data"),
+    ]
+    layers = {
+        f"layer_{i}": {"kernel": rng.choice([0.0, 1.0, -2.0, 3.0], (64, 48)).astype(np.float32)}
+        for i in range(len(specs))
+    }
+    alone = jp.find_masks(layers, 0.6, scope=scope)
+    mesh = mesh_of()
+    cut = {
+        name: {"kernel": jax.device_put(layer["kernel"], NamedSharding(mesh, spec))}
+        for (name, layer), spec in zip(layers.items(), specs, strict=True)
+    }
+    for masks in (
+        jp.find_masks(cut, 0.6, scope=scope),
+        jax.jit(lambda p: jp.find_masks(p, 0.6, scope=scope))(cut),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, masks, alone)

@@ -668,3 +668,9 @@ def test_extra_arguments_of_an_optimizer_may_be_named_as_ours():
     params = {"w": jnp.ones((2, 2))}
     tx.update(params, tx.init(params), params, step=3, where="here", within=None)
     assert seen == [3]
+
+
+def test_lamp_refuses_leaves_whose_places_overflow():
+    huge = {"w": jax.ShapeDtypeStruct((2**16, 2**15), jnp.bfloat16)}
+    with pytest.raises(NotImplementedError, match=r"\(65536, 32768\).*no int32.*erk"):
+        jax.eval_shape(jp.criteria.lamp, huge)

@@ -16,21 +16,23 @@ from benchmarks import hlo, tpu
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("bfloat16", "float32")
-# Temporary memory above the bare step, in shards of the params: bfloat16, float32.
+# Temporary memory above the bare step, in shards of the params: bfloat16, float32. The larger of
+# two compilers: jax 0.10.2 with libtpu 0.0.42.1, and 0.12.0.1 with 0.0.52.
 MEMORY = {
     "hold": (0.0, 0.0),
-    "prune": (0.05, 0.05),
-    "across": (0.05, 0.05),
-    "windows": (0.05, 0.05),
-    "channels": (0.05, 0.05),
-    "packed": (0.1, 0.1),
-    "taylor": (0.05, 0.3),
-    "fisher": (0.05, 0.3),
-    "straight_through": (0.5, 0.5),
-    "rigl": (0.9, 0.4),
-    "set": (0.9, 0.4),
+    "prune": (0.003, 0.0),
+    "across": (0.003, 0.0),
+    "windows": (0.003, 0.0),
+    "channels": (0.0, 0.001),
+    "packed": (0.032, 0.016),
+    "taylor": (0.001, 0.0),
+    "fisher": (0.001, 0.0),
+    "straight_through": (1.209, 0.266),
+    "rigl": (1.253, 0.418),
+    "set": (1.253, 0.418),
 }
-BETWEEN = 1.08  # bytes between events, over those of the bare step
+# Bytes between events, over those of the bare step: in bfloat16, where masks weigh most.
+BETWEEN = dict.fromkeys(MEMORY, 1.044) | {"straight_through": 1.222, "rigl": 1.088, "set": 1.088}
 # What a chip hands in to the largest collective that pruning adds: counts, and scores of channels.
 LARGEST = dict.fromkeys(MEMORY, 64) | {"channels": 4 * (4096 + 16384)}
 SLACK = 1.1
@@ -187,7 +189,7 @@ def test_every_donated_buffer_is_aliased(compiled, name, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_between_events_little_is_read_beside_the_bare_step(compiled, name, dtype):
-    assert row(compiled, name, dtype)["bytes_between_over_bare"] - 1 <= SLACK * (BETWEEN - 1)
+    assert row(compiled, name, dtype)["bytes_between_over_bare"] - 1 <= SLACK * (BETWEEN[name] - 1)
 
 
 @pytest.mark.slow

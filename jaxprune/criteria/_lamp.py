@@ -18,11 +18,17 @@ def lamp(params: Params, **_: Any) -> Scores:
     The largest weight of every leaf scores 1, so that no layer collapses as long as there is one
     weight for each to keep.
 
+    More than one pass: each leaf is sorted, some twenty bytes a weight, and one that is sharded is
+    gathered for it to every device.
+
     Args:
-      params: prunable parameters; any shapes.
+      params: prunable parameters; any shapes of less than 2**31 weights.
 
     Returns:
       Float32 scores in [0, 1] like ``params``. Higher means keep.
+
+    Raises:
+      NotImplementedError: a leaf has 2**31 weights or more, whose places no int32 holds.
 
     Example:
       >>> import jax.numpy as jnp
@@ -39,6 +45,11 @@ def lamp(params: Params, **_: Any) -> Scores:
 def _lamp_leaf(w: jax.Array) -> jax.Array:
     if not w.size:
         return jnp.zeros(w.shape, jnp.float32)
+    if w.size >= 2**31:
+        raise NotImplementedError(
+            f"`lamp` got a leaf of shape {w.shape}: places of {w.size} weights are no int32. "
+            "Split it, or rank by `jp.criteria.magnitude` with sparsities of `jp.scopes.erk`."
+        )
     size = jnp.abs(w).astype(jnp.float32).ravel()
     counted = jnp.where(jnp.isnan(size), 0.0, size)
     largest = jnp.max(counted)

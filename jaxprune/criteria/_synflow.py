@@ -20,6 +20,8 @@ def synflow(params: Params, *, apply_fn: Callable[..., Any], batch: Any, **_: An
         jp.find_masks(params, 0.99, criterion=jp.criteria.synflow, scope=jp.scopes.across,
                       rounds=100, apply_fn=model.apply, batch=images[:1])
 
+    Each round is a pass forward and backward, and scores are stored for it.
+
     Args:
       params: prunable parameters; any shapes.
       apply_fn: ``apply_fn(params, batch)`` gives the outputs, in evaluation mode. Leaves that are

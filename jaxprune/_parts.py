@@ -113,8 +113,22 @@ class Parts:
         )
         return jax.tree.map(lambda share: share > 0, self.pattern.pool(weights))
 
+    @property
+    def of_weights(self) -> bool:
+        """True for a pattern whose units are the weights, scores and masks alike."""
+        pattern = self.pattern
+        return is_elementwise(pattern.pool) and is_elementwise(pattern.expand)
+
+    @property
+    def keeps_lazily(self) -> bool:
+        """True if masks can be compared where they are stored, which needs a scope that says so."""
+        return self.of_weights and self.can_count and declared(self.scope, "lazily") is not None
+
     def keep(self, units: Units, amount: Any, alive: Units | None) -> Units:
         """Let the scope choose among units, and the pattern correct how many each group keeps."""
+        if self.keeps_lazily:
+            lazily = declared(self.scope, "lazily")
+            return lazily(units, amount, within=alive, **getattr(self.scope, "keywords", {}))
         chosen = (
             self.scope(units, amount) if alive is None else self.scope(units, amount, within=alive)
         )

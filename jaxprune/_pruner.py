@@ -189,7 +189,7 @@ class Bound:
         """
         due = self.schedule.due(step)
         scores = None
-        if self.parts.can_count and not is_explicit(self.part):
+        if self.parts.keeps_lazily and not is_explicit(self.part):
             scores = lazy_scores(self.parts, self.part, self.params, evidence)
         if scores is None:  # a pass over the weights at least, and so for events only
 
@@ -209,7 +209,7 @@ class Bound:
         def compare(stored: Masks) -> Masks:
             earlier = jax.tree.map(lambda _: None, masks, is_leaf=is_lazy)
             if falls is not None:
-                earlier = _living(stored, falls)
+                earlier = as_tree(_living(stored, falls), self.part)
             return store(map_leaves(lambda _, new, old: among(new, old), self.part, masks, earlier))
 
         return at_most_once(due, compare, stored)
@@ -257,6 +257,11 @@ def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:
 def _living(stored: Masks, falls: jax.Array) -> Masks:
     """What may be kept: what is, or all while the schedule falls."""
     return jax.tree.map(lambda m: m | falls, unpack(stored))
+
+
+def as_tree(masks: Masks, like: Any) -> Masks:
+    """The same masks in a tree like another one: bits have no nnx variables around them."""
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(masks))
 
 
 def lazy_masks(stored: Masks, part: Params, read: Callable[..., jax.Array], *beside: Any) -> Masks:

@@ -159,8 +159,9 @@ class Lazy:
 class LazyScope(Scope, Protocol):
     """A scope that says ``lazy = True``: the leaves of its units may be ``Lazy``.
 
-    It may give ``Lazy`` bools for them, which are read where masks are stored. Those need not know
-    of ``within``: what earlier masks have removed is taken away by whoever reads them.
+    If it has an attribute ``lazily`` as well, a function that is called as the scope is and gives
+    ``Lazy`` bools, then masks are compared where they are stored. Those need not know of
+    ``within``: what earlier masks have removed is taken away by whoever reads them.
     """
 
     lazy: bool

@@ -340,3 +340,63 @@ def test_shards_are_ranked_by_evidence_as_the_whole_is(name, scope):
     sharded = jax.shard_map(find, mesh=mesh, in_specs=(spec, spec), out_specs=spec)(params, grads)
     whole = jp.find_masks(params, 0.6, criterion=criterion, scope=scope, **{given: grads})
     assert_trees_equal(sharded, whole)
+
+
+def test_a_lazy_scope_of_ones_own_sees_bools_of_the_scopes_that_it_calls():
+    def scope(units, sparsity, *, within=None):
+        keep = jp.scopes.per_leaf(units, sparsity, within=within)
+        return jax.tree.map(lambda k: k.at[0].set(True), keep)
+
+    scope.lazy, scope.counts = True, jp.scopes.per_leaf.counts
+    params = {"kernel": jnp.arange(12.0).reshape(3, 4)}
+    masks = jp.find_masks(params, 0.5, scope=scope)["kernel"]
+    assert masks[0].all() and int(masks.sum()) == 4 + 6
+    tx = jp.prune(optax.sgd(0.0), schedule=jp.schedules.constant(0.5), scope=scope)
+    _, state = tx.update(params, tx.init(params), params)
+    assert bool((jp.get_masks(state)["kernel"] == masks).all())
+
+
+@pytest.mark.parametrize("wrapper", ["find_masks", "prune", "rigl", "set"])
+def test_a_pattern_with_an_elementwise_pool_expands_bools(wrapper):
+    @dataclasses.dataclass(frozen=True)
+    class Plain:
+        @jp.elementwise
+        def pool(self, scores):
+            return scores
+
+        def expand(self, keep, *, like):
+            return jax.tree.map(lambda _, k: k & True, like, keep)
+
+    params = {"kernel": jnp.arange(12.0).reshape(3, 4)}
+    ours, theirs = Plain(), jp.patterns.Weights()
+    events = {"begin": 0, "end": 4, "every": 2}
+    found = []
+    for pattern in (ours, theirs):
+        if wrapper == "find_masks":
+            found.append(jp.find_masks(params, 0.5, pattern=pattern))
+            continue
+        if wrapper == "prune":
+            schedule = jp.schedules.constant(0.5)
+            tx = jp.prune(optax.sgd(0.1), schedule=schedule, pattern=pattern)
+        else:
+            key = {"key": jax.random.key(0)} if wrapper == "set" else {}
+            train = getattr(jp.dynamic, wrapper)
+            tx = train(optax.sgd(0.1), sparsity=0.5, pattern=pattern, **events, **key)
+        _, state = tx.update(params, tx.init(params), params)
+        found.append(jp.get_masks(state))
+    assert_trees_equal(*found)
+
+
+@pytest.mark.parametrize("scope", [jp.scopes.per_leaf, jp.scopes.across])
+def test_scopes_called_with_lazy_units_give_bools(scope):
+    w = jnp.array([[1.0, -4.0], [3.0, -2.0]])
+    lazy = {"w": jp.typing.Lazy((w,), jnp.abs, w.dtype)}
+    within = {"w": jnp.array([[True, False], [True, True]])}
+    for given in ({}, {"within": within}):
+        assert_trees_equal(scope(lazy, 0.5, **given), scope({"w": jnp.abs(w)}, 0.5, **given))
+
+
+def test_nothing_to_rank_is_told():
+    for scope in (jp.scopes.per_leaf, jp.scopes.across):
+        with pytest.raises(ValueError, match="no units to rank"):
+            scope({}, 0.5)

@@ -130,7 +130,7 @@ def test_competitions_inside_of_a_leaf_count_in_two_words(small_words):
     assert kept.sum((1, 2)).tolist() == [0, 17, 40, 54]
 
 
-@given(a=st.integers(0, 2**46), b=st.integers(0, 2**46))
+@given(a=st.integers(0, 2**45), b=st.integers(0, 2**45))
 def test_numbers_in_two_words_are_added_and_compared_exactly(a, b):
     x, y = in_words(a), in_words(b)
     number = lambda n: int(n.high) * 2**16 + int(n.low)

@@ -54,6 +54,8 @@ def keep_largest(
     named, structure = jax.tree_util.tree_flatten_with_path(units, is_leaf=is_lazy)
     treedef: Any = structure
     names, leaves = [jax.tree_util.keystr(path) for path, _ in named], [leaf for _, leaf in named]
+    if not leaves:
+        raise ValueError("There are no units to rank: the tree has no leaf but None.")
     living = [None] * len(leaves) if alive is None else treedef.flatten_up_to(alive)
     pairs = list(zip(leaves, living, strict=True))
     shards = tuple(shards or [Shard()] * len(leaves))

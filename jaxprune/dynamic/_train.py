@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,8 @@ from jaxprune._frozen import moving
 from jaxprune._masks import check_masks, unpack
 from jaxprune._mesh import in_auto_mode, is_explicit
 from jaxprune._numbers import is_tree
-from jaxprune._parts import Parts, is_elementwise
-from jaxprune._pruner import lazy_masks, widen
+from jaxprune._parts import Parts
+from jaxprune._pruner import as_tree, lazy_masks, widen
 from jaxprune._ranking import Lazy, is_lazy, read
 from jaxprune._state import is_packed, is_placeholder
 from jaxprune._tree import map_leaves, narrow, prunable
@@ -83,20 +83,13 @@ def sparse_training(
         updates = map_leaves(enforce, updates, params, old)
         moved = map_leaves(_moved, params, updates)
 
-        bound = parts.bind(now.part)
-        worth = map_leaves(_worth, now.part, narrow(updates, now.part))
-        scores = (worth, promise(narrow(now.grads, now.part), folded), events(count))
-        stored = store(widen(now.state.masks, now.part, bound.pattern))
-        due = jnp.asarray(events.due(count))
-        stored = _renewed(
-            stored,
-            scores,
-            due=due,
-            part=now.part,
-            parts=bound,
-            store=store,
-            at_random=at_random,
+        scores = (
+            map_leaves(_worth, now.part, narrow(updates, now.part)),
+            promise(narrow(now.grads, now.part), folded),
+            events(count),
         )
+        event = _Event(scores, events.due(count), now.part, parts.bind(now.part), at_random)
+        stored = event.renewed(now.state.masks, store)
         masks = check_masks(unpack(stored), params, "masks")
         # Elementwise at every step, beside what the optimizer does anyway: updates and moments that
         # went through the loop of the event would be copied for it.
@@ -116,56 +109,65 @@ def sparse_training(
     )
 
 
-def _renewed(
-    stored: Masks,
-    scores: tuple[Scores, Scores, jax.Array],
-    *,
-    due: jax.Array,
-    part: Params,
-    parts: Parts,
-    store: Store,
-    at_random: bool,
-) -> Masks:
-    """Move masks, if there is an event.
+class _Event(NamedTuple):
+    """Masks that move, if there is an event.
 
-    Args:
-      stored: the masks in force, as they lie in the state.
+    Attributes:
       scores: lazy ones of what is kept and of what may grow, and the fraction that moves.
       due: bool `[]`.
       part: the prunable leaves.
       parts: bound to them.
-      store: puts masks into the form of the state.
       at_random: whether what may grow is drawn, at every pass of a search over it.
     """
 
-    def before_the_event(stored: Masks) -> Masks:
-        # Searched before the loops, which have nothing left but to compare: one a leaf, so that
-        # what a leaf needs for it is free again when the next one comes.
-        masks = lazy_masks(stored, part, unpack)
-        moves = drop_and_grow(masks, *scores, like=part, parts=parts, due=due)
+    scores: tuple[Scores, Scores, jax.Array]
+    due: jax.Array
+    part: Params
+    parts: Parts
+    at_random: bool
+
+    def renewed(self, masks: Masks, store: Store) -> Masks:
+        """Give what becomes of masks, in the form of the state; ``masks`` as they lie in it."""
+        stored = store(widen(masks, self.part, self.parts.pattern))
+        before, within = partial(self._before, store), partial(self._within, store)
+        if is_explicit(self.part) or not self.parts.of_weights:
+            return within(stored)
+        if not self.at_random:
+            return before(stored)
+        # Draws cost a CPU more than what it reads: there they are made once, and stored.
+        return jax.lax.platform_dependent(stored, cpu=within, default=before)
+
+    def _before(self, store: Store, stored: Masks) -> Masks:
+        """Search before the loops, which have nothing left but to compare.
+
+        One loop a leaf, so that what a leaf needs for it is free again when the next one comes.
+        """
+        masks = lazy_masks(stored, self.part, unpack)
+        moves = drop_and_grow(
+            masks, *self.scores, like=self.part, parts=self.parts, due=jnp.asarray(self.due)
+        )
         leaves, treedef = jax.tree.flatten(stored, is_leaf=is_packed)
         after: Any = [x for x in jax.tree.leaves(moves) if x.ndim <= 1]  # thresholds
         new = []
         for mask, stay, grow in zip(leaves, *map(_lazy_leaves, moves), strict=True):
             tied, _ = jax.lax.optimization_barrier((mask, after))
-            after = at_most_once(due, partial(_compare, Moves(stay, grow), store), tied)
+            after = at_most_once(self.due, partial(_compare, Moves(stay, grow), store), tied)
             new.append(after)
         return jax.tree.unflatten(treedef, new)
 
-    def move(masks: Masks, part: Params, *scores: Any) -> Masks:
-        here = jax.tree.map(read, scores, is_leaf=is_lazy)
-        return drop_and_grow(masks, *here, like=part, parts=parts).of(masks)
+    def _within(self, store: Store, stored: Masks) -> Masks:
+        """Do all of it in the loop of the event, with scores that are stored."""
 
-    def within_the_event(stored: Masks) -> Masks:
-        move_all = lambda m: store(in_auto_mode(move, unpack(m), part, *scores, like=part))  # noqa: E731
-        return at_most_once(due, move_all, stored)
+        def move(masks: Masks, part: Params, *scores: Any) -> Masks:
+            here = jax.tree.map(read, scores, is_leaf=is_lazy)
+            return drop_and_grow(masks, *here, like=part, parts=self.parts).of(masks)
 
-    if is_explicit(part) or not is_elementwise(parts.pattern.pool):
-        return within_the_event(stored)
-    if not at_random:
-        return before_the_event(stored)
-    # Draws cost a CPU more than what it reads: there they are made once, and stored.
-    return jax.lax.platform_dependent(stored, cpu=within_the_event, default=before_the_event)
+        def move_all(stored: Masks) -> Masks:
+            masks = as_tree(unpack(stored), self.part)
+            moved = in_auto_mode(move, masks, self.part, *self.scores, like=self.part)
+            return store(as_tree(moved, unpack(stored)))
+
+        return at_most_once(self.due, move_all, stored)
 
 
 def _lazy_leaves(tree: Masks) -> list[Lazy]:

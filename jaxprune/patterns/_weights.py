@@ -22,6 +22,7 @@ class Weights:
         """Return the scores: a unit is a weight."""
         return scores
 
+    @elementwise
     def expand(self, keep: Units, *, like: Params) -> Masks:
         """Return ``keep``: a weight is a unit."""
         return jax.tree.map(lambda _, k: k, like, keep)

@@ -6,7 +6,7 @@ import jax
 
 from jaxprune._numbers import is_tree
 from jaxprune._ranking import AxisName, keep_largest, shards
-from jaxprune.scopes._count import Counts, counted_by, kept, leaves_of
+from jaxprune.scopes._count import Counts, counted_by, kept, leaves_of, read_kept
 from jaxprune.typing import Sparsity, Units
 
 
@@ -27,7 +27,22 @@ def _counts(
     return kept([n], [sparsity])
 
 
-@counted_by(_counts)
+def _lazily(
+    units: Units,
+    sparsity: Sparsity,
+    *,
+    within: Units = None,
+    axis_name: AxisName | None = None,
+    specs: Any = None,
+) -> Units:
+    """What stays of each leaf; lazy where the units are, and then with what is gone already."""
+    parts = shards(units, axis_name, specs, "across")
+    counts = _counts(units, sparsity, axis_name=axis_name, specs=specs)
+    rankings = (tuple(range(len(parts))),)
+    return keep_largest(units, counts.kept, rankings, within, parts)
+
+
+@counted_by(_counts, _lazily)
 def across(
     units: Units,
     sparsity: Sparsity,
@@ -70,7 +85,5 @@ def across(
       >>> across({"a": jnp.array([1.0, 4.0]), "b": jnp.array([3.0, 2.0])}, 0.25)
       {'a': Array([False,  True], dtype=bool), 'b': Array([ True,  True], dtype=bool)}
     """
-    parts = shards(units, axis_name, specs, "across")
-    counts = _counts(units, sparsity, axis_name=axis_name, specs=specs)
-    everyone = tuple(range(len(parts)))
-    return keep_largest(units, counts.kept, (everyone,), within, parts)
+    keep = _lazily(units, sparsity, within=within, axis_name=axis_name, specs=specs)
+    return read_kept(keep, within)

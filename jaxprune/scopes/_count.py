@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._numbers import is_number, is_tree
-from jaxprune._ranking import floor, in_words, is_lazy, where
+from jaxprune._ranking import floor, in_words, is_lazy, read, where
 from jaxprune._tree import Keys, is_hole, leaves_by_keys, list_paths, slots
 from jaxprune.typing import Sparsity, Units
 
@@ -28,15 +28,23 @@ class Counts(NamedTuple):
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def counted_by(counts: Callable[..., Any]) -> Callable[[F], F]:
-    """Let a scope that is a plain function declare how it counts, and that it reads lazily."""
+def counted_by(counts: Callable[..., Any], lazily: Callable[..., Units]) -> Callable[[F], F]:
+    """Let a scope that is a plain function declare how it counts, and how it keeps lazily."""
 
     def declare(scope: F) -> F:
         scope.counts = counts  # type: ignore[attr-defined]
+        scope.lazily = lazily  # type: ignore[attr-defined]
         scope.lazy = True  # type: ignore[attr-defined]
         return scope
 
     return declare
+
+
+def read_kept(keep: Units, within: Units) -> Units:
+    """Bools of what a scope keeps lazily, without what is gone already."""
+    if within is None:
+        return jax.tree.map(read, keep, is_leaf=is_lazy)
+    return jax.tree.map(lambda k, alive: read(k) & read(alive), keep, within, is_leaf=is_lazy)
 
 
 def removed(sparsity: Any, n: int) -> Any:

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxprune._ranking import AxisName, keep_largest, shards
-from jaxprune.scopes._count import Counts, counted_by, kept, leaves_of, one_each
+from jaxprune.scopes._count import Counts, counted_by, kept, leaves_of, one_each, read_kept
 from jaxprune.typing import Sparsity, Units
 
 
@@ -18,7 +18,22 @@ def _counts(
     return kept(sizes, one_each(units, sparsity, "per_leaf"))
 
 
-@counted_by(_counts)
+def _lazily(
+    units: Units,
+    sparsity: Sparsity,
+    *,
+    within: Units = None,
+    axis_name: AxisName | None = None,
+    specs: Any = None,
+) -> Units:
+    """What stays of each leaf; lazy where the units are, and then with what is gone already."""
+    parts = shards(units, axis_name, specs, "per_leaf")
+    counts = _counts(units, sparsity, axis_name=axis_name, specs=specs)
+    rankings = tuple((i,) for i in range(len(parts)))
+    return keep_largest(units, counts.kept, rankings, within, parts)
+
+
+@counted_by(_counts, _lazily)
 def per_leaf(
     units: Units,
     sparsity: Sparsity,
@@ -52,7 +67,5 @@ def per_leaf(
       >>> per_leaf({"a": jnp.array([1.0, 4.0]), "b": jnp.array([3.0, 2.0])}, 0.5)
       {'a': Array([False,  True], dtype=bool), 'b': Array([ True, False], dtype=bool)}
     """
-    parts = shards(units, axis_name, specs, "per_leaf")
-    counts = _counts(units, sparsity, axis_name=axis_name, specs=specs)
-    each = tuple((i,) for i in range(len(parts)))
-    return keep_largest(units, counts.kept, each, within, parts)
+    keep = _lazily(units, sparsity, within=within, axis_name=axis_name, specs=specs)
+    return read_kept(keep, within)

@@ -96,8 +96,11 @@ class Competitions:
             return known
         return jnp.broadcast_to(known[0], firsts.shape) if self.n == 1 else known[firsts]
 
-    def flat(self, found: Sequence[Whole]) -> Whole:
-        """Put what was found for each ranking, in the shapes of the counts, into a vector `[n]`."""
+    def flat(self, found: Sequence[Any]) -> Any:
+        """Put what was found for each ranking, in the shapes of the counts, into a vector `[n]`.
+
+        Counts that are entries of a vector are one again, if nothing was done with them before.
+        """
         return jax.tree.map(lambda *xs: jnp.concatenate([jnp.reshape(x, -1) for x in xs]), *found)
 
     def total(self, counts: Sequence[Whole]) -> Whole:

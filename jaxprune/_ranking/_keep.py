@@ -59,8 +59,8 @@ def keep_largest(
     living = [None] * len(leaves) if alive is None else treedef.flatten_up_to(alive)
     pairs = list(zip(leaves, living, strict=True))
     shards = tuple(shards or [Shard()] * len(leaves))
-    wanted = list(map(in_words, counts))
-    shapes = [jnp.shape(count.low) for count in wanted]
+    wanted = _alike(counts)
+    shapes = [jnp.shape(jax.tree.leaves(count)[0]) for count in wanted]
     if any(shapes) and any(shard.names for shard in shards):
         raise NotImplementedError(
             "Competitions inside of a leaf that `shard_map` splits are not ranked over its devices "
@@ -68,7 +68,9 @@ def keep_largest(
         )
     if not any(shapes) and not any(shard.names for shard in shards) and _many_and_small(leaves):
         keys = [_key(pair, _dtype(leaves)) for pair in pairs]
-        return jax.tree.unflatten(treedef, _keep_sorted(keys, wanted, rankings))
+        return jax.tree.unflatten(
+            treedef, _keep_sorted(keys, list(map(in_words, wanted)), rankings)
+        )
     keep: list[Any] = [None] * len(leaves)
     for some in _searches(rankings, leaves):
         mine = [i for r in some for i in rankings[r]]
@@ -85,6 +87,13 @@ def keep_largest(
     return jax.tree.unflatten(treedef, keep)
 
 
+def _alike(counts: Sequence[int | jax.Array | Whole]) -> list[Any]:
+    """Counts that are all int32, or all in two words if one of them needs that."""
+    if any(isinstance(n, Whole) or (isinstance(n, int) and n >= 2**31) for n in counts):
+        return list(map(in_words, counts))
+    return [jnp.asarray(n, jnp.int32) for n in counts]
+
+
 def _searches(rankings: tuple[Ranking, ...], leaves: Sequence[Leaf]) -> list[list[int]]:
     """Split rankings, by number, into those that are searched together.
 
@@ -97,7 +106,7 @@ def _searches(rankings: tuple[Ranking, ...], leaves: Sequence[Leaf]) -> list[lis
     return [some for some in [together, *([r] for r in large)] if some]
 
 
-def _kept(pairs: list[Unit], wanted: list[Whole], competitions: Competitions) -> list[Leaf]:
+def _kept(pairs: list[Unit], wanted: list[Any], competitions: Competitions) -> list[Leaf]:
     """Search, and say for each leaf what is kept: now, or lazily where its scores are lazy."""
     dtype = _dtype([scores for scores, _ in pairs])
     keep: list[Leaf] = []
@@ -159,7 +168,7 @@ def _reaches(
 
 @functools.partial(jax.jit, static_argnames=("competitions", "dtype"))
 def _found(
-    pairs: list[Unit], counts: list[Whole], *, competitions: Competitions, dtype: DType
+    pairs: list[Unit], counts: list[Any], *, competitions: Competitions, dtype: DType
 ) -> list[_Threshold]:
     """Find for each leaf what its units are compared with."""
 
@@ -167,7 +176,7 @@ def _found(
         key = _key(unit, dtype)
         return key, *count_down(key, start, competitions.shape(leaf), competitions.shards[leaf])
 
-    last, numbers = last_kept(rank, pairs, competitions.flat(counts), competitions)
+    last, numbers = last_kept(rank, pairs, in_words(competitions.flat(counts)), competitions)
     shared = tuple(map(competitions.of_leaves, last))
     start = tuple(map(jnp.asarray, competitions.starts))
     return [

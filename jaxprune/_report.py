@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxprune._masks import check_masks, count_kept
+from jaxprune._ranking import Whole, count_true
 from jaxprune._tree import is_array, map_leaves, map_with_path, match
-from jaxprune._values import count_parts, count_revived, is_concrete, whole_count
+from jaxprune._values import count_revived, is_concrete
 from jaxprune._where import why_not
 from jaxprune.typing import Masks, Params
 
@@ -244,7 +245,7 @@ def overlap(masks_a: Masks, masks_b: Masks) -> Overlap:
 
     def jaccard(a: jax.Array, b: jax.Array) -> float:
         nonlocal both, either
-        shared, union = (int(whole_count(parts)) for parts in _shared(a, b))
+        shared, union = map(int, _shared(a, b))
         both, either = both + shared, either + union
         return shared / union if union else 1.0
 
@@ -253,9 +254,9 @@ def overlap(masks_a: Masks, masks_b: Masks) -> Overlap:
 
 
 @jax.jit
-def _shared(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Count, in parts, what two masks that broadcast keep both, and what one of them keeps."""
-    return count_parts(a & b), count_parts(a | b)
+def _shared(a: jax.Array, b: jax.Array) -> tuple[Whole, Whole]:
+    """Count what two masks that broadcast keep both, and what one of them keeps."""
+    return count_true(a & b), count_true(a | b)
 
 
 def _bytes(n: int) -> str:

@@ -4,13 +4,12 @@
 # number for each leaf, made by a reduction where the leaf lies, so that numbers travel and weights
 # do not.
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
+from jaxprune import _ranking
+from jaxprune._ranking import Whole
 from jaxprune._tree import leaves_with_path, map_with_path
 from jaxprune.typing import Masks, Params
 
@@ -22,40 +21,16 @@ def is_concrete(tree: Params) -> bool:
     return bool(leaves) and not any(isinstance(leaf, abstract) for leaf in leaves)
 
 
-def count_parts(mask: jax.Array, word: int = 2**31) -> jax.Array:
-    """Count what is True in parts that an int32 holds, however large the mask is.
-
-    Nothing is gathered: the counts along the longest axis are made where the mask lies, and added
-    up by stretches of it that are short enough, mostly one. ``whole_count`` adds those.
-
-    Args:
-      mask: bools, of which an index along the longest axis has fewer than ``word``.
-      word: what a part stays below.
-
-    Returns:
-      int32 `[parts]`.
-    """
-    if mask.size < word:
-        return jnp.sum(mask, dtype=jnp.int32)[None]
-    axis = int(np.argmax(mask.shape))
-    others = tuple(i for i in range(mask.ndim) if i != axis)
-    each = jnp.sum(mask, axis=others, dtype=jnp.int32)
-    length = (word - 1) // math.prod(mask.shape[i] for i in others)
-    part = lax.iota(np.uint32, each.size) // np.uint32(length)
-    parts = range(-(-each.size // length))
-    return jnp.stack([jnp.sum(jnp.where(part == i, each, 0)) for i in parts])
-
-
-def whole_count(parts: jax.Array) -> int | jax.Array:
-    """Add up what ``count_parts`` gave: an exact int, or inside of a trace a float `[]`."""
-    if isinstance(parts, jax.core.Tracer):
-        return jnp.sum(parts.astype(float))
-    return sum(np.asarray(parts).tolist())
-
-
 def count_true(mask: jax.Array) -> int | jax.Array:
-    """Count what is True: exactly outside of a trace, as a float inside."""
-    return whole_count(_count(mask))
+    """Count what is True: exactly outside of a trace, as a float32 `[]` inside."""
+    return number(_count(mask))
+
+
+def number(words: Whole) -> int | jax.Array:
+    """One count, made on the device in two words: an exact int, or a float32 `[]` in a trace."""
+    if isinstance(words.low, jax.core.Tracer):
+        return words.float.reshape(())
+    return int(words)
 
 
 def count_revived(params: Params, masks: Masks) -> dict[str, int]:
@@ -64,7 +39,7 @@ def count_revived(params: Params, masks: Masks) -> dict[str, int]:
 
     def visit(path: str, p: jax.Array, m: jax.Array | None) -> None:
         if m is not None:
-            counts[path] = int(whole_count(_revived(p, m)))
+            counts[path] = int(_revived(p, m))
 
     map_with_path(visit, params, masks)
     return {path: count for path, count in counts.items() if count}
@@ -114,9 +89,9 @@ def _zero_share(leaf: jax.Array) -> jax.Array:
 
 
 @jax.jit
-def _revived(param: jax.Array, mask: jax.Array) -> jax.Array:
-    """Count in parts what is not zero where the mask, which broadcasts, is False."""
-    return count_parts(~mask & (param != 0))
+def _revived(param: jax.Array, mask: jax.Array) -> Whole:
+    """Count what is not zero where the mask, which broadcasts, is False."""
+    return _ranking.count_true(~mask & (param != 0))
 
 
-_count = jax.jit(count_parts, static_argnames="word")
+_count = jax.jit(_ranking.count_true)

@@ -107,3 +107,15 @@ def assert_zero_where_removed(params, masks):
         if m is not None:
             gone = ~np.broadcast_to(np.asarray(m), p.shape)
             assert (np.asarray(p, np.float64)[gone] == 0.0).all()
+
+
+def equations_of(jaxpr):
+    """All equations of a program, those inside its loops and calls too."""
+    for equation in jaxpr.eqns:
+        yield equation
+        for value in jax.tree.leaves(
+            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
+        ):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                yield from equations_of(inner)

@@ -29,7 +29,6 @@ LAYERS = (
         "_numbers",
         "_errors",
         "_help",
-        "_values",
     ),
     ("_ranking",),
     (
@@ -40,6 +39,7 @@ LAYERS = (
         *PARTS,
     ),
     (
+        "_values",
         "_evidence",
         "_parts",
         "_score",

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from jaxprune._ranking import Lazy, keep_largest, order_key, read
 from jaxprune._ranking._shards import Shard
 from jaxprune._ranking._tally import _count_in_bytes
-from tests.helpers import slow_keep
+from tests.helpers import equations_of, slow_keep
 
 # Few shapes, so that few programs are compiled; together they hold 18 units.
 SHAPES = ((3, 4), (4,), (), (0,), (1,))
@@ -192,22 +192,10 @@ def test_images_have_the_order_of_the_numbers(dtype):
     assert not dead.any()
 
 
-def primitives(jaxpr):
-    """All equations of a program, those inside its loops and calls too."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from primitives(inner)
-
-
 def test_nothing_is_sorted_gathered_or_concatenated():
     leaves = [jnp.ones((30, 20)), jnp.ones(500)]
     program = jax.make_jaxpr(lambda s: keep_largest(s, [9, 9], ((0,), (1,))))(leaves)
-    equations = list(primitives(program.jaxpr))
+    equations = list(equations_of(program.jaxpr))
     names = {equation.primitive.name for equation in equations}
     assert "while" in names
     assert not names & {"sort", "gather", "top_k", "approx_top_k", "cumsum", "scatter"}

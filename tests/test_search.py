@@ -19,23 +19,11 @@ from jaxprune._ranking import (
     read,
 )
 from jaxprune._ranking._alike import stacks
-from tests.helpers import FULL, slow_keep
+from tests.helpers import FULL, equations_of, slow_keep
 
 
 def join(leaves):
     return np.concatenate([np.asarray(leaf).ravel() for leaf in leaves])
-
-
-def primitives(jaxpr):
-    """The equations of a jaxpr, and of all that it calls."""
-    for equation in jaxpr.eqns:
-        yield equation
-        for value in jax.tree.leaves(
-            list(equation.params.values()), is_leaf=lambda v: hasattr(v, "eqns")
-        ):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from primitives(inner)
 
 
 def alike(n, shape=(6, 5)):
@@ -72,22 +60,31 @@ def test_a_body_is_shared_by_leaves_of_one_shape_and_name_but_for_numbers():
 def test_a_program_grows_with_the_shapes_of_leaves_not_with_their_number():
     def bodies(n):
         program = jax.make_jaxpr(lambda t: keep_largest(t, [9] * n, tuple((i,) for i in range(n))))
-        names = [e.primitive.name for e in primitives(program(alike(n)).jaxpr)]
+        names = [e.primitive.name for e in equations_of(program(alike(n)).jaxpr)]
         return names.count("reduce_window") + names.count("bitcast_convert_type")
 
     assert bodies(24) - bodies(12) == 12  # the last comparison, one for each leaf, and no search
 
 
 def test_where_all_units_are_wanted_nothing_is_searched():
-    leaf = {"w": jnp.arange(64.0).reshape(8, 8)}
+    weights, seen = jnp.arange(64.0).reshape(8, 8), []
+
+    def score(w):
+        jax.debug.callback(lambda: seen.append(1))
+        return w
 
     @jax.jit
-    def rounds(count):
-        calls = []
-        lazy = Lazy((leaf["w"],), lambda w: (calls.append(1), w)[1], jnp.dtype(jnp.float32))
+    def keep(count):
+        lazy = Lazy((weights,), score, jnp.dtype(jnp.float32))
         return read(keep_largest({"w": lazy}, [count], ((0,),))["w"])
 
-    assert rounds(64).all() and int(rounds(63).sum()) == 63 and not rounds(0).any()
+    passes = {}
+    for count in (64, 63, 0):
+        seen.clear()
+        assert int(keep(count).sum()) == count
+        jax.effects_barrier()
+        passes[count] = len(seen)
+    assert passes[64] == 1 < passes[63]  # the comparison, and no byte before it
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune import _values
-from jaxprune._values import count_parts, count_revived, count_true, whole_count
+from jaxprune._ranking import Whole, _tally
+from jaxprune._values import count_revived, count_true, number
 
 WORD = 64  # in the place of 2**31, so that small trees are large
 SHAPES = [
@@ -31,35 +31,33 @@ def random_mask(shape, kept=0.7):
 
 @pytest.fixture
 def low_word(monkeypatch):
-    """Let all counts of the library stay below a small word."""
-    small = lambda mask: count_parts(mask, WORD)
-    monkeypatch.setattr(_values, "_count", jax.jit(small))
-    monkeypatch.setattr(_values, "_revived", jax.jit(lambda p, m: small(~m & (p != 0))))
+    """Let all counts of the library stay below a small word before they are added up."""
+    monkeypatch.setattr(_tally, "MOST", WORD - 1)
+    jax.clear_caches()
+    yield
+    monkeypatch.undo()
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("kept", [0.7, 1.0])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_parts_stay_below_a_word_and_add_up_to_the_count(shape, kept):
+def test_counts_beyond_a_word_are_those_of_numpy(low_word, shape, kept):
     mask = random_mask(shape, kept)
-    parts = count_parts(mask, WORD)
-    assert parts.dtype == jnp.int32 and int(parts.max(initial=0)) < WORD
-    assert (parts.size == 1) == (mask.size < WORD)
-    assert whole_count(parts) == int(np.sum(mask)) == count_true(mask)
-    inside = jax.jit(lambda mask: whole_count(count_parts(mask, WORD)))(mask)
+    assert count_true(mask) == int(np.sum(mask))
+    inside = jax.jit(count_true)(mask)
     assert inside.dtype == jnp.float32 and inside == np.sum(mask)
 
 
-def test_a_count_of_seventy_billion_weights_is_made_in_parts_of_a_word():
+def test_seventy_billion_weights_are_counted_in_an_abstract_trace():
     shape = (80, 8192, 28672)  # a scanned leaf of a Llama
-    parts = jax.eval_shape(count_parts, jax.ShapeDtypeStruct(shape, bool))
-    assert parts.shape == (9,) and -(-28672 // 9) * 80 * 8192 < 2**31
     masks = {"w": jax.ShapeDtypeStruct(shape, bool)}
     params = {"w": jax.ShapeDtypeStruct(shape, jnp.bfloat16)}
     assert jax.eval_shape(jp.sparsity, masks, params).dtype == jnp.float32
 
 
-def test_parts_beyond_an_int32_are_added_up_in_python():
-    assert whole_count(jnp.full(9, 2**31 - 1, jnp.int32)) == 9 * (2**31 - 1)
+def test_a_count_beyond_an_int32_is_an_exact_int():
+    assert number(Whole(jnp.int32(9 * 2**15 - 1), jnp.int32(2**16 - 9))) == 9 * (2**31 - 1)
+    assert number(Whole(jnp.int32(2**30), jnp.int32(7))) == 2**46 + 7
 
 
 def test_sparsity_and_summary_of_a_tree_beyond_the_word(low_word):

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxprune._ranking._alike import Stack, stacks
 from jaxprune._ranking._shards import MOST_PLACES, Shard
-from jaxprune._ranking._whole import Whole, carried, in_words
+from jaxprune._ranking._whole import Whole, in_words
 
 Ranking: TypeAlias = tuple[int, ...]  # positions, in a list of leaves, of those that rank together
 Shape: TypeAlias = tuple[int, ...]
@@ -26,8 +26,8 @@ class Competitions:
 
     A ranking is one competition over all of its leaves, or, where it has one leaf and counts that
     broadcast over it, one for each entry of them. A search keeps a vector `[n]` of whatever it
-    knows of each; ``over`` and ``of`` give a leaf what is known of its own, ``total`` collects it
-    from the leaves. With the leaves `a [2, 3]` and `b [5]`, of which `b` and the rows of `a` rank
+    knows of each; ``over`` gives leaves what is known of their own, ``total`` collects it from
+    them. With the leaves `a [2, 3]` and `b [5]`, of which `b` and the rows of `a` rank
     for themselves:
 
         rankings ((0,), (1,))   shapes ((2, 1), ())   n = 3: row 0, row 1, b
@@ -123,7 +123,7 @@ class Competitions:
             high, low = (self._sum(word, ids) for word in words)
             if names:
                 high, low = lax.psum((high, low), names)
-            total = carried(total.high + high, total.low + low)
+            total += Whole(high, low)
         return total
 
     def _sum(self, counts: jax.Array, ids: np.ndarray) -> jax.Array:

@@ -12,7 +12,7 @@ from jaxprune._ranking._alike import each
 from jaxprune._ranking._competitions import Competitions
 from jaxprune._ranking._order import Rank
 from jaxprune._ranking._tally import count_none, count_true, most_shards
-from jaxprune._ranking._whole import Whole, carried, in_words
+from jaxprune._ranking._whole import Whole, in_words
 from jaxprune._ranking._whole import where as chosen
 
 Unit: TypeAlias = Any  # what the rank of a leaf's units is made from: a tree of arrays
@@ -114,10 +114,8 @@ def last_kept(
     ]
     nothing = competitions.total(none).low
     nothing = nothing + sum(nothing)  # a ranking's loop goes on until all are settled
-    sizes = list(map(in_words, competitions.sizes))
-    reached = carried(
-        np.array([s.high for s in sizes]) + nothing, np.array([s.low for s in sizes]) + nothing
-    )
+    sizes = jax.tree.map(lambda *ns: np.array(ns), *map(in_words, competitions.sizes))
+    reached = sizes + in_words(nothing)
     last = tuple(nothing.astype(word) for word in words)
     numbers = tuple(map(jnp.int32, range(len(units))))
     start = _State(last, reached, in_words(nothing), jnp.int32(0), numbers)

@@ -82,7 +82,9 @@ class Shard:
         return [n * _devices(names) for n, names in zip(shape, dims, strict=True)]
 
 
-def shards(units: Any, axis_name: AxisName | None, specs: Any, user: str) -> list[Shard]:
+def shards(
+    units: Any, axis_name: AxisName | None = None, specs: Any = None, *, user: str
+) -> list[Shard]:
     """Say for each leaf how it is sharded over ``axis_name``."""
     if axis_name is None:
         if specs is not None:

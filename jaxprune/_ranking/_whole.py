@@ -42,6 +42,10 @@ class Whole:
         """Say where two numbers are not the same: bools `[...]`."""
         return (self.high != other.high) | (self.low != other.low)
 
+    def __int__(self) -> int:
+        """The exact number, of one whose values are known."""
+        return int(self.high.item()) * 2**WORD + int(self.low.item())
+
     @property
     def float(self) -> jax.Array:
         """The nearest float32 `[...]`."""

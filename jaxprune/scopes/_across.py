@@ -22,24 +22,16 @@ def _counts(
             f"{len(jax.tree.leaves(sparsity))} of them. Pass a number, or rank with "
             "`scope=jp.scopes.per_leaf`."
         )
-    parts = shards(units, axis_name, specs, "across")
+    parts = shards(units, axis_name, specs, user="across")
     n = sum(part.whole(leaf) for part, leaf in zip(parts, leaves_of(units), strict=True))
     return kept([n], [sparsity])
 
 
-def _lazily(
-    units: Units,
-    sparsity: Sparsity,
-    *,
-    within: Units = None,
-    axis_name: AxisName | None = None,
-    specs: Any = None,
-) -> Units:
-    """What stays of each leaf; lazy where the units are, and then with what is gone already."""
-    parts = shards(units, axis_name, specs, "across")
-    counts = _counts(units, sparsity, axis_name=axis_name, specs=specs)
-    rankings = (tuple(range(len(parts))),)
-    return keep_largest(units, counts.kept, rankings, within, parts)
+def _lazily(units: Units, sparsity: Sparsity, *, within: Units = None, **mesh: Any) -> Units:
+    """What stays; where units are lazy, so is that, and may have what is gone already."""
+    parts = shards(units, **mesh, user="across")
+    kept = _counts(units, sparsity, **mesh).kept
+    return keep_largest(units, kept, (tuple(range(len(parts))),), within, parts)
 
 
 @counted_by(_counts, _lazily)

@@ -13,24 +13,16 @@ def _counts(
     """How many units of each leaf stay."""
     if isinstance(sparsity, Counts):
         return sparsity
-    parts = shards(units, axis_name, specs, "per_leaf")
+    parts = shards(units, axis_name, specs, user="per_leaf")
     sizes = [part.whole(leaf) for part, leaf in zip(parts, leaves_of(units), strict=True)]
     return kept(sizes, one_each(units, sparsity, "per_leaf"))
 
 
-def _lazily(
-    units: Units,
-    sparsity: Sparsity,
-    *,
-    within: Units = None,
-    axis_name: AxisName | None = None,
-    specs: Any = None,
-) -> Units:
-    """What stays of each leaf; lazy where the units are, and then with what is gone already."""
-    parts = shards(units, axis_name, specs, "per_leaf")
-    counts = _counts(units, sparsity, axis_name=axis_name, specs=specs)
-    rankings = tuple((i,) for i in range(len(parts)))
-    return keep_largest(units, counts.kept, rankings, within, parts)
+def _lazily(units: Units, sparsity: Sparsity, *, within: Units = None, **mesh: Any) -> Units:
+    """What stays; where units are lazy, so is that, and may have what is gone already."""
+    parts = shards(units, **mesh, user="per_leaf")
+    kept = _counts(units, sparsity, **mesh).kept
+    return keep_largest(units, kept, tuple((i,) for i in range(len(parts))), within, parts)
 
 
 @counted_by(_counts, _lazily)

@@ -1,6 +1,7 @@
 """Laws 8 and 9 for every wrapper on a mesh of two axes, however the weights are cut over it."""
 
 import functools
+import math
 import re
 from itertools import product
 

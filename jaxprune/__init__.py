@@ -22,6 +22,8 @@ from jaxprune._group import Group as Group
 from jaxprune._group import Member as Member
 from jaxprune._groups import Groups as Groups
 from jaxprune._imp import imp as imp
+from jaxprune._layout import Layout as Layout
+from jaxprune._layout import Use as Use
 from jaxprune._level import Level as Level
 from jaxprune._level import next_level as next_level
 from jaxprune._make import make_masks as make_masks
@@ -66,6 +68,7 @@ __all__ = (
     "Cut",
     "Group",
     "Groups",
+    "Layout",
     "Level",
     "Member",
     "Overlap",
@@ -74,6 +77,7 @@ __all__ = (
     "PruneWarning",
     "StraightThroughState",
     "Summary",
+    "Use",
     "apply_masks",
     "by_path",
     "check",

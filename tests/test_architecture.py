@@ -33,6 +33,7 @@ LAYERS = (
     ("_ranking",),
     (
         "_kept",
+        "_layout",
         "_group",
         "_units",
         "_groups",

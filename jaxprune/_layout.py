@@ -1,0 +1,509 @@
+"""A layout: how each parameter is used, and what each of its axes means, as plain data."""
+
+# A leaf may be used several times, and each use says what it takes each axis for:
+#
+#     blocks/up     [8, 32, 128]   matmul (layer, in, out)
+#     embedding     [50k, 32]      embedding (None, out)      the rows are looked up
+#                                  matmul (out, in)           and make the logits again
+#
+# An axis has the role that all uses agree on, and none where they do not. Whoever asks for an axis
+# by its meaning is told why it has none; nothing is guessed.
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any, TypeAlias
+
+from jaxprune._errors import short
+from jaxprune._kept import name_part, path_in
+from jaxprune._tree import is_hole, leaves_by_path, list_paths, slots
+from jaxprune._where import compile_regex, is_array, matches
+from jaxprune.typing import Params
+
+Role: TypeAlias = str | None  # what an axis means; None where nobody can tell
+
+ROLES = ("layer", "in", "out", "window", "group")
+KINDS = (
+    *("matmul", "conv"),  # contracted with data
+    *("embedding", "gain", "bias"),  # looked up by data; multiplied with it; added to it
+    *("derived", "table", "unused", "unknown"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """One use of a parameter.
+
+    Attributes:
+      kind: ``"matmul"`` or ``"conv"`` (contracted with data), ``"embedding"`` (looked up by data),
+        ``"gain"`` or ``"bias"`` (elementwise with data), ``"derived"`` (goes through a function
+        first, so that its zeros are no zeros of the network), ``"table"`` (meets no data),
+        ``"unused"``, or ``"unknown"``.
+      axes: for each axis ``"layer"`` (a loop runs over it), ``"in"`` (contracted with data),
+        ``"out"``, ``"window"`` (spatial), ``"group"`` (experts, a batch axis of the product), or
+        None where that cannot be told.
+      why: for each axis the reason, where it has no role; else nothing.
+      zero: what a removed weight becomes before it meets data: 0, unless it is derived; None where
+        that depends on other weights.
+      through: the function that it goes through, if it is derived.
+
+    Example:
+      >>> str(Use("matmul", ("layer", "in", "out")))
+      'matmul (layer, in, out)'
+    """
+
+    kind: str
+    axes: tuple[Role, ...]
+    why: tuple[str, ...] = ()
+    zero: float | None = 0.0
+    through: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"`Use(kind={self.kind!r})` is unknown. The kinds are {_list(KINDS)}.")
+        object.__setattr__(self, "axes", _checked_roles(self.axes, "Use"))
+        why = tuple(self.why) or tuple("" if role else "nobody knows" for role in self.axes)
+        object.__setattr__(self, "why", why)
+        if self.zero is not None and math.isnan(self.zero):
+            object.__setattr__(self, "zero", math.nan)  # the one that equals itself in a tuple
+
+    def __str__(self) -> str:
+        axes = ", ".join(role or "?" for role in self.axes)
+        zero = "depends on others" if self.zero is None else f"becomes {self.zero:.3g}"
+        return f"{self.kind} ({axes})" + (f", whose zero {zero}" if self.kind == "derived" else "")
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """What a layout says of some leaves.
+
+    Attributes:
+      path: regex over whole paths, or a path.
+      uses: of each leaf; they have its rank.
+      shape: of the one leaf that was looked at, None where a rule speaks of several.
+      optional: whether it may match nothing, and passes over leaves of another rank, as the rules
+        of a convention do.
+    """
+
+    path: str
+    uses: tuple[Use, ...]
+    shape: tuple[int, ...] | None = None
+    optional: bool = False
+
+    @property
+    def rank(self) -> int:
+        return len(self.uses[0].axes)
+
+    def covers(self, path: str, rank: int) -> bool:
+        """Say whether it speaks of a leaf."""
+        if self.shape is not None:
+            return path == self.path
+        return matches(self.path, path) and (self.rank == rank or not self.optional)
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout(Mapping[str, tuple[Use, ...]]):
+    """What each axis of each parameter means: found by ``find_layout``, or declared.
+
+    A mapping from paths (or regexes, where it was declared) to uses. Hand it to ``find_masks``,
+    ``prune`` and the like as ``layout=``: layers of a stack are then ranked one by one, and parts
+    may name axes by their roles, as ``Channels("out")`` does. In ``a | b`` what ``b`` says counts,
+    where it says something.
+
+    Layouts are hashable, and equal where they say the same. They go through JSON and back:
+    ``jp.Layout(json.loads(json.dumps(layout.json)))``.
+
+    Args:
+      entries: from regex (matching the whole path) to the roles of the axes, None where there is
+        none: ``{".*/kernel": ("layer", "in", "out")}``. Leaves with a ``"window"`` count as
+        convolutions, others with ``"in"`` and ``"out"`` as matrix products. Or what ``json`` gave.
+
+    Raises:
+      TypeError: roles are no tuple of strings.
+      ValueError: a role is unknown, or a regex cannot be compiled; when used, a regex matches no
+        parameter, or its roles do not fit a shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> params = {"up": jnp.arange(1.0, 9.0).reshape(2, 1, 4)}
+      >>> layout = Layout({"up": ("layer", "in", "out")})
+      >>> jp.find_masks(params, 0.5, layout=layout)["up"][:, 0]
+      Array([[False, False,  True,  True],
+             [False, False,  True,  True]], dtype=bool)
+    """
+
+    entries: Any = ()  # of `Entry`, once it is built
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "entries", tuple(_entries(self.entries)))
+
+    # As a mapping. What comes later counts.
+
+    @cached_property
+    def _found(self) -> dict[str, Entry]:
+        return {entry.path: entry for entry in self.entries if entry.shape is not None}
+
+    @cached_property
+    def _hash(self) -> int:
+        return hash(self.entries)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Layout) and self.entries == other.entries)
+
+    def __getitem__(self, path: str) -> tuple[Use, ...]:
+        return next(e.uses for e in reversed(self.entries) if e.path == path)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys(entry.path for entry in self.entries))
+
+    def __len__(self) -> int:
+        return len(set(self))
+
+    def __contains__(self, path: object) -> bool:
+        return any(entry.path == path for entry in self.entries)
+
+    def __or__(self, other: "Layout") -> "Layout":
+        if not isinstance(other, Layout):
+            return NotImplemented
+        return Layout((*self.entries, *other.entries))
+
+    # As questions about a leaf.
+
+    def uses(self, path: str, rank: int) -> tuple[Use, ...]:
+        """How a leaf of so many axes is used; nothing where the layout says nothing of it."""
+        covers = (e.uses for e in reversed(self.entries) if e.covers(path, rank))
+        return next(covers, ()) if len(self.entries) != len(self._found) else self._of_found(path)
+
+    def _of_found(self, path: str) -> tuple[Use, ...]:
+        return self._found[path].uses if path in self._found else ()
+
+    def roles(self, path: str, rank: int) -> tuple[Role, ...]:
+        """The roles that all uses of a leaf agree on, None for the other axes."""
+        each = zip(*(use.axes for use in self.uses(path, rank)), strict=True)
+        return tuple(roles[0] if len(set(roles)) == 1 else None for roles in each) or (None,) * rank
+
+    def layers(self, path: str, rank: int) -> tuple[int, ...]:
+        """The axes of a leaf that count layers."""
+        return tuple(i for i, role in enumerate(self.roles(path, rank)) if role == "layer")
+
+    def why(self, path: str, rank: int) -> str:
+        """Why some axes of a leaf have no role; nothing where all have one."""
+        uses = self.uses(path, rank)
+        if not uses:
+            return "the layout says nothing of it"
+        reasons = [w for use in uses for role, w in zip(use.axes, use.why, strict=True) if not role]
+        if not reasons and None in self.roles(path, rank):
+            reasons = [f"it is used as {' and as '.join(map(str, uses))}"]
+        return "; ".join(dict.fromkeys(reasons))
+
+    # As data.
+
+    @property
+    def json(self) -> list[dict[str, Any]]:
+        """All that it says in plain lists and numbers, which ``jp.Layout`` reads again."""
+        return [_plain(entry) for entry in self.entries]
+
+    def at(self, part: str | Params) -> "Layout":
+        """Give the layout as an optimizer sees it that gets only a part of the whole tree.
+
+        Args:
+          part: the prefix of a subtree, which is taken off the paths: ``layout.at("params")`` of
+            flax variables. Or a tree with the same paths but fewer leaves. Regexes stay, without
+            the prefix where they begin with it.
+
+        Raises:
+          ValueError: nothing of the layout is in that part.
+
+        Example:
+          >>> layout = Layout({"params/w": ("in", "out"), "params/v": ("out", "in")})
+          >>> list(layout.at("params"))
+          ['w', 'v']
+        """
+        inside = path_in(part)
+        entries = []
+        for entry in self.entries:
+            path = inside(entry.path)
+            if path is None and entry.shape is None:  # a regex may mean leaves in there
+                path = entry.path
+            if path is not None:
+                entries.append(dataclasses.replace(entry, path=path))
+        if self.entries and not entries:
+            raise ValueError(
+                f"`layout.at({name_part(part)})` finds nothing below it. The paths are "
+                f"{list_paths(list(self))}."
+            )
+        return Layout(tuple(entries))
+
+    def on(self, params: Params, user: str) -> "Layout":
+        """Settle it on the params of a function: one entry for each array, checked.
+
+        Args:
+          params: arrays or shapes.
+          user: the public function that was given the layout, for messages.
+
+        Raises:
+          ValueError: a regex matches nothing, roles do not fit a shape, or it is the layout of
+            another tree.
+        """
+        leaves = {p: tuple(x.shape) for p, x in leaves_by_path(params, user).items() if is_array(x)}
+        _check_matches(self, leaves, params, user)
+        found = {path: self.uses(path, len(shape)) for path, shape in leaves.items()}
+        _check_found(self, leaves, found, user)
+        return Layout(tuple(Entry(p, u, leaves[p]) for p, u in found.items() if u))
+
+    def __repr__(self) -> str:
+        shown = [f"{path}: {' and '.join(map(str, self[path]))}" for path in list(self)[:8]]
+        more = [f"and {len(self) - 8} more"] if len(self) > 8 else []
+        return f"Layout({'; '.join([*shown, *more])})"
+
+    def __str__(self) -> str:
+        rows = [
+            (entry.path, "x".join(map(str, entry.shape or ())), str(use))
+            for entry in self.entries
+            for use in entry.uses
+        ]
+        widths = [max((len(row[i]) for row in rows), default=0) for i in range(2)]
+        lines = [
+            "  ".join([row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2]]) for row in rows
+        ]
+        reasons = [
+            f"  {entry.path} axis {i}: {why}"
+            for entry in self.entries
+            for use in entry.uses
+            for i, why in enumerate(use.why)
+            if why
+        ]
+        through = [
+            f"  {entry.path}: goes through {use.through}"
+            for entry in self.entries
+            for use in entry.uses
+            if use.through
+        ]
+        notes = [*dict.fromkeys(reasons), *dict.fromkeys(through)]
+        return "\n".join([*lines, *(["cannot be told:", *notes] if notes else [])])
+
+
+# Axes by name or by number.
+
+
+def axes_of(layout: Layout | None, path: str, rank: int, axis: int | str) -> tuple[int, ...]:
+    """The axes of a leaf that one setting means: those of a role, or a number counted in a layer.
+
+    A number counts the axes of one layer, as it would if the layers were leaves of their own.
+    """
+    if isinstance(axis, str):
+        roles = () if layout is None else layout.roles(path, rank)
+        return tuple(i for i, role in enumerate(roles) if role == axis)
+    own = own_axes(layout, path, rank)
+    return (own[axis],) if -len(own) <= axis < len(own) else ()
+
+
+def own_axes(layout: Layout | None, path: str, rank: int) -> tuple[int, ...]:
+    """The axes of one layer of a leaf: all that count no layers."""
+    layers = () if layout is None else layout.layers(path, rank)
+    return tuple(i for i in range(rank) if i not in layers)
+
+
+def check_role(axis: object, part: str, *, known: Sequence[str] = ROLES[1:]) -> None:
+    """Refuse what names no role that an axis of a unit may have."""
+    if isinstance(axis, str) and axis not in known:
+        raise ValueError(f"`{part}` names no role of an axis. {_nearest(axis, known)}")
+
+
+def check_named(
+    layout: Layout | None,
+    shapes: Mapping[str, Sequence[int]],
+    axes: Sequence[int | str],
+    part: str,
+    *,
+    single: bool,
+) -> None:
+    """Refuse names of axes that some leaves do not have, or have twice where one is meant.
+
+    Args:
+      layout: settled on the leaves; None where nobody gave one.
+      shapes: of the leaves that are pruned, by path.
+      axes: names and numbers, of which numbers pass.
+      part: who names them, as its user wrote it.
+      single: whether an axis has to be one.
+
+    Raises:
+      ValueError: which leaves, what their axes are, and what to do.
+    """
+    names = [axis for axis in axes if isinstance(axis, str)]
+    if names and layout is None:
+        raise ValueError(
+            f"`{part}` names axes by their roles, which only a layout knows. Pass "
+            "`layout=jp.find_layout(fn, params, *inputs)`, or a convention such as "
+            "`layout=jp.layouts.flax`."
+        )
+    bad = []
+    for path, shape in shapes.items() if names else ():
+        found = {name: axes_of(layout, path, len(shape), name) for name in names}
+        if wrong := [n for n, i in found.items() if not i or (single and len(i) > 1)]:
+            bad.append(f"{path!r} {_told(layout, path, shape, wrong[0], len(found[wrong[0]]))}")
+    if bad:
+        more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
+        raise ValueError(
+            f"`{part}` does not fit {'; '.join(bad[:6])}{more}. Leave them out with "
+            "`where=jp.exclude(...)`, or say what their axes are: "
+            '`layout | jp.Layout({path: ("in", "out")})`.'
+        )
+
+
+def _told(layout: Layout | None, path: str, shape: Sequence[int], name: str, times: int) -> str:
+    """Say what a leaf has in the place of one axis of some name."""
+    assert layout is not None  # names without a layout have been refused
+    roles = ", ".join(role or "?" for role in layout.roles(path, len(shape)))
+    has = f"of shape {tuple(shape)}, whose axes are ({roles})"
+    if times > 1:
+        return f"{has}: there are {times} axes {name!r}"
+    why = layout.why(path, len(shape))
+    return f"{has}: none is {name!r}" + (f" ({why})" if why else "")
+
+
+# Where a layout comes from.
+
+
+def _entries(given: Any) -> list[Entry]:
+    """Read rules of a user, or what JSON gives back."""
+    if isinstance(given, Mapping):
+        return [_declared(regex, roles) for regex, roles in given.items()]
+    if not isinstance(given, list | tuple) or not all(
+        isinstance(e, Entry | Mapping) for e in given
+    ):
+        raise TypeError(
+            f"`Layout` got {short(given)}. Pass a mapping from regexes to the roles of axes, such "
+            'as `{".*/kernel": ("in", "out")}`, or what `layout.json` gave.'
+        )
+    return [e if isinstance(e, Entry) else _from_plain(e) for e in given]
+
+
+def _declared(regex: str, roles: Any) -> Entry:
+    compile_regex(regex, "Layout")
+    axes = _checked_roles(roles, f"Layout({{{regex!r}: ...}})")
+    kind = "unknown"
+    if {"in", "out"} <= set(axes):
+        kind = "conv" if "window" in axes else "matmul"
+    return Entry(regex, (Use(kind, axes, tuple("" if r else "declared so" for r in axes)),))
+
+
+def _checked_roles(roles: Any, user: str) -> tuple[Role, ...]:
+    if isinstance(roles, str) or not isinstance(roles, tuple | list):
+        raise TypeError(
+            f"`{user}` got {short(roles)} as the roles of axes. Pass one for each axis, as in "
+            '`("layer", "in", "out")`, None where there is none.'
+        )
+    for role in roles:
+        if role is not None and role not in ROLES:
+            raise ValueError(f"`{user}` got the role {role!r}. {_nearest(role, ROLES)}")
+    return tuple(roles)
+
+
+def _plain(entry: Entry) -> dict[str, Any]:
+    uses = [
+        {
+            "kind": use.kind,
+            "axes": list(use.axes),
+            "why": list(use.why),
+            "zero": use.zero if use.zero is None or math.isfinite(use.zero) else str(use.zero),
+            "through": use.through,
+        }
+        for use in entry.uses
+    ]
+    shape = None if entry.shape is None else list(entry.shape)
+    return {"path": entry.path, "uses": uses, "shape": shape, "optional": entry.optional}
+
+
+def _from_plain(entry: Mapping[str, Any]) -> Entry:
+    try:
+        uses = tuple(
+            Use(
+                use["kind"],
+                tuple(use["axes"]),
+                tuple(use["why"]),
+                None if use["zero"] is None else float(use["zero"]),
+                use["through"],
+            )
+            for use in entry["uses"]
+        )
+        shape = None if entry["shape"] is None else tuple(entry["shape"])
+        return Entry(entry["path"], uses, shape, entry["optional"])
+    except KeyError as error:
+        raise ValueError(
+            f"`Layout` got an entry without {error}: {short(dict(entry))}. Pass what "
+            "`layout.json` gave, whole."
+        ) from error
+
+
+def _nearest(name: Any, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(str(name), known, 1)
+    return f"Did you mean {close[0]!r}?" if close else f"The roles are {_list(known)}."
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
+
+
+def _check_matches(
+    layout: Layout, leaves: Mapping[str, Sequence[int]], params: Params, user: str
+) -> None:
+    """Refuse regexes that match nothing, and roles of another rank than a leaf."""
+    holes = [slot.path for slot in slots(params) if is_hole(slot.leaf)]
+    unused, wrong = [], []
+    for entry in layout.entries:
+        if entry.shape is not None or entry.optional:
+            continue
+        mine = [path for path in leaves if matches(entry.path, path)]
+        if not mine and not any(_touches(entry.path, hole) for hole in holes):
+            unused.append(entry.path)
+        for path in mine:
+            if len(leaves[path]) != entry.rank:
+                roles = entry.uses[0].axes
+                wrong.append(f"{path!r} of shape {tuple(leaves[path])} by {roles}")
+    if unused:
+        raise ValueError(
+            f"`{user}(layout=...)` got {list_paths(unused)}, which matches no parameter (a regex "
+            f"has to match the whole path). The paths are {list_paths(list(leaves))}."
+        )
+    if wrong:
+        raise ValueError(
+            f"`{user}(layout=...)` declares {'; '.join(wrong[:6])}: there has to be a role for "
+            "each axis, None where there is none. Declare these leaves apart."
+        )
+
+
+def _touches(regex: str, hole: str) -> bool:
+    """Say whether a rule may mean what a hole stands for; a hole may cover a whole subtree."""
+    return matches(regex, hole) or regex.startswith(f"{hole}/")
+
+
+def _check_found(
+    layout: Layout,
+    leaves: Mapping[str, Sequence[int]],
+    found: Mapping[str, tuple[Use, ...]],
+    user: str,
+) -> None:
+    """Refuse a layout that was found for another tree: path by path what differs."""
+    if not layout._found:
+        return
+    missing = [path for path, uses in found.items() if not uses]
+    shapes = [
+        f"{path!r} has shape {tuple(shape)}, in the layout {layout._found[path].shape}"
+        for path, shape in leaves.items()
+        if path in layout._found and layout._found[path].shape != tuple(shape)
+    ]
+    if missing or shapes:
+        unknown = [path for path in layout._found if path not in leaves]
+        parts = [f"it says nothing of {list_paths(missing, 6)}"] * bool(missing) + shapes[:6]
+        parts += [f"it knows {list_paths(unknown, 6)}, which the params lack"] * bool(unknown)
+        raise ValueError(
+            f"`{user}(layout=...)` got the layout of another tree: {'; '.join(parts)}. Find it for "
+            "these params, or take the part of it that they are: `layout.at(prefix)`."
+        )

@@ -91,11 +91,12 @@ def counted(parts: Parts, params: Params, sparsity: Sparsity) -> tuple[Parts, Am
     arrays, static = split_static(params)
     shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in arrays)
     parts, _ = _bound(parts, static, shapes)
-    sparsity = parts.of_units(plain(sparsity))
+    sparsity = parts.of_units(plain(sparsity), parts.prunable(params))
     if not (parts.can_count and is_known(sparsity) and is_concrete(arrays)):
         return parts, sparsity
     leaves, treedef = jax.tree.flatten(sparsity)
-    return parts, _counts(parts, static, shapes, tuple(leaves), treedef)
+    numbers = tuple((np.shape(x), tuple(np.ravel(x).tolist())) for x in leaves)
+    return parts, _counts(parts, static, shapes, numbers, treedef)
 
 
 @functools.lru_cache(maxsize=256)
@@ -105,14 +106,15 @@ def _bound(
     """Bind parts, and find the shapes of their units by a trace: once for params that are alike."""
     params = join_static([jax.ShapeDtypeStruct(*shape) for shape in shapes], static)
     parts = parts.bind(params)
-    return parts, jax.eval_shape(parts.pattern.pool, parts.prunable(params))
+    return parts, jax.eval_shape(parts.pool, parts.prunable(params))
 
 
 @functools.lru_cache(maxsize=256)
 def _counts(
-    parts: Parts, static: Any, shapes: Any, leaves: tuple[float, ...], treedef: Any
+    parts: Parts, static: Any, shapes: Any, numbers: tuple[Any, ...], treedef: Any
 ) -> Counted:
     """Count once for a sparsity and params that are alike; the parts are bound to them."""
+    leaves = [np.reshape(x, shape) if shape else x[0] for shape, x in numbers]
     sparsity = jax.tree.unflatten(treedef, leaves)
     counts = parts.counts(_bound(parts, static, shapes)[1], sparsity)
     return Counted(vector(counts, np.int32), vector(sparsity, np.float32))

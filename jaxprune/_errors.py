@@ -19,14 +19,14 @@ def check_sparsity(sparsity: Any, user: str = "sparsity") -> None:
             continue
         where = f" at {path!r}" if path else ""
         number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
-        if np.ndim(value) or not number or is_bool(value):
+        one_each = np.ndim(value) > 0 and bool(path)  # layers of a stack, in a tree
+        if (np.ndim(value) and not one_each) or not number or is_bool(value):
             raise TypeError(
                 f"`{user}` got {value!r}{where}. Pass the fraction to remove: one number in "
                 "[0, 1], or a tree with one number for each prunable leaf."
             )
-        fraction = float(value)
-        if math.isnan(fraction) or not 0.0 <= fraction <= 1.0:
-            bad.append(f"{fraction:g}{where}")
+        fractions = np.ravel(np.asarray(value, float)).tolist()
+        bad += [f"{x:g}{where}" for x in fractions if math.isnan(x) or not 0.0 <= x <= 1.0]
     if bad:
         raise ValueError(
             f"`{user}` got {', '.join(bad)}, outside [0, 1]. It is the fraction to remove: 0.9 "

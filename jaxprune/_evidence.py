@@ -55,7 +55,8 @@ def _nearest(name: str, known: list[str]) -> str:
 def _evidence() -> tuple[str, ...]:
     """All that the criteria of this library ask for."""
     found = [getattr(criteria, name) for name in criteria.__all__]
-    return tuple(p.name for c in found for p in _arguments(c) if p.kind is p.KEYWORD_ONLY)
+    named = [p.name for c in found for p in _arguments(c) if p.kind is p.KEYWORD_ONLY]
+    return tuple(name for name in named if name != "layout")  # a setting, beside the evidence
 
 
 def check_data(evidence: Mapping[str, Any], user: str) -> None:
@@ -113,6 +114,11 @@ def named_evidence(criterion: Criterion, offered: Iterable[str]) -> list[str]:
     names = {p.name for p in arguments}
     takes_all = any(p.kind is p.VAR_KEYWORD and p.name != "_" for p in arguments) or not arguments
     return [name for name in offered if takes_all or name in names]
+
+
+def asks_for_layout(criterion: Criterion) -> bool:
+    """True for a criterion that names ``layout``: it is given it, and minds stacks itself."""
+    return any(p.name == "layout" for p in _arguments(criterion))
 
 
 def required_evidence(criterion: Criterion) -> list[str]:

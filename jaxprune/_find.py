@@ -8,6 +8,7 @@ import jax
 from jaxprune._amount import Amount, counted, if_due, in_rounds, resolved
 from jaxprune._evidence import split_functions
 from jaxprune._help import readable
+from jaxprune._layout import Layout
 from jaxprune._masks import check_masks
 from jaxprune._mesh import in_auto_mode
 from jaxprune._parts import Parts, check_find
@@ -31,6 +32,7 @@ def find_masks(
     where: Where = is_matrix,
     within: Masks | None = None,
     rounds: int = 1,
+    layout: Layout | None = None,
     **evidence: Any,
 ) -> Masks:
     """Find the masks that remove a fraction of the weights worth least.
@@ -52,6 +54,10 @@ def find_masks(
       rounds: score the masked weights again in so many rounds, of which number i brings the
         sparsity ``1 - (1 - sparsity)**(i / rounds)``. For scores that depend on what else is
         left: SynFlow wants 100.
+      layout: what each axis means, from ``jp.find_layout`` or declared. With it layers of a stack
+        are layers: they are ranked, counted and normalised one by one, as if each were a leaf of
+        its own; a leaf's sparsity may be an array `[layers]`, and parts may name axes by their
+        roles. Without it a stack is one leaf.
       **evidence: what the criterion asks for by keyword: ``grads``, ``key``, ``loss_fn`` ...
         Trees that mirror ``params`` are narrowed to the prunable leaves, and functions of the
         params get all leaves.
@@ -63,9 +69,9 @@ def find_masks(
 
     Raises:
       ValueError: the sparsity is outside [0, 1], nothing is prunable, a pattern or scope does not
-        fit a leaf, ``within`` or evidence does not mirror ``params``, ``rounds`` is below 1, or a
-        function in the evidence leads to scores that are not finite, such as a loss that is NaN
-        (not seen inside a trace).
+        fit a leaf, ``within``, evidence or the layout does not mirror ``params``, ``rounds`` is
+        below 1, or a function in the evidence leads to scores that are not finite, such as a loss
+        that is NaN (not seen inside a trace).
       TypeError: the criterion lacks evidence or cannot take what is offered, its ``loss_fn`` gives
         no scalar, or ``rounds`` is no integer.
 
@@ -76,7 +82,7 @@ def find_masks(
       Array([[False,  True],
              [ True, False]], dtype=bool)
     """
-    parts = Parts("find_masks", criterion, pattern, scope, where)
+    parts = Parts("find_masks", criterion, pattern, scope, where, layout)
     check_find(parts, sparsity, evidence, rounds)
     return find(parts, params, sparsity, evidence, within=within, rounds=rounds)
 
@@ -143,12 +149,12 @@ def choose(
     due: jax.Array | None = None,
 ) -> Masks:
     """Pool, keep and expand. Where scores are lazy, so are the masks, and may keep the dead."""
-    units = jax.lax.stop_gradient(parts.pattern.pool(scores))
+    units = jax.lax.stop_gradient(parts.pool(scores))
     alive = None if within is None else parts.alive(like, within)
     counts = resolved(parts, amount, units)
     if due is not None:
         counts = if_due(parts, counts, units, due)
-    return parts.pattern.expand(parts.keep(units, counts, alive), like=like)
+    return parts.expand(parts.keep(units, counts, alive), like=like)
 
 
 def among(new: jax.Array | Lazy, old: jax.Array | None) -> jax.Array:

@@ -5,6 +5,7 @@ from typing import Any
 
 from jaxprune._evidence import check_evidence
 from jaxprune._help import readable
+from jaxprune._layout import Layout
 from jaxprune._level import Evidence, Level, Restart, Rules, after, check_level, rewind_to_init
 from jaxprune._parts import Parts
 from jaxprune._tree import copy_arrays, is_matrix, match
@@ -29,6 +30,7 @@ def imp(
     evidence: Evidence | None = None,
     restart: Restart = rewind_to_init,
     start: Level | tuple[int, Masks, Params] | None = None,
+    layout: Layout | None = None,
 ) -> Iterator[Level]:
     """Train, prune, rewind, and again: iterative magnitude pruning.
 
@@ -57,6 +59,8 @@ def imp(
       restart: from initial and trained params to what the next level starts from.
       start: a finished ``Level``, or its ``(index, masks, trained)`` if ``evidence`` can do
         without the ticket: goes on with the next one.
+      layout: what each axis means, from ``jp.find_layout`` or declared: layers of a stack are then
+        ranked one by one, and parts may name axes by their roles; see ``find_masks``.
 
     Returns:
       An iterator of ``Level``. Keep ``trained`` intact until the next level has been asked for:
@@ -82,7 +86,7 @@ def imp(
     """
     if not isinstance(rounds, int) or rounds < 0:
         raise ValueError(f"`imp` got rounds={rounds!r}. Use an integer from 0 on, such as 16.")
-    parts = Parts("imp", criterion, pattern, scope, where)
+    parts = Parts("imp", criterion, pattern, scope, where, layout)
     rules = Rules(parts, rate, dict(rates or {}), evidence, restart).on(params_init)
     if evidence is None:
         check_evidence(criterion, rules.own_evidence(params_init))

@@ -10,17 +10,18 @@ from jaxprune._errors import check_sparsity, short, whole
 from jaxprune._evidence import check_names, required_evidence
 from jaxprune._find import find, select
 from jaxprune._help import readable
+from jaxprune._layers import by_rules, check_rules
+from jaxprune._layout import Layout
 from jaxprune._masks import apply_masks, check_masks
 from jaxprune._parts import SETTINGS, Parts
 from jaxprune._serial import serialize_tuple
 from jaxprune._tree import (
-    check_regexes_match,
     copy_arrays,
     is_matrix,
     map_with_path,
     match,
 )
-from jaxprune._where import compile_regex, matches
+from jaxprune._where import compile_regex
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
@@ -68,6 +69,7 @@ def next_level(
     where: Where = is_matrix,
     evidence: Evidence | None = None,
     restart: Restart = rewind_to_init,
+    layout: Layout | None = None,
 ) -> Level:
     """Prune and rewind: one step of ``imp``, for a loop of your own.
 
@@ -89,6 +91,8 @@ def next_level(
       evidence: from the level before to what the criterion asks for, such as ``grads``.
         ``params_init`` is offered without it.
       restart: from initial and trained params to what the next level starts from.
+      layout: what each axis means, from ``jp.find_layout`` or declared: layers of a stack are then
+        ranked one by one, and parts may name axes by their roles; see ``find_masks``.
 
     Returns:
       The next ``Level``. Its masks are found from ``level.trained`` within ``level.masks``, its
@@ -115,7 +119,7 @@ def next_level(
       Frankle and Carbin, `The Lottery Ticket Hypothesis <https://arxiv.org/abs/1803.03635>`_,
       2019.
     """
-    parts = Parts("next_level", criterion, pattern, scope, where)
+    parts = Parts("next_level", criterion, pattern, scope, where, layout)
     rules = Rules(parts, rate, dict(rates or {}), evidence, restart).on(params_init)
     before = None if level is None else check_level(level, params_init, "next_level", "level")
     return after(before, params_init, rules)
@@ -139,7 +143,7 @@ class Rules:
         parts = self.parts.bind(params)
         for regex in self.rates:
             compile_regex(regex, f"{user}(rates)")
-        check_regexes_match(tuple(self.rates), parts.prunable(params), f"{user}(rates)")
+        check_rules(self.rates, parts.prunable(params), parts.layout, f"{user}(rates)")
         return dataclasses.replace(self, parts=parts)
 
     def check_fit(self, params: Params) -> None:
@@ -155,9 +159,9 @@ class Rules:
         would be rounded each time.
         """
 
-        def of_leaf(path: str, _: Any) -> float:
-            chosen = (rate for regex, rate in self.rates.items() if matches(regex, path))
-            return 1.0 - (1.0 - next(chosen, self.rate)) ** index
+        def of_leaf(path: str, leaf: Any) -> Any:
+            rate = by_rules(self.rates, self.rate, path, leaf, self.parts.layout)
+            return 1.0 - (1.0 - rate) ** index
 
         if not self.rates:
             return 1.0 - (1.0 - self.rate) ** index

@@ -27,4 +27,8 @@ def is_known(sparsity: Sparsity) -> bool:
 
 def plain(sparsity: Sparsity) -> Sparsity:
     """Numbers that are known as those of Python, the others as they are."""
-    return jax.tree.map(lambda s: float(s) if is_number(s) else s, sparsity)
+    return jax.tree.map(lambda s: _plain(s) if is_number(s) else s, sparsity)
+
+
+def _plain(number: Any) -> Any:
+    return np.asarray(number, float) if np.ndim(number) else float(number)

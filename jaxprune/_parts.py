@@ -9,12 +9,26 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._errors import check_key, check_parts, check_sparsity
-from jaxprune._evidence import check_names
+from jaxprune._errors import check_key, check_parts, check_sparsity, short
+from jaxprune._evidence import asks_for_layout, check_names
+from jaxprune._layers import apart, apart_layout, beside, together
+from jaxprune._layout import Layout
 from jaxprune._numbers import is_tree
 from jaxprune._ranking import is_lazy
-from jaxprune._tree import map_leaves, prunable
-from jaxprune.typing import Criterion, Masks, Params, Pattern, Scope, Sparsity, Units, Where
+from jaxprune._tree import align, is_hole, map_leaves, prunable, slots
+from jaxprune._where import with_layout
+from jaxprune.typing import (
+    Criterion,
+    Masks,
+    Params,
+    Pattern,
+    Scope,
+    Scores,
+    Sparsity,
+    Tree,
+    Units,
+    Where,
+)
 
 SETTINGS = (  # of `find_masks`, all but the params
     "criterion",
@@ -24,6 +38,7 @@ SETTINGS = (  # of `find_masks`, all but the params
     "where",
     "within",
     "rounds",
+    "layout",
 )
 
 
@@ -31,7 +46,9 @@ SETTINGS = (  # of `find_masks`, all but the params
 class Parts:
     """Criterion, pattern, scope and where, as ``user`` (a public function) was given them.
 
-    Hashable where the parts are, so that they can be static arguments of a jit.
+    Hashable where the parts are, so that they can be static arguments of a jit. With a layout the
+    layers of a stack are layers: parts that know of layouts are bound to it, all others are shown
+    the layers as leaves of their own.
     """
 
     user: str
@@ -39,9 +56,12 @@ class Parts:
     pattern: Pattern
     scope: Scope
     where: Where
+    layout: Layout | None = None
     is_bound: bool = False
+    takes_apart: bool = False  # pattern or scope know of no layout: they see layers as leaves
 
     def __post_init__(self) -> None:
+        check_layout(self.user, self.layout)
         check_parts(
             self.user,
             criterion=self.criterion,
@@ -54,18 +74,34 @@ class Parts:
         """Settle the parts on params: what they cover, and that they go with one another.
 
         Raises:
-          ValueError: a part does not fit the params, or the scope refuses the pattern.
+          ValueError: a part does not fit the params, the scope refuses the pattern, or the layout
+            is that of another tree.
         """
         if self.is_bound:
             return self
-        pattern, scope = (
-            _bound(part, params, where=self.where) for part in (self.pattern, self.scope)
-        )
+        layout = None if self.layout is None else self.layout.on(params, self.user)
+        where = with_layout(self.where, layout)
+        seen, what, known = params, where, layout
+        takes_apart = layout is not None and not self._knows_layouts
+        if layout is not None and takes_apart:
+            seen, what = apart(prunable(params, where=where), layout), _all
+            known = apart_layout(layout)
+        pattern = _bound(self.pattern, seen, where=what, layout=known)
+        known = declared(pattern, "units_layout") or known  # of units that are no leaves
+        scope = _bound(self.scope, seen, where=what, layout=known)
         refuses = declared(scope, "refuses")
         if why := refuses and refuses(pattern):
             raise ValueError(why)
-        where = Owned(pattern) if declared(pattern, "owns") else self.where
-        return dataclasses.replace(self, pattern=pattern, scope=scope, where=where, is_bound=True)
+        where = Owned(pattern) if declared(pattern, "owns") else where
+        return dataclasses.replace(
+            self,
+            pattern=pattern,
+            scope=scope,
+            where=where,
+            layout=layout,
+            is_bound=True,
+            takes_apart=takes_apart,
+        )
 
     def prunable(self, params: Params) -> Params:
         """The leaves that these parts cover, None in the place of all others."""
@@ -79,20 +115,70 @@ class Parts:
         if check:
             check(sparsity, exact=exact)
 
+    # The four questions, as they are put to parts that may not know of layers.
+
+    def shown(self, tree: Tree, part: Params) -> Tree:
+        """What a criterion sees of a tree beside ``part``: layers, unless it minds stacks itself.
+
+        One that is elementwise has no use for them, one that names ``layout`` is given it.
+        """
+        minds = is_elementwise(self.criterion) or asks_for_layout(self.criterion)
+        if self.layout is None or minds:
+            return tree
+        return beside(tree, part, self.layout)
+
+    def as_shown(self, tree: Tree, part: Params) -> Tree:
+        """Put together again what a criterion made of the layers that it was shown."""
+        seen = self.shown(part, part)
+        if self.layout is None or seen is part or align(tree, seen) is None:
+            return tree
+        return together(tree, part, self.layout)
+
+    @property
+    def _knows_layouts(self) -> bool:
+        """True if pattern and scope can rank the layers of a stack where they lie."""
+        pattern = self.crosses_leaves or self.of_weights or knows_layouts(self.pattern)
+        return pattern and (self.crosses_leaves or knows_layouts(self.scope))
+
+    def pool(self, scores: Scores) -> Units:
+        """Let the pattern make units of scores."""
+        layers = self.layout is not None and self.takes_apart
+        return self.pattern.pool(apart(scores, self.layout) if layers else scores)  # type: ignore[arg-type]
+
+    def expand(self, keep: Units, *, like: Params) -> Masks:
+        """Let the pattern make masks of what is kept."""
+        if self.layout is None or not self.takes_apart:
+            return self.pattern.expand(keep, like=like)
+        masks = self.pattern.expand(keep, like=apart(like, self.layout))
+        return together(masks, like, self.layout)
+
     @property
     def crosses_leaves(self) -> bool:
         """True for units that own parts of several leaves."""
         return declared(self.pattern, "owns") is not None
 
-    def of_units(self, sparsity: Sparsity) -> Sparsity:
+    def of_units(self, sparsity: Sparsity, part: Params) -> Sparsity:
         """Of a tree of sparsities those of the units, where a pattern names them."""
         named = declared(self.pattern, "of_units")
-        return named(sparsity) if named and is_tree(sparsity) else sparsity
+        if not is_tree(sparsity):
+            return sparsity
+        if self.layout is not None and self.takes_apart:
+            return beside(sparsity, part, self.layout)
+        return named(sparsity) if named else sparsity
 
     @property
     def can_count(self) -> bool:
         """True for a scope that counts beforehand."""
         return declared(self.scope, "counts") is not None
+
+    def layers_of(self, units: Units) -> list[tuple[int, ...]]:
+        """For each leaf of the units the axes that count layers."""
+        leaves = [
+            s for s in slots(units, lambda x: is_hole(x) or is_lazy(x)) if not is_hole(s.leaf)
+        ]
+        if self.layout is None or self.takes_apart:
+            return [()] * len(leaves)
+        return [self.layout.layers(s.path, s.leaf.ndim) for s in leaves]
 
     def counts(self, units: Units, sparsity: Sparsity) -> Any:
         """What the scope takes for a sparsity: counts, if it counts beforehand."""
@@ -105,13 +191,13 @@ class Parts:
 
         Masks may be lazy where units are the weights, and so is then what is alive.
         """
-        if is_elementwise(self.pattern.pool):
+        if is_elementwise(self.pattern.pool) and not self.takes_apart:
             whole = lambda w, m: m if is_lazy(m) else jnp.broadcast_to(m is None or m, w.shape)  # noqa: E731
             return map_leaves(whole, part, masks)
         weights = map_leaves(
             lambda w, m: jnp.broadcast_to(m is None or m, w.shape).astype(jnp.float32), part, masks
         )
-        return jax.tree.map(lambda share: share > 0, self.pattern.pool(weights))
+        return jax.tree.map(lambda share: share > 0, self.pool(weights))
 
     @property
     def of_weights(self) -> bool:
@@ -122,7 +208,8 @@ class Parts:
     @property
     def keeps_lazily(self) -> bool:
         """True if masks can be compared where they are stored, which needs a scope that says so."""
-        return self.of_weights and self.can_count and declared(self.scope, "lazily") is not None
+        lazily = declared(self.scope, "lazily") is not None
+        return self.of_weights and self.can_count and lazily and not self.takes_apart
 
     def keep(self, units: Units, amount: Any, alive: Units | None) -> Units:
         """Let the scope choose among units, and the pattern correct how many each group keeps."""
@@ -162,15 +249,31 @@ def check_find(parts: Parts, sparsity: Sparsity, evidence: dict[str, Any], round
         )
 
 
-def _bound(part: Any, params: Params, *, where: Where) -> Any:
+def _all(path: str, array: jax.Array) -> bool:
+    """Take what has been chosen before."""
+    del path, array
+    return True
+
+
+def check_layout(user: str, layout: Any) -> None:
+    """Refuse what is no layout, before it is asked."""
+    if layout is not None and not isinstance(layout, Layout):
+        raise TypeError(
+            f"`{user}` got layout={short(layout)}. Pass `jp.find_layout(fn, params, *inputs)`, a "
+            'convention such as `jp.layouts.flax`, or `jp.Layout({".*/kernel": ("in", "out")})`.'
+        )
+
+
+def _bound(part: Any, params: Params, *, where: Where, layout: Layout | None) -> Any:
     """Settle a part on params, if it is one that asks for them."""
     if isinstance(part, functools.partial):
-        inner = _bound(part.func, params, where=where)
+        inner = _bound(part.func, params, where=where, layout=layout)
         # Partials equal only themselves: a new one would compile anew.
         new = functools.partial(inner, *part.args, **part.keywords)
         return part if inner is part.func else new
     bind = declared(part, "bind")
-    return bind(params, where=where) if bind else part
+    known = {} if layout is None or not knows_layouts(part) else {"layout": layout}
+    return bind(params, where=where, **known) if bind else part
 
 
 def declared(part: Any, name: str) -> Any:
@@ -189,6 +292,12 @@ def declared(part: Any, name: str) -> Any:
 def _named(f: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
     """Those of some keywords that a function takes."""
     return {k: v for k, v in keywords.items() if k in inspect.signature(f).parameters}
+
+
+def knows_layouts(part: Any) -> bool:
+    """True for a part that takes a layout when it is bound; any other is shown layers as leaves."""
+    bind = declared(part, "bind")
+    return bind is not None and "layout" in inspect.signature(bind).parameters
 
 
 def reads_lazily(scope: Scope) -> bool:

@@ -12,9 +12,10 @@ from jaxprune._enforce import enforce, live
 from jaxprune._errors import check_parts
 from jaxprune._frozen import moving
 from jaxprune._help import readable, scheduled
+from jaxprune._layout import Layout
 from jaxprune._masks import check_masks, dense_masks, unpack
 from jaxprune._parts import Parts
-from jaxprune._pruner import Pruner, remember
+from jaxprune._pruner import Pruner
 from jaxprune._state import is_placeholder, without_variables
 from jaxprune._tree import is_matrix, map_leaves
 from jaxprune._where import by_default
@@ -37,6 +38,7 @@ def prune(
     where: Where = is_matrix,
     key: jax.Array | None = None,
     packed: bool = False,
+    layout: Layout | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that it prunes while it trains.
 
@@ -74,6 +76,8 @@ def prune(
       where: predicate of path and array: which leaves are prunable.
       key: random key for criteria that ask for one; folded with the step at every event.
       packed: keep the masks as bits, an eighth of the memory.
+      layout: what each axis means, from ``jp.find_layout`` or declared: layers of a stack are then
+        ranked one by one, and parts may name axes by their roles; see ``find_masks``.
 
     Returns:
       An optax transformation. Its state is a ``PruneState``; read it with ``get_masks``.
@@ -94,11 +98,11 @@ def prune(
       Array([[ 0. , -2. ],
              [ 1.5,  0. ]], dtype=float32)
     """
-    pruner = Pruner(Parts("prune", criterion, pattern, scope, where), schedule, key, inner)
+    pruner = Pruner(Parts("prune", criterion, pattern, scope, where, layout), schedule, key, inner)
 
     def step(inner: Inner, now: Step, store: Store) -> Done:
         bound, count = pruner.on(now.params, now.state.masks), now.state.count
-        memory = remember(criterion, now.state.criterion_state, bound.part, now.grads)
+        memory = bound.remember(now.state.criterion_state, now.grads)
         evidence = pruner.evidence(now, memory)
         stored = bound.renewed(
             count,

@@ -27,7 +27,7 @@ from jaxprune._state import is_packed, is_placeholder
 from jaxprune._tree import leaves_with_path, list_paths, map_leaves, narrow
 from jaxprune._where import by_default
 from jaxprune._wrap import Step, Store, at_most_once
-from jaxprune.typing import Criterion, Masks, Params, Pattern, Schedule
+from jaxprune.typing import Masks, Params, Schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Pruner:
         if is_placeholder(params):
             return params, start(params)
         bound = self.on(params)
-        return bound.first_masks(), start(bound.part)
+        return bound.first_masks(), start(bound.parts.shown(bound.part, bound.part))
 
     def on(self, params: Params, stored: Masks | None = None) -> "Bound":
         """Settle what is pruned of these params, at ``init`` or with the masks of the state.
@@ -89,7 +89,7 @@ class Pruner:
         if not by_default(self.parts.where) or not (stored is None or missing):
             return bound
         paths = frozen(self.inner, params)
-        base = bound.parts.where if self.parts.crosses_leaves else self.parts.where
+        base = bound.parts.where
         out = missing if paths is None else paths
         where = without(base, out, params, self.parts.user)
         return self._over(params, dataclasses.replace(self.parts, where=where)) if out else bound
@@ -148,12 +148,13 @@ class Bound:
         if isinstance(self.parts.where, Moving):  # a tree may have numbers for frozen leaves, too
             now, final = narrow(now, self.part), narrow(final, self.part)
         if final is None:
-            return self.parts.of_units(now)
+            return self.parts.of_units(now, self.part)
         there = jax.tree.map(
             lambda n, f: jnp.all(n == jnp.asarray(f, jnp.result_type(n))), now, final
         )
         arrived = jnp.all(jnp.stack(jax.tree.leaves(there)))
-        return OnTheWay(arrived, self.parts.of_units(plain(final)), self.parts.of_units(now))
+        final, now = (self.parts.of_units(s, self.part) for s in (plain(final), now))
+        return OnTheWay(arrived, final, now)
 
     def falls(self, step: Any) -> jax.Array:
         """Say whether the schedule falls at an event, by more than the rounding of a float32."""
@@ -224,25 +225,27 @@ class Bound:
                 f"masks for {list_paths(held)}. Put masks for all of them in with "
                 "`jp.with_masks` (True keeps a weight), or leave leaves out with `where`."
             )
-        return widen(stored, self.part, self.parts.pattern)
+        return widen(stored, self.part, self.parts)
+
+    def remember(self, memory: Any, grads: Params) -> Any:
+        """Take one step into the memory of the criterion, if it has one."""
+        criterion: Any = self.parts.criterion
+        if not hasattr(criterion, "init"):
+            return memory
+        part, beside = (
+            self.parts.shown(x, self.part) for x in (self.part, narrow(grads, self.part))
+        )
+        return criterion.update(memory, part, beside)
 
 
-def remember(criterion: Criterion, memory: Any, part: Params, grads: Params) -> Any:
-    """Take one step into the memory of a criterion, if it has one."""
-    if not hasattr(criterion, "init"):
-        return memory
-    update: Any = criterion.update  # type: ignore[attr-defined]
-    return update(memory, part, narrow(grads, part))
-
-
-def widen(stored: Masks, part: Params, pattern: Pattern) -> Masks:
+def widen(stored: Masks, part: Params, parts: Parts) -> Masks:
     """Widen masks to the shape of those that a pattern finds among the prunable part.
 
     Masks that were put in may be full where the pattern makes `[1, channels]`; in the loop of an
     event both have to be alike.
     """
-    keep = lambda p: jax.tree.map(lambda unit: unit > 0, pattern.pool(p))  # noqa: E731
-    found = jax.eval_shape(lambda p: pattern.expand(keep(p), like=p), shapes_of(part))
+    keep = lambda p: jax.tree.map(lambda unit: unit > 0, parts.pool(p))  # noqa: E731
+    found = jax.eval_shape(lambda p: parts.expand(keep(p), like=p), shapes_of(part))
     shapes = [m.shape for m in jax.tree.leaves(stored, is_leaf=is_packed)]
     if shapes == [f.shape for f in jax.tree.leaves(found)]:
         return stored

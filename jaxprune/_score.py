@@ -8,7 +8,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune._evidence import criterion_name, is_function, named_evidence, required_evidence
+from jaxprune._evidence import (
+    asks_for_layout,
+    criterion_name,
+    is_function,
+    named_evidence,
+    required_evidence,
+)
 from jaxprune._parts import Parts, is_elementwise, reads_lazily
 from jaxprune._ranking import Lazy, is_lazy, read
 from jaxprune._tree import (
@@ -40,9 +46,10 @@ def score(parts: Parts, part: Params, params: Params, evidence: Mapping[str, Any
     if lazy is not None:
         return lazy
     part = lax.stop_gradient(part)
-    scores = parts.criterion(part, **_offered(evidence, part, params))
-    _check_scores(scores, part, parts.criterion)
-    return scores
+    seen = parts.shown(part, part)  # layers of stacks, if the criterion does not mind them
+    scores = parts.criterion(seen, **_offered(parts, evidence, part, params))
+    _check_scores(scores, seen, parts.criterion)
+    return parts.as_shown(scores, part)
 
 
 def lazy_scores(
@@ -50,7 +57,7 @@ def lazy_scores(
 ) -> Scores | None:
     """Score the prunable leaves where a ranking reads them; None if a part needs them stored."""
     criterion, part = parts.criterion, lax.stop_gradient(part)
-    offered = _offered(evidence, part, params)
+    offered = _offered(parts, evidence, part, params)
     named = {name: offered[name] for name in named_evidence(criterion, offered)}
     if not _may_be_lazy(parts, named):
         return None
@@ -61,8 +68,12 @@ def lazy_scores(
     return lazy if _can_be_read(lazy) else None
 
 
-def _offered(evidence: Mapping[str, Any], part: Params, params: Params) -> dict[str, Any]:
-    return {name: _offer(name, value, part, params) for name, value in evidence.items()}
+def _offered(
+    parts: Parts, evidence: Mapping[str, Any], part: Params, params: Params
+) -> dict[str, Any]:
+    offered = {name: _offer(parts, name, value, part, params) for name, value in evidence.items()}
+    told = parts.layout is not None and asks_for_layout(parts.criterion)
+    return {**offered, "layout": parts.layout} if told else offered
 
 
 def _may_be_lazy(parts: Parts, named: Mapping[str, Any]) -> bool:
@@ -80,11 +91,15 @@ def _can_be_read(scores: Scores) -> bool:
         return False
 
 
-def _offer(name: str, value: Any, part: Params, params: Params) -> Any:
+def _offer(parts: Parts, name: str, value: Any, part: Params, params: Params) -> Any:
     """Evidence cut down to what a criterion may see: the prunable part."""
     if is_function(name) and callable(value):  # of all params, offered as one of the part
-        return lambda p, *args, **kwargs: value(fill(p, params), *args, **kwargs)
-    return narrow(value, part)
+
+        def of_part(p: Params, *args: Any, **kwargs: Any) -> Any:
+            return value(fill(parts.as_shown(p, part), params), *args, **kwargs)
+
+        return of_part
+    return parts.shown(narrow(value, part), part)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,9 +8,10 @@ import optax
 
 from jaxprune._checks import check_update
 from jaxprune._help import readable, scheduled
+from jaxprune._layout import Layout
 from jaxprune._masks import check_masks, unpack
 from jaxprune._parts import Parts
-from jaxprune._pruner import Pruner, remember
+from jaxprune._pruner import Pruner
 from jaxprune._serial import serialize_tuple
 from jaxprune._state import PruneState
 from jaxprune._states import get_masks
@@ -47,6 +48,7 @@ def straight_through(
     where: Where = is_matrix,
     key: jax.Array | None = None,
     packed: bool = False,
+    layout: Layout | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that it trains dense weights through a sparse forward pass.
 
@@ -71,6 +73,8 @@ def straight_through(
       where: predicate of path and array: which leaves are prunable.
       key: random key for criteria that ask for one; folded with the step at every event.
       packed: keep the masks as bits.
+      layout: what each axis means, from ``jp.find_layout`` or declared: layers of a stack are then
+        ranked one by one, and parts may name axes by their roles; see ``find_masks``.
 
     Returns:
       An optax transformation. Its state is a ``StraightThroughState``; ``get_masks`` reads it.
@@ -98,11 +102,11 @@ def straight_through(
       <https://arxiv.org/abs/2006.07253>`_, 2020.
     """
     user = "straight_through"
-    pruner = Pruner(Parts(user, criterion, pattern, scope, where), schedule, key, inner)
+    pruner = Pruner(Parts(user, criterion, pattern, scope, where, layout), schedule, key, inner)
 
     def step(inner: Inner, now: Step, store: Store) -> Done:
         bound, count = pruner.on(now.params, now.state.masks), now.state.count
-        memory = remember(criterion, now.state.criterion_state, bound.part, now.grads)
+        memory = bound.remember(now.state.criterion_state, now.grads)
         evidence = pruner.evidence(now, memory)
         stored = bound.renewed(count, store(bound.widened(now.state.masks)), evidence, store)
         # Weights are dense: neither gradients nor updates know of masks.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune.typing import Where
+from jaxprune.typing import Layout, Where
 
 # What a leaf is called whose zero is no zero of the network, or that no matrix product reads, in
 # the libraries that users bring: flax, haiku, equinox, haliax, Keras, PyTorch, numpyro, HGQ.
@@ -41,6 +41,18 @@ _OWNERS = {
     ),
 }
 _LORA = r"(?i:lora(_?(a|b|up|down))?)"  # whatever lies below it
+# What a use makes of a leaf, nothing if a weight matrix, in the words for what names make of it;
+# what is not read, or not known, is left to its name.
+_KINDS = {
+    "matmul": "",
+    "conv": "",
+    "embedding": "embeddings",
+    "gain": "gains and scales",
+    "bias": "biases",
+    "derived": "derived",
+    "table": "tables",
+}
+_ONLY_BY_NAME = ("LoRA factors", "widths of quantizers")  # no use tells those from kernels
 # Ends of a path that say where a value lies in its container, not what it is.
 _CONTAINERS = r"\d+|value|array|data_array|mantissa|raw_value"
 
@@ -83,10 +95,27 @@ def is_matrix(path: str, array: jax.Array) -> bool:
     return not why_not(path, array)
 
 
-def why_not(path: str, array: Any) -> str:
-    """Say as what a leaf is no weight matrix; nothing if it is one."""
+def why_not(path: str, array: Any, layout: Layout = None) -> str:
+    """Say as what a leaf is no weight matrix; nothing if it is one.
+
+    Where a layout knows how the leaf is used, that decides instead of its name.
+    """
     if not is_floating(array):
         return "not floating"
+    shape = tuple(array.shape)
+    if layout is None:
+        return _by_name(path, shape)
+    uses, layers = layout.uses(path, len(shape)), layout.layers(path, len(shape))
+    shape = tuple(n for i, n in enumerate(shape) if i not in layers)  # of one layer
+    named = _by_name(path, shape)
+    known = [use.kind for use in uses if use.kind in _KINDS]
+    if not known or named in _ONLY_BY_NAME:
+        return named
+    others = [_KINDS[kind] for kind in known if _KINDS[kind]]
+    return others[0] if others else "vectors and scalars" if len(shape) < 2 else ""
+
+
+def _by_name(path: str, shape: tuple[int, ...]) -> str:
     *owners, name = _words(path)
     if name == "b" and not owners:  # the second of two matrices as often as a bias
         name = ""
@@ -98,8 +127,8 @@ def why_not(path: str, array: Any) -> str:
         return kind
     if any("quantizer" in word.lower() for word in (*owners, name)) and not kernel:
         return "widths of quantizers"
-    long = sum(n != 1 for n in array.shape)
-    if len(array.shape) < 2 or (long < 2 and not kernel):
+    long = sum(n != 1 for n in shape)
+    if len(shape) < 2 or (long < 2 and not kernel):
         return "vectors and scalars"
     return ""
 
@@ -173,7 +202,7 @@ class Exclude:
     where: Where
 
     def __repr__(self) -> str:
-        more = [] if self.where is is_matrix else [f"where={self.where!r}"]
+        more = [] if by_default(self.where) else [f"where={self.where!r}"]
         return f"exclude({', '.join([*map(repr, self.regexes), *more])})"
 
     def __call__(self, path: str, array: Any) -> bool:
@@ -209,9 +238,88 @@ def exclude(*regexes: str, where: Where = is_matrix) -> Where:
     return Exclude(regexes, where)
 
 
+@dataclasses.dataclass(frozen=True)
+class ByUse:
+    """The predicate that ``by_use`` makes."""
+
+    kinds: tuple[str, ...]
+    layout: Layout = None
+
+    def __repr__(self) -> str:
+        return f"by_use({', '.join(map(repr, self.kinds))})"
+
+    def __call__(self, path: str, array: Any) -> bool:
+        if self.layout is None:
+            raise ValueError(
+                f"`{self!r}` asks how a parameter is used, which only a layout knows. Pass "
+                "`layout=jp.find_layout(fn, params, *inputs)` beside it, or to `by_use` itself."
+            )
+        uses = self.layout.uses(path, len(array.shape))
+        return bool(uses) and all(use.kind in self.kinds for use in uses)
+
+
+def by_use(*kinds: str, layout: Layout = None) -> Where:
+    """Say by their use which leaves are prunable: those that are used so and not otherwise.
+
+    Args:
+      *kinds: ``"matmul"``, ``"conv"``, ``"embedding"``, ``"gain"``, ``"bias"``, ``"derived"``,
+        ``"table"``; see ``jp.Use``.
+      layout: where uses are looked up; what takes a ``layout=`` itself hands its own in.
+
+    Returns:
+      A predicate for ``where``.
+
+    Raises:
+      ValueError: there is no kind, one is unknown, or comes twice; when used, there is no layout.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> layout = jp.Layout({"w": ("in", "out")})
+      >>> where = by_use("matmul", "conv", layout=layout)
+      >>> where("w", jnp.ones((2, 2))), where("v", jnp.ones((2, 2)))
+      (True, False)
+    """
+    for kind in kinds:
+        if kind not in (*_KINDS, "unused", "unknown"):
+            raise ValueError(
+                f"`by_use` got {kind!r}, which is no use of a parameter. There are "
+                f"{', '.join(map(repr, _KINDS))}."
+            )
+    if not kinds or len(set(kinds)) < len(kinds):
+        wrong = "no use" if not kinds else f"a use twice: {', '.join(map(repr, kinds))}"
+        raise ValueError(f'`by_use` got {wrong}. Name each once, as in `by_use("matmul", "conv")`.')
+    return ByUse(kinds, layout)
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernels:
+    """What ``is_matrix`` becomes where a layout says how leaves are used."""
+
+    layout: Layout
+
+    def __call__(self, path: str, array: Any) -> bool:
+        return not why_not(path, array, self.layout)
+
+
+def with_layout(where: Where, layout: Layout) -> Where:
+    """Let a predicate decide by use, if it is one of those that can."""
+    if layout is None:
+        return where
+    if where is is_matrix:
+        return Kernels(layout)
+    if isinstance(where, ByUse) and where.layout is None:
+        return dataclasses.replace(where, layout=layout)
+    if dataclasses.is_dataclass(where) and hasattr(where, "where"):  # around another one
+        return dataclasses.replace(where, where=with_layout(where.where, layout))
+    return where
+
+
 def by_default(where: Where) -> bool:
     """True for the default, with or without some leaves that are excluded from it."""
-    return where is is_matrix or (isinstance(where, Exclude) and by_default(where.where))
+    if isinstance(where, Exclude):
+        return by_default(where.where)
+    return where is is_matrix or isinstance(where, Kernels)
 
 
 def refuses(where: Where, path: str, array: Any) -> bool:
@@ -219,7 +327,7 @@ def refuses(where: Where, path: str, array: Any) -> bool:
 
     The default means "kernels" and says nothing of what hangs on them, biases and norms.
     """
-    if where is is_matrix:
+    if where is is_matrix or isinstance(where, Kernels):
         return False
     if isinstance(where, Exclude):
         return where.protects(path) or refuses(where.where, path, array)

@@ -42,7 +42,7 @@ Scores: TypeAlias = Any  # like Params; higher = keep; None where not prunable
 Units: TypeAlias = Any  # like Scores; one entry for what lives or dies together, the leaf's rank
 Masks: TypeAlias = Any  # like Scores; bool, broadcastable; True = kept
 Sparsity: TypeAlias = Any  # fraction removed in [0, 1]: one number, or one per prunable leaf
-Layout: TypeAlias = Any  # what each axis means; nothing makes one yet
+Layout: TypeAlias = Any  # a `jp.Layout`: what each axis means; None where nobody said
 Where: TypeAlias = Callable[[str, jax.Array], bool]  # ("Dense_0/kernel", array) -> prunable?
 
 # What has to be there is in `Criterion`, `Pattern`, `Scope` and `Schedule`. The other protocols are

@@ -34,6 +34,7 @@ LAYERS = (
     (
         "_kept",
         "_layout",
+        "_layers",
         "_group",
         "_units",
         "_groups",

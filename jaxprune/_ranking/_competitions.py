@@ -174,7 +174,7 @@ class Competitions:
         """Slabs of a leaf's competitions, and units in each."""
         counts, shape = self.shape(leaf), self.leaves[leaf]
         axes = [i for i in range(len(shape)) if not counts or counts[i] == 1]
-        return self.shards[leaf].sizes(shape, axes)
+        return self.shards[leaf].sizes(shape, self.shards[leaf].order(axes))
 
     def bits(self) -> list[int]:
         """How many bits each word of the precedence takes."""

@@ -87,6 +87,14 @@ def keep_largest(
     return jax.tree.unflatten(treedef, keep)
 
 
+def shape_of_counts(shape: Sequence[int], apart: Sequence[int]) -> tuple[int, ...]:
+    """The shape of the counts of a leaf whose units compete at each index of some axes apart.
+
+    `[8, 1, 1]` for a stack of eight layers; `()` where all units of the leaf compete.
+    """
+    return tuple(n if i in apart else 1 for i, n in enumerate(shape)) if apart else ()
+
+
 def _alike(counts: Sequence[int | jax.Array | Whole]) -> list[Any]:
     """Counts that are all int32, or all in two words if one of them needs that."""
     if any(isinstance(n, Whole) or (isinstance(n, int) and n >= 2**31) for n in counts):

@@ -58,7 +58,7 @@ def count_down(like: jax.Array, start: Rank, shape: tuple[int, ...], shard: Shar
     Returns:
       As many words, uint32 `[...]`.
     """
-    compete = [i for i in range(like.ndim) if not shape or shape[i] == 1]
+    compete = shard.order([i for i in range(like.ndim) if not shape or shape[i] == 1])
     slabs = shard.slabs(like.shape, compete) if len(start) > 1 else []
     inside = [i for i in compete if i not in slabs]
     zero = jnp.zeros_like(like, jnp.uint32)

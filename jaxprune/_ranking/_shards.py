@@ -28,10 +28,17 @@ class Shard:
       names: mesh axes; devices along them hold different shards of the leaf.
       dims: for each axis of the leaf the mesh axes that shard it. None if nobody said: then one
         shard counts as coming after the other.
+      first: axes whose index comes before all others in the order of the units: those of layers,
+        each of which comes whole before the next wherever its axis is.
     """
 
     names: tuple[str, ...] = ()
     dims: tuple[tuple[str, ...], ...] | None = None
+    first: tuple[int, ...] = ()
+
+    def order(self, axes: Sequence[int]) -> list[int]:
+        """Some axes in the order in which they count, the outermost first."""
+        return sorted(axes, key=lambda i: (i not in self.first, i))
 
     def whole(self, leaf: Any) -> int:
         """Count the units of the whole leaf."""

@@ -10,7 +10,9 @@ from jaxprune._tree import wide
 from jaxprune.typing import Params, Scores
 
 
-def grasp(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_: Any) -> Scores:
+def grasp(
+    params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, layout: Any = None, **_: Any
+) -> Scores:
     r"""Score a connection by what its removal does to the gradient norm (GraSP).
 
     To first order, removing weight :math:`w` changes :math:`\|g\|^2` by :math:`-2 w (H g)`, with
@@ -23,6 +25,7 @@ def grasp(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_:
       loss_fn: ``loss_fn(params, batch)`` gives the mean loss, a scalar. The paper divides the
         logits by a temperature of 200 in it, so that the softmax is not saturated.
       batch: any tree of arrays; some examples of every class.
+      layout: taken because a stack is scored as its layers would be, and need not be taken apart.
 
     Returns:
       Signed scores like ``params``, at least float32. Higher means keep.
@@ -41,6 +44,7 @@ def grasp(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_:
       Wang et al., `Picking Winning Tickets Before Training by Preserving Gradient Flow
       <https://arxiv.org/abs/2002.07376>`_, 2020.
     """
+    del layout
     slope = jax.grad(lambda p: check_loss(loss_fn(p, batch), "grasp"))
     # Forward over reverse: the product with the Hessian costs two gradients and no second graph.
     _, curved = jax.jvp(slope, (params,), (slope(params),))

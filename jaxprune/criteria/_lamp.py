@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune._layout import Layout
+from jaxprune._tree import map_with_path
 from jaxprune.typing import Params, Scores
 
 
-def lamp(params: Params, **_: Any) -> Scores:
+def lamp(params: Params, *, layout: Layout | None = None, **_: Any) -> Scores:
     r"""Score a weight by its share of what is left once all smaller ones are gone (LAMP).
 
     Inside a leaf, :math:`w_u^2 / \sum_{|w_v| \ge |w_u|} w_v^2`, where among equal weights the
@@ -23,6 +25,8 @@ def lamp(params: Params, **_: Any) -> Scores:
 
     Args:
       params: prunable parameters; any shapes of less than 2**31 weights.
+      layout: what each axis means; each layer of a stack is then a leaf. ``find_masks`` and the
+        like hand in their own.
 
     Returns:
       Float32 scores in [0, 1] like ``params``. Higher means keep.
@@ -39,7 +43,15 @@ def lamp(params: Params, **_: Any) -> Scores:
       Lee et al., `Layer-adaptive sparsity for the Magnitude-based Pruning
       <https://arxiv.org/abs/2010.07611>`_, 2021.
     """
-    return jax.tree.map(_lamp_leaf, params)
+
+    def score(path: str, w: jax.Array) -> jax.Array:
+        layers = () if layout is None else layout.layers(path, w.ndim)
+        each = _lamp_leaf
+        for outer, axis in reversed(list(enumerate(layers))):  # the innermost first
+            each = jax.vmap(each, axis - outer, axis - outer)
+        return each(w)
+
+    return map_with_path(score, params)
 
 
 def _lamp_leaf(w: jax.Array) -> jax.Array:

@@ -11,7 +11,9 @@ from jaxprune._tree import wide
 from jaxprune.typing import Params, Scores
 
 
-def snip(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_: Any) -> Scores:
+def snip(
+    params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, layout: Any = None, **_: Any
+) -> Scores:
     r"""Score a connection by the slope of the loss in its mask (SNIP).
 
     At a mask of ones :math:`|\partial L / \partial m| = |w \, \partial L / \partial w|`, divided
@@ -23,6 +25,7 @@ def snip(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_: 
       params: prunable parameters; any shapes.
       loss_fn: ``loss_fn(params, batch)`` gives the mean loss, a scalar.
       batch: any tree of arrays; some examples of every class.
+      layout: taken because a stack is scored as its layers would be, and need not be taken apart.
 
     Returns:
       Non-negative scores like ``params``, at least float32, that sum to 1. Higher means keep.
@@ -41,6 +44,7 @@ def snip(params: Params, *, loss_fn: Callable[..., jax.Array], batch: Any, **_: 
       Lee et al., `SNIP: Single-shot Network Pruning based on Connection Sensitivity
       <https://arxiv.org/abs/1810.02340>`_, 2019.
     """
+    del layout
     grads = jax.grad(lambda p: check_loss(loss_fn(p, batch), "snip"))(params)
     felt = jax.tree.map(lambda w, g: jnp.abs(wide(w) * wide(g)), params, grads)
     total = sum(jnp.nansum(s) for s in jax.tree.leaves(felt))

@@ -10,7 +10,9 @@ from jaxprune._tree import is_floating
 from jaxprune.typing import Params, Scores
 
 
-def synflow(params: Params, *, apply_fn: Callable[..., Any], batch: Any, **_: Any) -> Scores:
+def synflow(
+    params: Params, *, apply_fn: Callable[..., Any], batch: Any, layout: Any = None, **_: Any
+) -> Scores:
     r"""Score a connection by the synaptic flow that passes through it (SynFlow).
 
     With :math:`R = 1^T f_{|w|}(1)`, the summed output for an input of ones and absolute weights,
@@ -29,6 +31,7 @@ def synflow(params: Params, *, apply_fn: Callable[..., Any], batch: Any, **_: An
         biases or norms are negative, let ``apply_fn`` take their absolute values.
       batch: an input, one example is enough. Only the shapes count: floating arrays are replaced
         by ones.
+      layout: taken because a stack is scored as its layers would be, and need not be taken apart.
 
     Returns:
       Non-negative scores like ``params``. Higher means keep.
@@ -44,6 +47,7 @@ def synflow(params: Params, *, apply_fn: Callable[..., Any], batch: Any, **_: An
       Tanaka et al., `Pruning neural networks without any data by iteratively conserving synaptic
       flow <https://arxiv.org/abs/2006.05467>`_, 2020.
     """
+    del layout
     ones = jax.tree.map(lambda x: jnp.ones_like(x) if is_floating(x) else x, batch)
     size = jax.tree.map(jnp.abs, params)
 

@@ -1,6 +1,7 @@
 """Drop the worst of the kept units and grow the most promising of the others."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,6 +22,7 @@ from jaxprune._ranking import (
     keep_largest,
     least,
     read,
+    shape_of_counts,
     where,
 )
 from jaxprune._wrap import at_most_once
@@ -62,37 +64,58 @@ def drop_and_grow(
       masks: those in force; lazy ones where units are the weights.
       worth: scores of what is kept, stored or lazy.
       promise: scores of what is not.
-      fraction: of the kept units of each leaf, `[]`.
+      fraction: of the kept units of each leaf, or of each layer of a stack, `[]`.
       like: the prunable leaves.
       parts: bound to them.
       due: bool `[]`; nothing is counted or searched where it is False, and what came out means
         nothing.
     """
-    pattern, due = parts.pattern, jnp.asarray(due)
+    due = jnp.asarray(due)
     alive = parts.alive(like, masks)
     dead = jax.tree.map(lambda a: _lazily(_removed, a), alive, is_leaf=is_lazy)
-    units = pattern.pool(worth)
-    sizes = [in_words(u.size) for u in jax.tree.leaves(units, is_leaf=is_lazy)]
-    kept, moving = _counted(alive, sizes, fraction, due)
+    units = parts.pool(worth)
+    layers = parts.layers_of(units)
+    leaves = jax.tree.leaves(units, is_leaf=is_lazy)
+    sizes = [_size(u, axes) for u, axes in zip(leaves, layers, strict=True)]
+    kept, moving = _counted(alive, sizes, layers, fraction, due)
     staying = [where(due, k - m, n) for k, m, n in zip(kept, moving, sizes, strict=True)]
     growing = [where(due, m, n) for m, n in zip(moving, sizes, strict=True)]
     each = tuple((i,) for i in range(len(sizes)))
     stay = keep_largest(units, staying, each, alive)
-    grow = keep_largest(pattern.pool(promise), growing, each, dead)
-    return Moves(pattern.expand(stay, like=like), pattern.expand(grow, like=like))
+    grow = keep_largest(parts.pool(promise), growing, each, dead)
+    return Moves(parts.expand(stay, like=like), parts.expand(grow, like=like))
+
+
+def _size(units: jax.Array | Lazy, layers: tuple[int, ...]) -> Whole:
+    """How many units a leaf has, or, in the shape of the counts, each layer of a stack."""
+    shape = shape_of_counts(units.shape, layers)
+    if not shape:
+        return in_words(units.size)
+    each = in_words(units.size // math.prod(shape))
+    return Whole(np.full(shape, each.high), np.full(shape, each.low))
 
 
 def _counted(
-    alive: Units, sizes: list[Whole], fraction: Any, due: jax.Array
+    alive: Units,
+    sizes: list[Whole],
+    layers: Sequence[tuple[int, ...]],
+    fraction: Any,
+    due: jax.Array,
 ) -> tuple[list[Whole], list[Whole]]:
-    """How many units each leaf keeps, and how many of them move."""
+    """How many units each leaf keeps, or each layer of a stack, and how many of them move."""
     leaves = jax.tree.leaves(alive, is_leaf=is_lazy)
+    shapes = [shape_of_counts(a.shape, axes) for a, axes in zip(leaves, layers, strict=True)]
 
     def count(_: list[Whole]) -> list[Whole]:
-        return [jax.tree.map(lambda n: n.reshape(()), count_true(read(a))) for a in leaves]
+        counts = [count_true(read(a), axes) for a, axes in zip(leaves, layers, strict=True)]
+        flat = zip(counts, shapes, strict=True)
+        return [jax.tree.map(lambda n, shape=shape: n.reshape(shape), c) for c, shape in flat]
 
     # What a loop carries varies over the mesh axes that the counts vary over.
-    nothing = [in_words(count_none(jax.tree.leaves(a)[0])) for a in leaves]
+    nothing = [
+        in_words(count_none(jax.tree.leaves(a)[0], shape))
+        for a, shape in zip(leaves, shapes, strict=True)
+    ]
     kept = at_most_once(due, count, nothing)
     moving = [least(_floor(fraction, k), n - k) for k, n in zip(kept, sizes, strict=True)]
     return kept, moving

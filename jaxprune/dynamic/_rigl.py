@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._help import readable
+from jaxprune._layout import Layout
 from jaxprune._ranking import Lazy
 from jaxprune._tree import is_matrix
 from jaxprune.criteria import magnitude, random
@@ -27,6 +28,7 @@ def rigl(
     where: Where = is_matrix,
     key: jax.Array | None = None,
     packed: bool = False,
+    layout: Layout | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Wrap an optimizer so that it trains sparse, and grow where the gradient is largest (RigL).
 
@@ -58,6 +60,8 @@ def rigl(
       where: predicate of path and array: which leaves are prunable.
       key: random key for the start; without it the largest weights start.
       packed: keep the masks as bits.
+      layout: what each axis means, from ``jp.find_layout`` or declared: what moves is then counted
+        in each layer of a stack; see ``find_masks``.
 
     Returns:
       An optax transformation with a ``PruneState``.
@@ -97,6 +101,7 @@ def rigl(
         where=where,
         key=key,
         packed=packed,
+        layout=layout,
     )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._help import readable
+from jaxprune._layout import Layout
 from jaxprune._mesh import all_true
 from jaxprune._ranking import Lazy
 from jaxprune._tree import is_matrix
@@ -30,6 +31,7 @@ def set(
     pattern: Pattern = Weights(),
     where: Where = is_matrix,
     packed: bool = False,
+    layout: Layout | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that it trains sparse, and grow at random (SET).
 
@@ -47,6 +49,8 @@ def set(
       pattern: what is dropped and grown together.
       where: predicate of path and array: which leaves are prunable.
       packed: keep the masks as bits.
+      layout: what each axis means, from ``jp.find_layout`` or declared: what moves is then counted
+        in each layer of a stack; see ``find_masks``.
 
     Returns:
       An optax transformation with a ``PruneState``.
@@ -88,6 +92,7 @@ def set(
         where=where,
         key=key,
         packed=packed,
+        layout=layout,
     )
 
 

@@ -1,5 +1,6 @@
 """Training at one sparsity while masks move: what RigL and SET share."""
 
+import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ from jaxprune._enforce import common, enforce, live
 from jaxprune._errors import check_key, check_sparsity
 from jaxprune._find import find
 from jaxprune._frozen import moving
+from jaxprune._layout import Layout
 from jaxprune._masks import check_masks, unpack
 from jaxprune._mesh import in_auto_mode, is_explicit
 from jaxprune._numbers import is_tree
@@ -21,7 +23,7 @@ from jaxprune._pruner import as_tree, lazy_masks, widen
 from jaxprune._ranking import Lazy, is_lazy, read
 from jaxprune._state import is_packed, is_placeholder
 from jaxprune._tree import map_leaves, narrow, prunable
-from jaxprune._where import by_default
+from jaxprune._where import by_default, with_layout
 from jaxprune._wrap import Done, Inner, Step, Store, at_most_once, wrap
 from jaxprune.dynamic._drop_and_grow import Moves, drop_and_grow
 from jaxprune.dynamic._moments import check_moments, reset_moments
@@ -41,6 +43,7 @@ def sparse_training(
     where: Where,
     key: jax.Array | None,
     packed: bool,
+    layout: Layout | None = None,
     at_random: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optimizer so that at an event units are dropped by size and grown by ``grow``.
@@ -56,11 +59,12 @@ def sparse_training(
       where: which leaves are prunable.
       key: for the two criteria.
       packed: keep the masks as bits.
+      layout: what each axis means.
       at_random: whether ``promise`` draws.
     """
     check_inner(inner, user)
     check_sparsity(sparsity, user)
-    parts = Parts(user, start, pattern, per_leaf, where)
+    parts = Parts(user, start, pattern, per_leaf, where, layout)
     check_key(user, key)
     _check_parts(parts, sparsity)
 
@@ -68,11 +72,14 @@ def sparse_training(
         if is_placeholder(params):
             return params, ()
         check_moments(inner, params, user)
-        chosen = moving(where, inner, params, user)
-        frozen = chosen is not where
+        known = None if layout is None else layout.on(params, user)
+        asked = with_layout(where, known)
+        chosen = moving(asked, inner, params, user)
+        frozen = chosen is not asked
         given = narrow(sparsity, prunable(params, where=chosen)) if frozen else sparsity
-        each = given if is_tree(given) else erk(params, given, where=chosen)
-        return find(Parts(user, start, pattern, per_leaf, chosen), params, each, {"key": key}), ()
+        each = given if is_tree(given) else erk(params, given, where=chosen, layout=known)
+        found = dataclasses.replace(parts, where=chosen)
+        return find(found, params, each, {"key": key}), ()
 
     def step(optimizer: Inner, now: Step, store: Store) -> Done:
         check_extra(user, inner, now.extra)
@@ -128,7 +135,7 @@ class _Event(NamedTuple):
 
     def renewed(self, masks: Masks, store: Store) -> Masks:
         """Give what becomes of masks, in the form of the state; ``masks`` as they lie in it."""
-        stored = store(widen(masks, self.part, self.parts.pattern))
+        stored = store(widen(masks, self.part, self.parts))
         before, within = partial(self._before, store), partial(self._within, store)
         if is_explicit(self.part) or not self.parts.of_weights:
             return within(stored)

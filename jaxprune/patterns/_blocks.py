@@ -1,13 +1,15 @@
 """Small rectangles of weights."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from jaxprune._tree import map_with_path
+from jaxprune._layout import Layout, axes_of, check_named, check_role
+from jaxprune._tree import leaves_with_path, map_with_path, prunable
 from jaxprune.patterns._reduce import check_reduce, reduce_scores
-from jaxprune.typing import Masks, Params, Scores, Units
+from jaxprune.typing import Masks, Params, Scores, Units, Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,12 +20,17 @@ class Blocks:
     one is smaller and is scored by the weights that it has.
 
     Attributes:
-      shape: size of a block along the last ``len(shape)`` axes.
+      shape: size of a block along the last ``len(shape)`` axes, or along ``axes``.
       reduce: how a block is scored from its weights: ``"mean"``, ``"sum"`` or ``"norm"``.
+      axes: which axes the sizes belong to, by number or by role, as in ``("in", "out")``: blocks of
+        a convolution then lie inside of each place of its window. Roles take a ``layout=`` where
+        the pattern is used; with one, numbers count the axes of one layer of a stack.
+      layout: what each axis means; filled in by whoever uses the pattern.
 
     Raises:
-      TypeError: ``shape`` is not a tuple of integers.
-      ValueError: a size below 1, or ``reduce`` is unknown; when used, a leaf has fewer axes.
+      TypeError: ``shape`` is not a tuple of integers, or ``axes`` no tuple of as many axes.
+      ValueError: a size below 1, an axis twice, or ``reduce`` or a role is unknown; when used, a
+        leaf has fewer axes, no such axis, or several of a role.
 
     Example:
       >>> import jax.numpy as jnp
@@ -33,6 +40,8 @@ class Blocks:
 
     shape: tuple[int, ...]
     reduce: str = "mean"
+    axes: tuple[int | str, ...] | None = None
+    layout: Layout | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         sizes = tuple(self.shape) if isinstance(self.shape, (tuple, list)) else ()
@@ -48,58 +57,102 @@ class Blocks:
             )
         check_reduce(self.reduce, "Blocks")
         object.__setattr__(self, "shape", sizes)  # a list would not be hashable
+        if self.axes is not None:
+            object.__setattr__(self, "axes", _checked_axes(self.axes, sizes))
+
+    def __repr__(self) -> str:
+        axes = "" if self.axes is None else f", axes={self.axes}"
+        return f"Blocks({self.shape}{axes})"
+
+    def bind(self, params: Params, *, where: Where, layout: Layout | None = None) -> "Blocks":
+        """Settle it on params: along which axes of each leaf the blocks lie."""
+        part = leaves_with_path(prunable(params, where=where))
+        shapes = {path: leaf.shape for path, leaf in part}
+        check_named(layout, shapes, self.axes or (), repr(self), single=True)
+        return dataclasses.replace(self, layout=layout)
 
     def pool(self, scores: Scores) -> Units:
-        """Score each block: leaves of shape ``[..., ceil(a / shape[0]), ceil(b / shape[1])]``."""
+        """Score each block: of an axis of ``a`` there are ``ceil(a / size)``."""
         self._check(scores)
-        return jax.tree.map(self._pool_leaf, scores)
+        return map_with_path(self._pool_leaf, scores)
 
     def expand(self, keep: Units, *, like: Params) -> Masks:
         """Repeat each block over its weights: full masks."""
-        return jax.tree.map(lambda w, k: self._expand_leaf(k, w.shape), like, keep)
+        return map_with_path(lambda path, w, k: self._expand_leaf(path, k, w.shape), like, keep)
 
-    def _pool_leaf(self, scores: jax.Array) -> jax.Array:
-        axes, tiled = self._tiling(scores.shape)
-        pooled = reduce_scores(self.reduce, self._split(scores, tiled), axes)
+    def _pool_leaf(self, path: str, scores: jax.Array) -> jax.Array:
+        sizes = self._sizes(path, scores.ndim)
+        inside, tiled = _tiling(scores.shape, sizes)
+        pooled = reduce_scores(self.reduce, _split(scores, sizes, tiled), inside)
         if self.reduce == "mean":  # the padding took part as zeros; divide by what is really there
-            lead = (1,) * (scores.ndim - len(self.shape))
-            present = jnp.ones(lead + scores.shape[len(lead) :], jnp.float32)
-            present = self._split(present, lead + tiled[len(lead) :])
-            pooled = pooled / reduce_scores("mean", present, axes)
-        return jnp.squeeze(pooled, axis=axes)
+            blocked = [n if size > 1 else 1 for n, size in zip(scores.shape, sizes, strict=True)]
+            there = _split(jnp.ones(blocked, jnp.float32), sizes, _tiling(blocked, sizes)[1])
+            pooled = pooled / reduce_scores("mean", there, inside)
+        return jnp.squeeze(pooled, axis=inside)
 
-    def _expand_leaf(self, keep: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        axes, tiled = self._tiling(shape)
-        full = jnp.broadcast_to(jnp.expand_dims(keep, axes), tiled)
-        padded = [n * b for n, b in zip(keep.shape[-len(self.shape) :], self.shape, strict=True)]
-        full = full.reshape(*shape[: -len(self.shape)], *padded)
-        return full[(..., *(slice(n) for n in shape[-len(self.shape) :]))]
+    def _expand_leaf(self, path: str, keep: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        sizes = self._sizes(path, len(shape))
+        inside, tiled = _tiling(shape, sizes)
+        full = jnp.broadcast_to(jnp.expand_dims(keep, inside), tiled)
+        full = full.reshape([n * size for n, size in zip(keep.shape, sizes, strict=True)])
+        return full[tuple(slice(n) for n in shape)]
 
-    def _tiling(self, shape: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Axes inside a block, and the shape with every blocked axis split into (blocks, size)."""
-        lead = len(shape) - len(self.shape)
-        tiled = list(shape[:lead])
-        for size, block in zip(shape[lead:], self.shape, strict=True):
-            tiled += [-(-size // block), block]
-        return tuple(range(lead + 1, len(tiled), 2)), tuple(tiled)
-
-    def _split(self, x: jax.Array, tiled: tuple[int, ...]) -> jax.Array:
-        """Pad the last axes with zeros to whole blocks and split them."""
-        rank = len(self.shape)
-        short = [-n % b for n, b in zip(x.shape[-rank:], self.shape, strict=True)]
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - rank) + [(0, n) for n in short])
-        return x.reshape(tiled)
+    def _sizes(self, path: str, rank: int) -> tuple[int, ...]:
+        """The size of a block along each axis of a leaf; nothing if its axes do not suffice."""
+        names = self.axes or tuple(range(-len(self.shape), 0))
+        found = [axes_of(self.layout, path, rank, name) for name in names]
+        places = [axes[0] for axes in found if axes]
+        if len(set(places)) < len(names):
+            return ()
+        at = dict(zip(places, self.shape, strict=True))
+        return tuple(at.get(i, 1) for i in range(rank))
 
     def _check(self, scores: Scores) -> None:
+        check_named(self.layout, {}, self.axes or (), repr(self), single=True)
         bad: list[str] = []
 
         def visit(path: str, s: jax.Array) -> None:
-            if s.ndim < len(self.shape):
+            if not self._sizes(path, s.ndim):
                 bad.append(f"{path!r} of shape {s.shape}")
 
         map_with_path(visit, scores)
         if bad:
             raise ValueError(
-                f"`Blocks({self.shape})` needs at least {len(self.shape)} axes, but has "
+                f"`{self!r}` needs at least {len(self.shape)} axes, but has "
                 f"{', '.join(bad)}. Choose a shorter `shape`, or exclude them with `where`."
             )
+
+
+def _checked_axes(axes: object, sizes: tuple[int, ...]) -> tuple[int | str, ...]:
+    """Refuse axes that are not as many as the sizes, or name one twice."""
+    given = tuple(axes) if isinstance(axes, tuple | list) else ()
+    if len(given) != len(sizes) or not all(type(axis) in (int, str) for axis in given):
+        raise TypeError(
+            f"`Blocks({sizes}, axes={axes!r})` needs an axis for each of the {len(sizes)} sizes, "
+            'such as ("in", "out").'
+        )
+    for axis in given:
+        check_role(axis, f"Blocks({sizes}, axes={axes!r})")
+    if len(set(given)) < len(given):
+        raise ValueError(
+            f"`Blocks({sizes}, axes={axes!r})` names an axis twice. Name each once, with one size."
+        )
+    return given
+
+
+def _tiling(shape: Sequence[int], sizes: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Axes inside a block, and the shape with every blocked axis split into (blocks, size)."""
+    tiled: list[int] = []
+    inside: list[int] = []
+    for n, size in zip(shape, sizes, strict=True):
+        tiled.append(-(-n // size))
+        if size > 1:
+            inside.append(len(tiled))
+            tiled.append(size)
+    return tuple(inside), tuple(tiled)
+
+
+def _split(x: jax.Array, sizes: Sequence[int], tiled: tuple[int, ...]) -> jax.Array:
+    """Pad with zeros to whole blocks and split the axes."""
+    short = [(0, -n % size) for n, size in zip(x.shape, sizes, strict=True)]
+    return jnp.pad(x, short).reshape(tiled)

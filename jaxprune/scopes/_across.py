@@ -4,16 +4,24 @@ from typing import Any
 
 import jax
 
+from jaxprune._layout import Layout
 from jaxprune._numbers import is_tree
 from jaxprune._ranking import AxisName, keep_largest, shards
-from jaxprune.scopes._count import Counts, counted_by, kept, leaves_of, read_kept
-from jaxprune.typing import Sparsity, Units
+from jaxprune._tree import list_paths
+from jaxprune.scopes._count import Counts, counted_by, in_order, kept, leaves_of, read_kept
+from jaxprune.typing import Pattern, Sparsity, Units
 
 
 def _counts(
-    units: Units, sparsity: Sparsity, *, axis_name: AxisName | None = None, specs: Any = None
+    units: Units,
+    sparsity: Sparsity,
+    *,
+    axis_name: AxisName | None = None,
+    specs: Any = None,
+    layout: Layout | None = None,
 ) -> Counts:
     """How many units of the whole tree stay."""
+    del layout  # layers are ranked together, as leaves are
     if isinstance(sparsity, Counts):
         return sparsity
     if is_tree(sparsity):
@@ -27,14 +35,33 @@ def _counts(
     return kept([n], [sparsity])
 
 
-def _lazily(units: Units, sparsity: Sparsity, *, within: Units = None, **mesh: Any) -> Units:
+def _lazily(
+    units: Units,
+    sparsity: Sparsity,
+    *,
+    within: Units = None,
+    layout: Layout | None = None,
+    **mesh: Any,
+) -> Units:
     """What stays; where units are lazy, so is that, and may have what is gone already."""
-    parts = shards(units, **mesh, user="across")
+    parts = in_order(shards(units, **mesh, user="across"), units, layout)
     kept = _counts(units, sparsity, **mesh).kept
     return keep_largest(units, kept, (tuple(range(len(parts))),), within, parts)
 
 
-@counted_by(_counts, _lazily)
+def _refuses(pattern: Pattern) -> str | None:
+    """Refuse units of which every layer of a stack has to keep as many."""
+    names = getattr(pattern, "per_layer", ())
+    if not names:
+        return None
+    return (
+        f"`across` would keep more units in one layer of a stack than in another, and the layers "
+        f"of {list_paths(list(names), 4)} have one width. Rank with `scope=jp.scopes.per_leaf`, or "
+        "unstack the layers into leaves of their own."
+    )
+
+
+@counted_by(_counts, _lazily, refuses=_refuses)
 def across(
     units: Units,
     sparsity: Sparsity,
@@ -42,6 +69,7 @@ def across(
     within: Units = None,
     axis_name: AxisName | None = None,
     specs: Any = None,
+    layout: Layout | None = None,
 ) -> Units:
     """Remove a fraction of the units of the whole tree, the lowest first (global pruning).
 
@@ -65,6 +93,8 @@ def across(
         them like the params, as in ``in_specs``. Then masks are bit for bit those of the whole
         tree. Left out, a leaf counts as sharded if it varies over the axis (``check_vma=True``) or
         always (``check_vma=False``), and among equals the shards of the first device stay.
+      layout: with it, each layer of a stack counts as a leaf: among equals the earlier layer
+        stays, wherever the axis of layers is.
 
     Returns:
       A bool tree like ``units``, True for what stays.
@@ -77,5 +107,6 @@ def across(
       >>> across({"a": jnp.array([1.0, 4.0]), "b": jnp.array([3.0, 2.0])}, 0.25)
       {'a': Array([False,  True], dtype=bool), 'b': Array([ True,  True], dtype=bool)}
     """
-    keep = _lazily(units, sparsity, within=within, axis_name=axis_name, specs=specs)
+    mesh = {"axis_name": axis_name, "specs": specs}
+    keep = _lazily(units, sparsity, within=within, layout=layout, **mesh)
     return read_kept(keep, within)

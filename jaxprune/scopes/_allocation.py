@@ -8,29 +8,34 @@ import numpy as np
 
 from jaxprune._errors import check_sparsity
 from jaxprune._help import readable
+from jaxprune._layers import by_rules, check_rules
+from jaxprune._layout import Layout
 from jaxprune._tree import (
-    check_regexes_match,
     is_matrix,
     leaves_with_path,
     map_leaves,
     map_with_path,
     prunable,
 )
-from jaxprune._where import compile_regex, matches
+from jaxprune._where import compile_regex, with_layout
 from jaxprune.typing import Params, Sparsity, Where
 
 
 @readable
-def uniform(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsity:
+def uniform(
+    params: Params, sparsity: float, *, where: Where = is_matrix, layout: Layout | None = None
+) -> Sparsity:
     """Give every prunable leaf the same sparsity.
 
     Args:
       params: parameters; only shapes and paths are read.
       sparsity: fraction to remove, in [0, 1].
       where: which leaves are prunable; the same as for ``find_masks`` or ``prune``.
+      layout: what each axis means; each layer of a stack then counts as a leaf.
 
     Returns:
-      A tree of numbers, None where a leaf is not prunable.
+      A tree of numbers, None where a leaf is not prunable. Where layers of a stack differ, an
+      array `[layers]`.
 
     Raises:
       ValueError: ``sparsity`` is outside [0, 1], or no leaf is prunable.
@@ -41,11 +46,13 @@ def uniform(params: Params, sparsity: float, *, where: Where = is_matrix) -> Spa
       {'a': {'bias': None, 'kernel': 0.9}}
     """
     check_sparsity(sparsity, "uniform")
-    return map_leaves(lambda _: sparsity, prunable(params, where=where))
+    return map_leaves(lambda _: sparsity, _covered(params, where, layout, "uniform")[0])
 
 
 @readable
-def erk(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsity:
+def erk(
+    params: Params, sparsity: float, *, where: Where = is_matrix, layout: Layout | None = None
+) -> Sparsity:
     r"""Keep relatively more of small layers: Erdos-Renyi-Kernel allocation.
 
     The density of a leaf is proportional to :math:`\sum_i d_i / \prod_i d_i` over its axes
@@ -56,9 +63,11 @@ def erk(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsit
       params: parameters; only shapes and paths are read.
       sparsity: fraction to remove of all prunable weights, in [0, 1].
       where: which leaves are prunable; the same as for ``find_masks`` or ``prune``.
+      layout: what each axis means; each layer of a stack then counts as a leaf.
 
     Returns:
-      A tree of numbers, None where a leaf is not prunable.
+      A tree of numbers, None where a leaf is not prunable. Where layers of a stack differ, an
+      array `[layers]`.
 
     Raises:
       ValueError: ``sparsity`` is outside [0, 1], or no leaf is prunable.
@@ -73,8 +82,17 @@ def erk(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsit
       total is approximate.
     """
     check_sparsity(sparsity, "erk")
-    part = prunable(params, where=where)
-    shapes = [tuple(leaf.shape) for _, leaf in leaves_with_path(part)]
+    part, known = _covered(params, where, layout, "erk")
+    leaves = leaves_with_path(part)
+    layers = [known.layers(path, leaf.ndim) if known else () for path, leaf in leaves]
+    lengths = [
+        [leaf.shape[i] for i in axes] for (_, leaf), axes in zip(leaves, layers, strict=True)
+    ]
+    shapes = [
+        tuple(n for i, n in enumerate(leaf.shape) if i not in axes)
+        for (_, leaf), axes in zip(leaves, layers, strict=True)
+        for _ in range(math.prod(leaf.shape[i] for i in axes))
+    ]
     sizes = np.array([math.prod(shape) for shape in shapes], float)
     total = sizes.sum()
     goal = total - round(float(sparsity) * int(total))  # weights that stay
@@ -94,8 +112,25 @@ def erk(params: Params, sparsity: float, *, where: Where = is_matrix) -> Sparsit
     # Largest remainders first, until the total is what was asked for.
     order = np.argsort(-(wanted - kept) + (kept >= sizes), kind="stable")
     kept[order[: round(goal - kept.sum())]] += 1
-    leaves = [float((n - k) / n) if n else 0.0 for n, k in zip(sizes, kept, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(part), leaves)
+    each = iter([float((n - k) / n) if n else 0.0 for n, k in zip(sizes, kept, strict=True)])
+    numbers = [[next(each) for _ in range(math.prod(n))] for n in lengths]
+    found = [_as_leaf(s, n) for s, n in zip(numbers, lengths, strict=True)]
+    return jax.tree.unflatten(jax.tree.structure(part), found)
+
+
+def _as_leaf(numbers: list[float], lengths: list[int]) -> float | np.ndarray:
+    """The sparsities of the layers of a leaf: one number where they are equal."""
+    if len(set(numbers)) <= 1:
+        return numbers[0] if numbers else 0.0
+    return np.array(numbers).reshape(lengths)
+
+
+def _covered(
+    params: Params, where: Where, layout: Layout | None, user: str
+) -> tuple[Params, Layout | None]:
+    """The prunable leaves, and the layout settled on the params."""
+    known = None if layout is None else layout.on(params, user)
+    return prunable(params, where=with_layout(where, known)), known
 
 
 @readable
@@ -105,17 +140,21 @@ def custom(
     *,
     default: float = 0.0,
     where: Where = is_matrix,
+    layout: Layout | None = None,
 ) -> Sparsity:
     """Give leaves their sparsity by rules over their paths.
 
     Args:
       params: parameters; only shapes and paths are read.
-      rules: from regex (matching the whole path) to sparsity; the first that matches counts.
+      rules: from regex (matching the whole path) to sparsity; the first that matches counts. With
+        a layout, ``path[3]`` is the layer 3 of a stack.
       default: sparsity of the prunable leaves that no rule matches.
       where: which leaves are prunable; the same as for ``find_masks`` or ``prune``.
+      layout: what each axis means; each layer of a stack then counts as a leaf.
 
     Returns:
-      A tree of numbers, None where a leaf is not prunable.
+      A tree of numbers, None where a leaf is not prunable. Where layers of a stack differ, an
+      array `[layers]`.
 
     Raises:
       ValueError: a sparsity is outside [0, 1], or a regex matches no prunable leaf.
@@ -129,10 +168,6 @@ def custom(
     check_sparsity(default, "custom(default)")
     for regex in rules:
         compile_regex(regex, "custom")
-    part = prunable(params, where=where)
-    check_regexes_match(tuple(rules), part, "custom")
-
-    def choose(path: str, _: jax.Array) -> float:
-        return next((value for regex, value in rules.items() if matches(regex, path)), default)
-
-    return map_with_path(choose, part)
+    part, known = _covered(params, where, layout, "custom")
+    check_rules(rules, part, known, "custom")
+    return map_with_path(lambda path, leaf: by_rules(rules, default, path, leaf, known), part)

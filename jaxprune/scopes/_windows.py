@@ -9,11 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxprune._layout import Layout, axes_of, check_named, check_role
 from jaxprune._numbers import is_number
 from jaxprune._ranking import order_key
-from jaxprune._tree import leaves_with_path, map_with_path
-from jaxprune.scopes._count import Counts, one_each, removed
-from jaxprune.typing import Pattern, Sparsity, Units
+from jaxprune._tree import leaves_with_path, map_with_path, prunable
+from jaxprune.scopes._count import Counts, each_layer, one_each, removed
+from jaxprune.typing import Params, Pattern, Sparsity, Units, Where
 
 TILE = 8  # rows of the second to last axis that lie together in the memory of a TPU
 
@@ -23,20 +24,34 @@ class Windows:
     """The scope that ``windows`` makes."""
 
     m: int
-    axis: int
+    axis: int | str
+    layout: Layout | None = None
 
     def __repr__(self) -> str:
-        return f"windows({self.m})" if self.axis == -2 else f"windows({self.m}, axis={self.axis})"
+        return f"windows({self.m})" if self.axis == -2 else f"windows({self.m}, axis={self.axis!r})"
+
+    def bind(self, params: Params, *, where: Where, layout: Layout | None = None) -> "Windows":
+        """Settle it on params: along which axis of each leaf the windows lie."""
+        part = dict(leaves_with_path(prunable(params, where=where)))
+        shapes = {path: leaf.shape for path, leaf in part.items()}
+        check_named(layout, shapes, (self.axis,), repr(self), single=True)
+        return dataclasses.replace(self, layout=layout)
 
     def __call__(self, units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
         counts = self.counts(units, sparsity).kept
         leaves, treedef = jax.tree.flatten(units)
+        axes = [self._axis(path, u.ndim) for path, u in leaves_with_path(units)]
         alive = [None] * len(leaves) if within is None else jax.tree.leaves(within)
         keep = [
-            _keep(u, n, a, self.m, self.axis % u.ndim)
-            for u, n, a in zip(leaves, counts, alive, strict=True)
+            _keep(u, n, a, self.m, axis)
+            for u, n, a, axis in zip(leaves, counts, alive, axes, strict=True)
         ]
         return jax.tree.unflatten(treedef, keep)
+
+    def _axis(self, path: str, rank: int) -> int:
+        """The axis of a leaf along which its windows lie; -1 if it has none."""
+        found = axes_of(self.layout, path, rank, self.axis)
+        return found[0] if found else -1
 
     def counts(self, units: Units, sparsity: Sparsity) -> Counts:
         """How many units of each window of a leaf stay."""
@@ -44,7 +59,8 @@ class Windows:
         if isinstance(sparsity, Counts):
             return sparsity
         self.check_sparsity(sparsity)
-        each = one_each(units, sparsity, f"windows(m={self.m})")
+        user = f"windows(m={self.m})"
+        _, each = each_layer(units, one_each(units, sparsity, user), self.layout, user)
         return Counts(tuple(self.m - removed(s, self.m) for s in each))
 
     def refuses(self, pattern: Pattern) -> str | None:
@@ -64,8 +80,8 @@ class Windows:
         """
         bad = [
             f"{s:g}{f' at {path!r}' if path else ''}"
-            for path, s in leaves_with_path(sparsity)
-            if is_number(s) and s < 1.0 and removed(s, self.m) == self.m
+            for path, s in _numbers(sparsity)
+            if s < 1.0 and removed(s, self.m) == self.m
         ]
         if bad:
             raise ValueError(
@@ -79,8 +95,8 @@ class Windows:
         bad = [
             f"{s:g}{f' at {path!r}' if path else ''} (there are {math.floor(s * self.m) / self.m:g}"
             f" and {math.ceil(s * self.m) / self.m:g})"
-            for path, s in leaves_with_path(sparsity)
-            if is_number(s) and abs(s * self.m - round(s * self.m)) > 1e-6
+            for path, s in _numbers(sparsity)
+            if abs(s * self.m - round(s * self.m)) > 1e-6
         ]
         if bad:
             raise ValueError(
@@ -93,20 +109,29 @@ class Windows:
         bad: list[str] = []
 
         def visit(path: str, u: jax.Array) -> None:
-            if not -u.ndim <= self.axis < u.ndim:
+            axis = self._axis(path, u.ndim)
+            if axis < 0:
                 bad.append(
-                    f"`windows(m={self.m}, axis={self.axis})` is out of range for {path!r} of "
+                    f"`windows(m={self.m}, axis={self.axis!r})` is out of range for {path!r} of "
                     f"shape {u.shape}."
                 )
-            elif u.shape[self.axis] % self.m:
+            elif u.shape[axis] % self.m:
                 bad.append(
-                    f"`windows(m={self.m})` needs axis {self.axis} of {path!r} to be a multiple "
+                    f"`windows(m={self.m})` needs axis {self.axis!r} of {path!r} to be a multiple "
                     f"of {self.m}, but its shape is {u.shape}."
                 )
 
+        if isinstance(self.axis, str) and self.layout is None:
+            check_named(None, {}, (self.axis,), repr(self), single=True)
         map_with_path(visit, units)
         if bad:
             raise ValueError(" ".join(bad) + " Exclude it with `where`, or choose another `axis`.")
+
+
+def _numbers(sparsity: Sparsity) -> list[tuple[str, float]]:
+    """The sparsities that are known, by path; of a stack those of its layers."""
+    known = [(path, s) for path, s in leaves_with_path(sparsity) if is_number(s)]
+    return [(path, s) for path, given in known for s in np.ravel(given).tolist()]
 
 
 @functools.partial(jax.jit, static_argnames=("m", "axis"))
@@ -199,7 +224,7 @@ def _split(x: jax.Array, size: int, axis: int) -> jax.Array:
     return x.reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :])
 
 
-def windows(m: int, axis: int = -2) -> Windows:
+def windows(m: int, axis: int | str = -2) -> Windows:
     """Let each unit compete with its ``m`` neighbours along an axis only (N:M sparsity).
 
     Of every ``m`` consecutive units ``m - round(sparsity * m)`` stay, so that sparsity remains
@@ -211,15 +236,17 @@ def windows(m: int, axis: int = -2) -> Windows:
     Args:
       m: length of a window, at least 2.
       axis: axis of the windows; -2 is the input (contraction) axis of a flax kernel, along which
-        sparse hardware multiplies.
+        sparse hardware multiplies. By its role, ``"in"``, it is that axis of any library's kernel;
+        that takes a ``layout=`` where the scope is used. Numbers count the axes of one layer.
 
     Returns:
       A scope: a function of units, ``sparsity`` (a number or a tree of numbers) and ``within``.
 
     Raises:
-      TypeError: ``m`` or ``axis`` is not an integer.
-      ValueError: ``m`` is below 2; when used, an axis is missing or is not a multiple of ``m``,
-        or a sparsity short of 1 would leave nothing of a window.
+      TypeError: ``m`` or ``axis`` is not an integer, nor ``axis`` a role.
+      ValueError: ``m`` is below 2, or the role is unknown; when used, an axis is missing, there are
+        two of its role, or it is not a multiple of ``m``, or a sparsity short of 1 would leave
+        nothing of a window.
 
     Example:
       >>> import jax.numpy as jnp
@@ -230,7 +257,8 @@ def windows(m: int, axis: int = -2) -> Windows:
       Zhou et al., `Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch
       <https://arxiv.org/abs/2102.04010>`_, 2021.
     """
-    for name, value in (("m", m), ("axis", axis)):
+    check_role(axis, f"windows(axis={axis!r})")
+    for name, value in (("m", m), *([] if isinstance(axis, str) else [("axis", axis)])):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(
                 f"`windows({name}={value!r})` needs an integer, as in `windows(4, axis=-2)`."

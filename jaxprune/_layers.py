@@ -104,7 +104,7 @@ def _layers(x: jax.Array, axes: tuple[int, ...]) -> Any:
     return [_at(x, axes, index) for index in itertools.product(*lengths)]
 
 
-def _at(x: jax.Array, axes: tuple[int, ...], index: tuple[int, ...]) -> jax.Array:
+def _at(x: Any, axes: tuple[int, ...], index: tuple[int, ...]) -> Any:
     if isinstance(x, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct([n for i, n in enumerate(x.shape) if i not in axes], x.dtype)
     where: list[Any] = [slice(None)] * x.ndim

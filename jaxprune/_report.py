@@ -1,13 +1,19 @@
 """What masks look like: tables for people, and how much two masks share."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxprune._masks import check_masks, count_kept
+from jaxprune._axes import advice_on_axes
+from jaxprune._layers import names_of
+from jaxprune._layout import Layout
+from jaxprune._masks import check_masks
 from jaxprune._ranking import Whole, count_true
 from jaxprune._tree import is_array, map_leaves, map_with_path, match
 from jaxprune._values import count_revived, is_concrete
@@ -16,15 +22,16 @@ from jaxprune.typing import Masks, Params
 
 
 class Row(NamedTuple):
-    """One prunable leaf, or the total.
+    """One prunable leaf, one layer of a stack, or the total.
 
     Attributes:
-      path: path of the leaf.
-      shape: shape of the leaf.
+      path: path of the leaf; ``path[3]`` for a layer.
+      shape: shape of the leaf, or of one layer.
       kept: weights that stay.
       total: weights that there are.
       dense_bytes: size of the leaf as it is.
       packed_bytes: size of what stays, plus one bit a weight that says where it is.
+      stack: path of the leaf that a layer belongs to.
     """
 
     path: str
@@ -33,6 +40,7 @@ class Row(NamedTuple):
     total: int
     dense_bytes: int
     packed_bytes: int
+    stack: str = ""
 
     @property
     def sparsity(self) -> float:
@@ -64,11 +72,13 @@ class Summary:
     """A per-layer table; print it.
 
     Attributes:
-      rows: one a prunable leaf.
+      rows: one a prunable leaf, or, with a layout, a layer.
       total: all of them together.
       left_out: the leaves that no mask covers, by what they are.
-      collapsed: paths of the leaves that keep nothing at all.
+      collapsed: paths of the leaves, or layers, that keep nothing at all.
       revived: by path, how many weights that the masks remove are not zero in the params.
+      advice: what to look at: leaves whose zeros are no zeros of the network, and, where no layout
+        says what axes mean, leaves that look like stacks, like ``[out, in]`` or like heads.
     """
 
     rows: tuple[Row, ...]
@@ -76,6 +86,7 @@ class Summary:
     left_out: tuple[LeftOut, ...]
     collapsed: tuple[str, ...]
     revived: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    advice: tuple[str, ...] = ()
 
     @property
     def others(self) -> int:
@@ -87,13 +98,13 @@ class Summary:
         cells = [
             (
                 row.path or "(root)",
-                "x".join(map(str, row.shape)),
+                _shape(row),
                 f"{row.kept:,} / {row.total:,}",
                 f"{row.sparsity:.2%}",
                 _bytes(row.dense_bytes),
                 _bytes(row.packed_bytes),
             )
-            for row in (*self.rows, self.total)
+            for row in (*_ranges(self.rows), self.total)
         ]
         widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
 
@@ -116,25 +127,64 @@ class Summary:
         ]
         if self.revived:
             lines.append("(`jp.apply_masks` removes them; after training, `jp.check` says more)")
+        lines += [f"note: {note}" for note in self.advice]
         return "\n".join(lines)
 
 
-def summary(params: Params, masks: Masks) -> Summary:
+def _ranges(rows: Sequence[Row]) -> list[Row]:
+    """Rows of neighbouring layers that keep as much, drawn together as one with their sums."""
+    drawn: list[Row] = []
+    first = ""
+    for row in rows:
+        last = drawn[-1] if drawn else None
+        alike = last is not None and row.stack == last.stack != ""
+        if last is not None and alike and row.kept * last.total == last.kept * row.total:
+            span = f"{first.removesuffix(']')}..{row.path.removeprefix(row.stack + '[')}"
+            drawn[-1] = _sum(span, row.shape, (last, row), row.stack)
+        else:
+            first = row.path
+            drawn.append(row)
+    return drawn
+
+
+def _sum(path: str, shape: tuple[int, ...], rows: Sequence[Row], stack: str = "") -> Row:
+    return Row(
+        path,
+        shape,
+        sum(r.kept for r in rows),
+        sum(r.total for r in rows),
+        sum(r.dense_bytes for r in rows),
+        sum(r.packed_bytes for r in rows),
+        stack,
+    )
+
+
+def _shape(row: Row) -> str:
+    """Shape of a leaf; of several layers their number and the shape of one."""
+    shape, each = "x".join(map(str, row.shape)), math.prod(row.shape)
+    many = row.stack and each and row.total > each
+    return f"{row.total // each} of {shape}" if many else shape
+
+
+def summary(params: Params, masks: Masks, *, layout: Layout | None = None) -> Summary:
     """Summarize masks layer by layer.
 
     Args:
       params: parameters.
       masks: masks of the same tree.
+      layout: what each axis means: with it, each layer of a stack has a row of its own (drawn
+        together where neighbours keep as much), and one that collapsed is named.
 
     Returns:
       A ``Summary``: printed, a table with path, shape, kept and total weights, sparsity and bytes
       (dense, and packed as kept values plus one bit a weight), totals, what is left out and as
       what (embeddings and LoRA factors have a line of their own), a warning for each layer that
       keeps nothing, and where removed weights are not zero: masks that were not applied, or weights
-      that came back.
+      that came back. Notes say which zeros are none of the network, and, without a layout, what
+      looks like a stack of layers or like axes in another order than flax has.
 
     Raises:
-      ValueError: ``masks`` does not mirror ``params``.
+      ValueError: ``masks`` or the layout does not mirror ``params``.
       TypeError: a mask is not bool.
 
     Example:
@@ -153,50 +203,70 @@ def summary(params: Params, masks: Masks) -> Summary:
       (`jp.apply_masks` removes them; after training, `jp.check` says more)
     """
     masks = check_masks(masks, params, "masks")
-    rows = _rows(params, masks)
-    total = Row(
-        "total",
-        (),
-        sum(r.kept for r in rows),
-        sum(r.total for r in rows),
-        sum(r.dense_bytes for r in rows),
-        sum(r.packed_bytes for r in rows),
-    )
+    known = None if layout is None else layout.on(params, "summary")
+    rows = [row for leaf in _covered(params, masks, known) for row in _rows(*leaf)]
+    total = _sum("total", (), rows)
     collapsed = tuple(r.path for r in rows if r.total and not r.kept)
     revived = count_revived(params, masks) if is_concrete((params, masks)) else {}
-    return Summary(tuple(rows), total, _left_out(params, masks), collapsed, revived)
+    left_out = _left_out(params, masks, known)
+    advice = tuple(advice_on_axes(params, masks, known))
+    return Summary(tuple(rows), total, left_out, collapsed, revived, advice)
 
 
-def _rows(params: Params, masks: Masks) -> list[Row]:
-    dtypes: list[Any] = []
-    shapes: list[tuple[int, ...]] = []
+Layers: TypeAlias = tuple[int, ...]  # axes
 
-    def visit(_: str, p: jax.Array, m: Any) -> None:
+
+def _covered(
+    params: Params, masks: Masks, layout: Layout | None
+) -> list[tuple[str, jax.Array, jax.Array, Layers]]:
+    """The leaves that have a mask: path, weights, mask, and which axes count layers."""
+    found: list[tuple[str, jax.Array, jax.Array, Layers]] = []
+
+    def visit(path: str, p: jax.Array, m: jax.Array | None) -> None:
         if m is not None:
-            dtypes.append(jnp.dtype(p.dtype))
-            shapes.append(p.shape)
+            found.append((path, p, m, layout.layers(path, p.ndim) if layout else ()))
 
     map_with_path(visit, params, masks)
-    return [
-        Row(
-            c.path,
-            shape,
-            int(c.weights),
-            c.size,
-            c.size * dtype.itemsize,
-            c.weights * dtype.itemsize + -(-c.size // 8),
-        )
-        for c, shape, dtype in zip(count_kept(masks, params), shapes, dtypes, strict=True)
-    ]
+    return found
 
 
-def _left_out(params: Params, masks: Masks) -> tuple[LeftOut, ...]:
+def _rows(path: str, p: jax.Array, mask: jax.Array, layers: Layers) -> list[Row]:
+    """A row for each layer of a leaf, or one for the leaf."""
+    shape = tuple(n for i, n in enumerate(p.shape) if i not in layers)
+    entries = math.prod(n for i, n in enumerate(mask.shape) if i not in layers)
+    size, width = math.prod(shape), jnp.dtype(p.dtype).itemsize
+    full = [p.shape[i] for i in layers]
+    words = _kept(mask, layers)
+    high, low = (np.broadcast_to(np.squeeze(w, _others(w, layers)), full) for w in words)
+    names = names_of(path, p.shape, layers)
+    found = []
+    for name, *count in zip(names, high.ravel(), low.ravel(), strict=True):
+        kept = int(Whole(*count)) * (size // entries if entries else 0)
+        packed = kept * width + -(-size // 8)
+        found.append(Row(name, shape, kept, size, size * width, packed, path if layers else ""))
+    return found
+
+
+def _others(x: np.ndarray, layers: Layers) -> Layers:
+    return tuple(i for i in range(x.ndim) if i not in layers)
+
+
+def _kept(mask: jax.Array, layers: Layers) -> tuple[np.ndarray, np.ndarray]:
+    """Count what a mask keeps along all axes but some, in the two words of ``Whole``."""
+    count = _count_along(mask, layers)
+    return np.asarray(count.high), np.asarray(count.low)
+
+
+_count_along = functools.partial(jax.jit, static_argnames=("keep",))(count_true)
+
+
+def _left_out(params: Params, masks: Masks, layout: Layout | None) -> tuple[LeftOut, ...]:
     """The arrays without a mask, by what they are."""
     kinds: dict[str, list[tuple[str, int]]] = {}
 
     def visit(path: str, p: Any, m: Any) -> None:
         if m is None and is_array(p):
-            kinds.setdefault(why_not(path, p) or "matrices", []).append((path, p.size))
+            kinds.setdefault(why_not(path, p, layout) or "matrices", []).append((path, p.size))
 
     map_with_path(visit, params, masks)
     return tuple(

@@ -50,6 +50,7 @@ LAYERS = (
         "_amount",
         "_find",
         "_make",
+        "_axes",
         "_report",
     ),
     ("graph",),

@@ -5,6 +5,7 @@ from jaxprune import criteria as criteria
 from jaxprune import dynamic as dynamic
 from jaxprune import export as export
 from jaxprune import graph as graph
+from jaxprune import layouts as layouts
 from jaxprune import patterns as patterns
 from jaxprune import schedules as schedules
 from jaxprune import scopes as scopes
@@ -23,7 +24,6 @@ from jaxprune._group import Member as Member
 from jaxprune._groups import Groups as Groups
 from jaxprune._imp import imp as imp
 from jaxprune._layout import Layout as Layout
-from jaxprune._layout import Use as Use
 from jaxprune._level import Level as Level
 from jaxprune._level import next_level as next_level
 from jaxprune._make import make_masks as make_masks
@@ -52,8 +52,10 @@ from jaxprune._straight_through import StraightThroughState as StraightThroughSt
 from jaxprune._straight_through import forward_params as forward_params
 from jaxprune._straight_through import straight_through as straight_through
 from jaxprune._tree import prunable as prunable
+from jaxprune._use import Use as Use
 from jaxprune._verify import verify_shrink as verify_shrink
 from jaxprune._where import by_path as by_path
+from jaxprune._where import by_use as by_use
 from jaxprune._where import exclude as exclude
 from jaxprune._where import is_matrix as is_matrix
 from jaxprune.graph import count_flops as count_flops
@@ -80,6 +82,7 @@ __all__ = (
     "Use",
     "apply_masks",
     "by_path",
+    "by_use",
     "check",
     "checkpoint",
     "combine_masks",
@@ -103,6 +106,7 @@ __all__ = (
     "hold",
     "imp",
     "is_matrix",
+    "layouts",
     "make_masks",
     "masks_from_zeros",
     "masks_within_budget",

@@ -1,115 +1,83 @@
-"""What axes look like to who gave no layout, and which zeros are none of the network."""
+"""Axes of leaves by their role or by number, for parts whose settings name them."""
 
-# Nothing is decided here. A shape may be a stack of layers or a convolution, a square kernel may be
-# laid out either way; but a bias beside a kernel, or a name of a library, tell enough to ask.
+from collections.abc import Mapping, Sequence
 
-import re
-from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
-
-from jaxprune._layout import Layout, Use
-from jaxprune._tree import leaves_with_path, list_paths, map_with_path
-from jaxprune._where import is_array, name_of
-from jaxprune.typing import Masks, Params
-
-Shape: TypeAlias = tuple[int, ...]
-
-_BIAS = ("bias", "b")
-_HEADS = r"(?i:q|k|v|query|key|value)(_?proj|_?kernel)?"
-_STACK = r"(?i:.*(layers?|blocks?|stack|scan|repeat)(_?\w+)?)"
-_CONV = r"(?i:.*conv.*|.*patch.*)"
+from jaxprune._layout import Layout
+from jaxprune._use import ROLES, nearest
 
 
-def advice_on_axes(params: Params, masks: Masks, layout: Layout | None) -> list[str]:
-    """Say what looks odd about the axes of leaves that have a mask: a sentence for each kind."""
-    covered: dict[str, Shape] = {}
+def axes_of(layout: Layout | None, path: str, rank: int, axis: int | str) -> tuple[int, ...]:
+    """The axes of a leaf that one setting means: those of a role, or a number counted in a layer.
 
-    def visit(path: str, p: Any, m: Any) -> None:
-        if m is not None:
-            covered[path] = tuple(p.shape)
-
-    map_with_path(visit, params, masks)
-    shapes = {path: tuple(x.shape) for path, x in leaves_with_path(params) if is_array(x)}
-    unknown = {
-        path: shape
-        for path, shape in covered.items()
-        if layout is None or not layout.uses(path, len(shape))
-    }
-    return [*_derived(covered, layout), *_looks(unknown, shapes)]
+    A number counts the axes of one layer, as it would if the layers were leaves of their own.
+    """
+    if isinstance(axis, str):
+        roles = () if layout is None else layout.roles(path, rank)
+        return tuple(i for i, role in enumerate(roles) if role == axis)
+    own = own_axes(layout, path, rank)
+    return (own[axis],) if -len(own) <= axis < len(own) else ()
 
 
-def _derived(covered: Mapping[str, Shape], layout: Layout | None) -> Iterator[str]:
-    """Leaves whose zeros are no zeros of the network."""
-    for path, shape in covered.items() if layout is not None else ():
-        for use in layout.uses(path, len(shape)) if layout is not None else ():
-            if use.kind == "derived":
-                yield f"{path!r} goes through {use.through or 'a function'}: {_becomes(use)}"
+def own_axes(layout: Layout | None, path: str, rank: int) -> tuple[int, ...]:
+    """The axes of one layer of a leaf: all that count no layers."""
+    layers = () if layout is None else layout.layers(path, rank)
+    return tuple(i for i in range(rank) if i not in layers)
 
 
-def _becomes(use: Use) -> str:
-    if use.zero is None:
-        return "what becomes of a removed weight depends on others; it is no zero of the network"
-    return f"a removed weight becomes {use.zero:.3g}, and is no zero of the network"
+def check_role(axis: object, part: str, *, known: Sequence[str] = ROLES[1:]) -> None:
+    """Refuse what names no role that an axis of a unit may have."""
+    if isinstance(axis, str) and axis not in known:
+        raise ValueError(f"`{part}` names no role of an axis. {nearest(axis, known)}")
 
 
-def _looks(unknown: Mapping[str, Shape], shapes: Mapping[str, Shape]) -> Iterator[str]:
-    biases = {path: _bias(path, shapes) for path in unknown}
-    heads = [p for p, s in unknown.items() if _like_heads(p, s, biases[p])]
-    stacks = [
-        p for p, s in unknown.items() if p not in heads and _like_stack(p, s, biases[p], unknown)
-    ]
-    turned = [
-        p for p, s in unknown.items() if p not in [*heads, *stacks] and _like_rows(p, s, biases[p])
-    ]
-    if stacks:
-        n = unknown[stacks[0]][0]
-        yield (
-            f"{list_paths(stacks, 3)} look like stacks of {n} layers, and each counts as one leaf. "
-            "With `layout=jp.find_layout(fn, params, *inputs)` layers are ranked one by one."
+def check_named(
+    layout: Layout | None,
+    shapes: Mapping[str, Sequence[int]],
+    axes: Sequence[int | str],
+    part: str,
+    *,
+    single: bool,
+) -> None:
+    """Refuse names of axes that some leaves do not have, or have twice where one is meant.
+
+    Args:
+      layout: settled on the leaves; None where nobody gave one.
+      shapes: of the leaves that are pruned, by path.
+      axes: names and numbers, of which numbers pass.
+      part: who names them, as its user wrote it.
+      single: whether an axis has to be one.
+
+    Raises:
+      ValueError: which leaves, what their axes are, and what to do.
+    """
+    names = [axis for axis in axes if isinstance(axis, str)]
+    if not names:
+        return
+    if layout is None:
+        raise ValueError(
+            f"`{part}` names axes by their roles, which only a layout knows. Pass "
+            "`layout=jp.find_layout(fn, params, *inputs)`, or a convention such as "
+            "`layout=jp.layouts.flax`."
         )
-    if turned:
-        yield (
-            f"{list_paths(turned, 3)} look like [out, in], where numbers of axes count for "
-            "[in, out]. Name axes by their roles, with `layout=jp.layouts.torch` or "
-            "`jp.find_layout`."
-        )
-    if heads:
-        yield (
-            f"{list_paths(heads, 3)} look like [in, heads, parts], where `windows(m)` ranks heads "
-            'along axis -2. Use `windows(m, axis="in")` with a `layout=`.'
+    bad = []
+    for path, shape in shapes.items():
+        found = {name: axes_of(layout, path, len(shape), name) for name in names}
+        if wrong := [n for n, i in found.items() if not i or (single and len(i) > 1)]:
+            bad.append(f"{path!r} {_told(layout, path, shape, wrong[0], len(found[wrong[0]]))}")
+    if bad:
+        more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
+        raise ValueError(
+            f"`{part}` does not fit {'; '.join(bad[:6])}{more}. Leave them out with "
+            "`where=jp.exclude(...)`, or say what their axes are: "
+            '`layout | jp.Layout({path: ("in", "out")})`.'
         )
 
 
-def _bias(path: str, shapes: Mapping[str, Shape]) -> Shape | None:
-    """The shape of the bias beside a kernel."""
-    owner = path.rpartition("/")[0]
-    found = (f"{owner}/{name}" if owner else name for name in _BIAS)
-    return next((shapes[p] for p in found if p in shapes and p != path), None)
-
-
-def _owner(path: str) -> str:
-    words = path.split("/")
-    return words[-2] if len(words) > 1 else ""
-
-
-def _like_heads(path: str, shape: Shape, bias: Shape | None) -> bool:
-    named = re.fullmatch(_HEADS, _owner(path)) is not None
-    return len(shape) == 3 and (named if bias is None else bias == shape[1:])
-
-
-def _like_stack(path: str, shape: Shape, bias: Shape | None, others: Mapping[str, Shape]) -> bool:
-    if len(shape) < 3 or re.fullmatch(_CONV, _owner(path)) or re.fullmatch(_CONV, name_of(path)):
-        return False
-    if bias is not None:
-        return len(bias) > 1 and bias[0] == shape[0] and bias[-1] == shape[-1]
-    named = any(re.fullmatch(_STACK, word) for word in path.split("/")[:-1])
-    beside = [s for p, s in others.items() if p != path and s[0] == shape[0] and s != shape]
-    return named and len(shape) == 3 and bool(beside)
-
-
-def _like_rows(path: str, shape: Shape, bias: Shape | None) -> bool:
-    if len(shape) < 2:
-        return False
-    if bias is not None and len(bias) == 1 and shape[0] != shape[-1]:
-        return bias[0] == shape[0] and name_of(path) != "kernel"
-    return name_of(path) == "weight"
+def _told(layout: Layout, path: str, shape: Sequence[int], name: str, times: int) -> str:
+    """Say what a leaf has in the place of one axis of some name."""
+    roles = ", ".join(role or "?" for role in layout.roles(path, len(shape)))
+    has = f"of shape {tuple(shape)}, whose axes are ({roles})"
+    if times > 1:
+        return f"{has}: there are {times} axes {name!r}"
+    why = layout.why(path, len(shape))
+    return f"{has}: none is {name!r}" + (f" ({why})" if why else "")

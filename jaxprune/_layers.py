@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._layout import Entry, Layout
+from jaxprune._layout import Layout
 from jaxprune._tree import (
     align,
     check_regexes_match,
@@ -27,6 +27,7 @@ from jaxprune._tree import (
     map_with_path,
     slots,
 )
+from jaxprune._use import Entry
 from jaxprune._where import matches
 from jaxprune.typing import Params, Tree
 

@@ -10,97 +10,15 @@
 # by its meaning is told why it has none; nothing is guessed.
 
 import dataclasses
-import difflib
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeAlias
+from typing import Any
 
-from jaxprune._errors import short
 from jaxprune._kept import name_part, path_in
 from jaxprune._tree import is_hole, leaves_by_path, list_paths, slots
-from jaxprune._where import compile_regex, is_array, matches
+from jaxprune._use import Entry, Role, Use, plain_entry, read_entries
+from jaxprune._where import is_array, matches
 from jaxprune.typing import Params
-
-Role: TypeAlias = str | None  # what an axis means; None where nobody can tell
-
-ROLES = ("layer", "in", "out", "window", "group")
-KINDS = (
-    *("matmul", "conv"),  # contracted with data
-    *("embedding", "gain", "bias"),  # looked up by data; multiplied with it; added to it
-    *("derived", "table", "unused", "unknown"),
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class Use:
-    """One use of a parameter.
-
-    Attributes:
-      kind: ``"matmul"`` or ``"conv"`` (contracted with data), ``"embedding"`` (looked up by data),
-        ``"gain"`` or ``"bias"`` (elementwise with data), ``"derived"`` (goes through a function
-        first, so that its zeros are no zeros of the network), ``"table"`` (meets no data),
-        ``"unused"``, or ``"unknown"``.
-      axes: for each axis ``"layer"`` (a loop runs over it), ``"in"`` (contracted with data),
-        ``"out"``, ``"window"`` (spatial), ``"group"`` (experts, a batch axis of the product), or
-        None where that cannot be told.
-      why: for each axis the reason, where it has no role; else nothing.
-      zero: what a removed weight becomes before it meets data: 0, unless it is derived; None where
-        that depends on other weights.
-      through: the function that it goes through, if it is derived.
-
-    Example:
-      >>> str(Use("matmul", ("layer", "in", "out")))
-      'matmul (layer, in, out)'
-    """
-
-    kind: str
-    axes: tuple[Role, ...]
-    why: tuple[str, ...] = ()
-    zero: float | None = 0.0
-    through: str = ""
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"`Use(kind={self.kind!r})` is unknown. The kinds are {_list(KINDS)}.")
-        object.__setattr__(self, "axes", _checked_roles(self.axes, "Use"))
-        why = tuple(self.why) or tuple("" if role else "nobody knows" for role in self.axes)
-        object.__setattr__(self, "why", why)
-        if self.zero is not None and math.isnan(self.zero):
-            object.__setattr__(self, "zero", math.nan)  # the one that equals itself in a tuple
-
-    def __str__(self) -> str:
-        axes = ", ".join(role or "?" for role in self.axes)
-        zero = "depends on others" if self.zero is None else f"becomes {self.zero:.3g}"
-        return f"{self.kind} ({axes})" + (f", whose zero {zero}" if self.kind == "derived" else "")
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """What a layout says of some leaves.
-
-    Attributes:
-      path: regex over whole paths, or a path.
-      uses: of each leaf; they have its rank.
-      shape: of the one leaf that was looked at, None where a rule speaks of several.
-      optional: whether it may match nothing, and passes over leaves of another rank, as the rules
-        of a convention do.
-    """
-
-    path: str
-    uses: tuple[Use, ...]
-    shape: tuple[int, ...] | None = None
-    optional: bool = False
-
-    @property
-    def rank(self) -> int:
-        return len(self.uses[0].axes)
-
-    def covers(self, path: str, rank: int) -> bool:
-        """Say whether it speaks of a leaf."""
-        if self.shape is not None:
-            return path == self.path
-        return matches(self.path, path) and (self.rank == rank or not self.optional)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +56,7 @@ class Layout(Mapping[str, tuple[Use, ...]]):
     entries: Any = ()  # of `Entry`, once it is built
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "entries", tuple(_entries(self.entries)))
+        object.__setattr__(self, "entries", tuple(read_entries(self.entries)))
 
     # As a mapping. What comes later counts.
 
@@ -207,7 +125,7 @@ class Layout(Mapping[str, tuple[Use, ...]]):
     @property
     def json(self) -> list[dict[str, Any]]:
         """All that it says in plain lists and numbers, which ``jp.Layout`` reads again."""
-        return [_plain(entry) for entry in self.entries]
+        return [plain_entry(entry) for entry in self.entries]
 
     def at(self, part: str | Params) -> "Layout":
         """Give the layout as an optimizer sees it that gets only a part of the whole tree.
@@ -273,10 +191,10 @@ class Layout(Mapping[str, tuple[Use, ...]]):
             "  ".join([row[0].ljust(widths[0]), row[1].ljust(widths[1]), row[2]]) for row in rows
         ]
         reasons = [
-            f"  {entry.path} axis {i}: {why}"
+            f"  {entry.path} axis {_places(use.why, why)}: {why}"
             for entry in self.entries
             for use in entry.uses
-            for i, why in enumerate(use.why)
+            for why in dict.fromkeys(use.why)
             if why
         ]
         through = [
@@ -289,166 +207,8 @@ class Layout(Mapping[str, tuple[Use, ...]]):
         return "\n".join([*lines, *(["cannot be told:", *notes] if notes else [])])
 
 
-# Axes by name or by number.
-
-
-def axes_of(layout: Layout | None, path: str, rank: int, axis: int | str) -> tuple[int, ...]:
-    """The axes of a leaf that one setting means: those of a role, or a number counted in a layer.
-
-    A number counts the axes of one layer, as it would if the layers were leaves of their own.
-    """
-    if isinstance(axis, str):
-        roles = () if layout is None else layout.roles(path, rank)
-        return tuple(i for i, role in enumerate(roles) if role == axis)
-    own = own_axes(layout, path, rank)
-    return (own[axis],) if -len(own) <= axis < len(own) else ()
-
-
-def own_axes(layout: Layout | None, path: str, rank: int) -> tuple[int, ...]:
-    """The axes of one layer of a leaf: all that count no layers."""
-    layers = () if layout is None else layout.layers(path, rank)
-    return tuple(i for i in range(rank) if i not in layers)
-
-
-def check_role(axis: object, part: str, *, known: Sequence[str] = ROLES[1:]) -> None:
-    """Refuse what names no role that an axis of a unit may have."""
-    if isinstance(axis, str) and axis not in known:
-        raise ValueError(f"`{part}` names no role of an axis. {_nearest(axis, known)}")
-
-
-def check_named(
-    layout: Layout | None,
-    shapes: Mapping[str, Sequence[int]],
-    axes: Sequence[int | str],
-    part: str,
-    *,
-    single: bool,
-) -> None:
-    """Refuse names of axes that some leaves do not have, or have twice where one is meant.
-
-    Args:
-      layout: settled on the leaves; None where nobody gave one.
-      shapes: of the leaves that are pruned, by path.
-      axes: names and numbers, of which numbers pass.
-      part: who names them, as its user wrote it.
-      single: whether an axis has to be one.
-
-    Raises:
-      ValueError: which leaves, what their axes are, and what to do.
-    """
-    names = [axis for axis in axes if isinstance(axis, str)]
-    if names and layout is None:
-        raise ValueError(
-            f"`{part}` names axes by their roles, which only a layout knows. Pass "
-            "`layout=jp.find_layout(fn, params, *inputs)`, or a convention such as "
-            "`layout=jp.layouts.flax`."
-        )
-    bad = []
-    for path, shape in shapes.items() if names else ():
-        found = {name: axes_of(layout, path, len(shape), name) for name in names}
-        if wrong := [n for n, i in found.items() if not i or (single and len(i) > 1)]:
-            bad.append(f"{path!r} {_told(layout, path, shape, wrong[0], len(found[wrong[0]]))}")
-    if bad:
-        more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
-        raise ValueError(
-            f"`{part}` does not fit {'; '.join(bad[:6])}{more}. Leave them out with "
-            "`where=jp.exclude(...)`, or say what their axes are: "
-            '`layout | jp.Layout({path: ("in", "out")})`.'
-        )
-
-
-def _told(layout: Layout | None, path: str, shape: Sequence[int], name: str, times: int) -> str:
-    """Say what a leaf has in the place of one axis of some name."""
-    assert layout is not None  # names without a layout have been refused
-    roles = ", ".join(role or "?" for role in layout.roles(path, len(shape)))
-    has = f"of shape {tuple(shape)}, whose axes are ({roles})"
-    if times > 1:
-        return f"{has}: there are {times} axes {name!r}"
-    why = layout.why(path, len(shape))
-    return f"{has}: none is {name!r}" + (f" ({why})" if why else "")
-
-
-# Where a layout comes from.
-
-
-def _entries(given: Any) -> list[Entry]:
-    """Read rules of a user, or what JSON gives back."""
-    if isinstance(given, Mapping):
-        return [_declared(regex, roles) for regex, roles in given.items()]
-    if not isinstance(given, list | tuple) or not all(
-        isinstance(e, Entry | Mapping) for e in given
-    ):
-        raise TypeError(
-            f"`Layout` got {short(given)}. Pass a mapping from regexes to the roles of axes, such "
-            'as `{".*/kernel": ("in", "out")}`, or what `layout.json` gave.'
-        )
-    return [e if isinstance(e, Entry) else _from_plain(e) for e in given]
-
-
-def _declared(regex: str, roles: Any) -> Entry:
-    compile_regex(regex, "Layout")
-    axes = _checked_roles(roles, f"Layout({{{regex!r}: ...}})")
-    kind = "unknown"
-    if {"in", "out"} <= set(axes):
-        kind = "conv" if "window" in axes else "matmul"
-    return Entry(regex, (Use(kind, axes, tuple("" if r else "declared so" for r in axes)),))
-
-
-def _checked_roles(roles: Any, user: str) -> tuple[Role, ...]:
-    if isinstance(roles, str) or not isinstance(roles, tuple | list):
-        raise TypeError(
-            f"`{user}` got {short(roles)} as the roles of axes. Pass one for each axis, as in "
-            '`("layer", "in", "out")`, None where there is none.'
-        )
-    for role in roles:
-        if role is not None and role not in ROLES:
-            raise ValueError(f"`{user}` got the role {role!r}. {_nearest(role, ROLES)}")
-    return tuple(roles)
-
-
-def _plain(entry: Entry) -> dict[str, Any]:
-    uses = [
-        {
-            "kind": use.kind,
-            "axes": list(use.axes),
-            "why": list(use.why),
-            "zero": use.zero if use.zero is None or math.isfinite(use.zero) else str(use.zero),
-            "through": use.through,
-        }
-        for use in entry.uses
-    ]
-    shape = None if entry.shape is None else list(entry.shape)
-    return {"path": entry.path, "uses": uses, "shape": shape, "optional": entry.optional}
-
-
-def _from_plain(entry: Mapping[str, Any]) -> Entry:
-    try:
-        uses = tuple(
-            Use(
-                use["kind"],
-                tuple(use["axes"]),
-                tuple(use["why"]),
-                None if use["zero"] is None else float(use["zero"]),
-                use["through"],
-            )
-            for use in entry["uses"]
-        )
-        shape = None if entry["shape"] is None else tuple(entry["shape"])
-        return Entry(entry["path"], uses, shape, entry["optional"])
-    except KeyError as error:
-        raise ValueError(
-            f"`Layout` got an entry without {error}: {short(dict(entry))}. Pass what "
-            "`layout.json` gave, whole."
-        ) from error
-
-
-def _nearest(name: Any, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(str(name), known, 1)
-    return f"Did you mean {close[0]!r}?" if close else f"The roles are {_list(known)}."
-
-
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))
+def _places(reasons: Sequence[str], why: str) -> str:
+    return ", ".join(str(i) for i, reason in enumerate(reasons) if reason == why)
 
 
 def _check_matches(

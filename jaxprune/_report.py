@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._axes import advice_on_axes
 from jaxprune._layers import names_of
 from jaxprune._layout import Layout
+from jaxprune._looks import advice_on_axes
 from jaxprune._masks import check_masks
 from jaxprune._ranking import Whole, count_true
 from jaxprune._tree import is_array, map_leaves, map_with_path, match

@@ -195,8 +195,10 @@ def test_windows_check_their_settings_when_built():
         windows(1)
     with pytest.raises(TypeError, match=r"windows\(m=4.0\).*needs an integer"):
         windows(4.0)
-    with pytest.raises(TypeError, match=r"windows\(axis='in'\).*needs an integer"):
-        windows(4, axis="in")
+    with pytest.raises(TypeError, match=r"windows\(axis=1\.0\).*needs an integer"):
+        windows(4, axis=1.0)
+    with pytest.raises(ValueError, match=r"windows\(axis='input'\).*The roles are 'in', 'out'"):
+        windows(4, axis="input")
 
 
 def test_windows_refuse_channels_by_name():

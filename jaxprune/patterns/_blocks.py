@@ -6,7 +6,8 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from jaxprune._layout import Layout, axes_of, check_named, check_role
+from jaxprune._axes import axes_of, check_named, check_role
+from jaxprune._layout import Layout
 from jaxprune._tree import leaves_with_path, map_with_path, prunable
 from jaxprune.patterns._reduce import check_reduce, reduce_scores
 from jaxprune.typing import Masks, Params, Scores, Units, Where
@@ -69,7 +70,7 @@ class Blocks:
         part = leaves_with_path(prunable(params, where=where))
         shapes = {path: leaf.shape for path, leaf in part}
         check_named(layout, shapes, self.axes or (), repr(self), single=True)
-        return dataclasses.replace(self, layout=layout)
+        return self if layout == self.layout else dataclasses.replace(self, layout=layout)
 
     def pool(self, scores: Scores) -> Units:
         """Score each block: of an axis of ``a`` there are ``ceil(a / size)``."""

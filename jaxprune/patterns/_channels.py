@@ -5,7 +5,8 @@ from typing import ClassVar
 
 import jax
 
-from jaxprune._layout import Layout, axes_of, check_named, check_role
+from jaxprune._axes import axes_of, check_named, check_role
+from jaxprune._layout import Layout
 from jaxprune._tree import leaves_with_path, map_with_path, prunable
 from jaxprune.patterns._reduce import check_reduce, reduce_scores
 from jaxprune.typing import Masks, Params, Scores, Units, Where
@@ -55,7 +56,7 @@ class Channels:
         part = leaves_with_path(prunable(params, where=where))
         shapes = {path: leaf.shape for path, leaf in part}
         check_named(layout, shapes, (self.axis,), repr(self), single=False)
-        return dataclasses.replace(self, layout=layout)
+        return self if layout == self.layout else dataclasses.replace(self, layout=layout)
 
     def pool(self, scores: Scores) -> Units:
         """Score each channel: leaves of shape ``[1, ..., channels, ..., 1]``."""

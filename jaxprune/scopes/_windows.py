@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune._layout import Layout, axes_of, check_named, check_role
+from jaxprune._axes import axes_of, check_named, check_role
+from jaxprune._layout import Layout
 from jaxprune._numbers import is_number
 from jaxprune._ranking import order_key
 from jaxprune._tree import leaves_with_path, map_with_path, prunable
@@ -35,7 +36,7 @@ class Windows:
         part = dict(leaves_with_path(prunable(params, where=where)))
         shapes = {path: leaf.shape for path, leaf in part.items()}
         check_named(layout, shapes, (self.axis,), repr(self), single=True)
-        return dataclasses.replace(self, layout=layout)
+        return self if layout == self.layout else dataclasses.replace(self, layout=layout)
 
     def __call__(self, units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
         counts = self.counts(units, sparsity).kept

@@ -37,9 +37,10 @@ def wrappers(key=None, **settings):
     """All that carries masks, from an optimizer to a transformation, with the same settings."""
     key = jax.random.key(5) if key is None else key  # no computation at import: processes start so
     ramp = schedules.cubic(SPARSITY, begin=0, end=2, every=2)
+    without_layout = {name: value for name, value in settings.items() if name != "layout"}
     return {
         "prune": lambda inner: jp.prune(inner, schedule=ramp, **settings),
-        "hold": lambda inner: jp.hold(inner, **settings),
+        "hold": lambda inner: jp.hold(inner, **without_layout),
         "rigl": lambda inner: jp.dynamic.rigl(inner, sparsity=SPARSITY, **EVENTS, **settings),
         "set": lambda inner: jp.dynamic.set(
             inner, key=key, sparsity=SPARSITY, **EVENTS, **settings

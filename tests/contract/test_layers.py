@@ -1,0 +1,230 @@
+"""Layers are layers: a stack with a layout is masked as the list of its layers is, bit for bit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxprune as jp
+from jaxprune import criteria, patterns, scopes
+from tests.contract import tables, trainings
+from tests.contract.layered import (
+    ALONE,
+    LAYERS,
+    LAYOUT,
+    alone,
+    assert_same,
+    draw,
+    stacked,
+    unstacked,
+)
+from tests.helpers import fast_if
+
+SPARSITY = 0.75
+SCOPES = {
+    "per_leaf": scopes.per_leaf,
+    "across": scopes.across,
+    "per_output": scopes.per_output,
+    "windows": scopes.windows(4),
+    "windows in": scopes.windows(4, axis="in"),
+}
+PATTERNS = {
+    "Weights": patterns.Weights(),
+    "Channels": patterns.Channels(-1),
+    "Channels 0": patterns.Channels(0),
+    "Channels out": patterns.Channels("out", reduce="norm"),
+    "Blocks": patterns.Blocks((2, 3)),  # ragged
+    "Blocks named": patterns.Blocks((4, 2), axes=("out", "in")),
+}
+PAIRS = [
+    (p, s)
+    for p in PATTERNS
+    for s in SCOPES
+    if not (p.startswith("Channels") and not s.startswith(("per_leaf", "across")))
+]
+# One of each pattern and of each scope; all pairs are in the slow suite.
+FEW = [
+    *(("Weights", s) for s in SCOPES),
+    *(("Blocks named", "per_output"), ("Channels out", "across"), ("Channels 0", "per_leaf")),
+    *(("Blocks", "windows"), ("Blocks", "per_leaf")),
+]
+
+
+def both(find):
+    """Masks of the stacks and of the leaves, by a function of params, gradients and layout."""
+    grads = alone(seed=7)
+    return find(stacked(alone()), stacked(grads), LAYOUT), find(alone(), grads, ALONE)
+
+
+def evidence(params, grads):
+    """All that a criterion may ask for, the same for stacks and leaves."""
+    apart = (lambda tree: tree) if isinstance(params["h"]["a"], list) else unstacked
+    return {
+        "grads": grads,
+        "key": jax.random.key(3),
+        "batch": jnp.float32(tables.BATCH),
+        "loss_fn": lambda p, batch: tables.loss_fn(apart(p), batch),
+        "apply_fn": lambda p, batch: tables.apply_fn(apart(p), batch),
+        "params_init": jax.tree.map(lambda w: w / 2, params),
+    }
+
+
+@pytest.mark.parametrize(("pattern", "scope"), fast_if(lambda p, s: (p, s) in FEW, PAIRS))
+def test_patterns_and_scopes(pattern, scope):
+    parts = {"pattern": PATTERNS[pattern], "scope": SCOPES[scope]}
+    find = lambda p, g, layout: jp.find_masks(p, SPARSITY, layout=layout, **parts)
+    assert_same(*both(find))
+
+
+@pytest.mark.parametrize("name", [n for n in tables.CRITERIA if n not in tables.MEMORIES])
+def test_criteria(name):
+    criterion = tables.make_criterion(name)
+
+    def find(params, grads, layout):
+        asked = evidence(params, grads)
+        settings = {"criterion": criterion, "scope": scopes.across, "layout": layout}
+        return jp.find_masks(params, SPARSITY, **settings, **asked)
+
+    if name == "random":  # draws differ
+        stacks, leaves = both(find)
+        count = lambda tree: sum(int(m.sum()) for m in jax.tree.leaves(tree))
+        assert count(stacks) == count(leaves)
+    elif name in ("lamp", "snip", "synflow", "grasp"):  # sums in another order
+        stacks, leaves = both(find)
+        differ = [
+            np.mean(np.asarray(a) != np.asarray(b))
+            for a, b in zip(
+                jax.tree.leaves(unstacked(stacks)), jax.tree.leaves(leaves), strict=True
+            )
+        ]
+        assert max(differ) <= 0.02
+    else:
+        assert_same(*both(find))
+
+
+def test_a_part_that_knows_no_layout_sees_each_layer_as_a_leaf():
+    def share(params, *, grads, **_):
+        return jax.tree.map(lambda w, g: jnp.abs(w * g) / jnp.abs(w).max(), params, grads)
+
+    def keep_more_of_small(units, sparsity, *, within=None):
+        return scopes.per_leaf(units, sparsity / 2, within=within)
+
+    find = lambda p, g, layout: jp.find_masks(
+        p, SPARSITY, criterion=share, scope=keep_more_of_small, layout=layout, grads=g
+    )
+    stacks, leaves = both(find)
+    assert_same(stacks, leaves)
+    assert all(np.mean(m) > 0.6 for m in jax.tree.leaves(leaves))
+
+
+@pytest.mark.parametrize("name", ["uniform", "erk", "custom"])
+def test_allocations(name):
+    if name == "custom":
+        rules = {"h/a[1]": 0.9, r"h/b\[[02]\]": 0.2, "head": 0.25}
+        apart = {"h/a/1": 0.9, "h/b/[02]": 0.2, "head": 0.25}
+        allocate = lambda p, layout: scopes.custom(
+            p, rules if layout is LAYOUT else apart, default=0.5, layout=layout
+        )
+    else:
+        allocate = lambda p, layout: getattr(scopes, name)(p, 0.9, layout=layout)
+    stacks, leaves = allocate(stacked(alone()), LAYOUT), allocate(alone(), ALONE)
+    got = jax.tree.leaves(unstacked(stacks))
+    assert got == jax.tree.leaves(leaves)
+    find = lambda p, g, layout: jp.find_masks(p, allocate(p, layout), layout=layout)
+    assert_same(*both(find))
+
+
+def trained(tx, params, grads, steps=tables.STEPS):
+    """Params and masks after some updates with given gradients."""
+    step = jax.jit(tx.update)
+    state = tx.init(params)
+    for _ in range(steps):
+        updates, state = step(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, jp.get_masks(state)
+
+
+@pytest.mark.parametrize(
+    "name", fast_if(lambda n: n in ("cubic", "cyclic"), list(tables.SCHEDULES))
+)
+@pytest.mark.parametrize("packed", [False, True])
+def test_prune_under_every_schedule(name, packed):
+    def find(params, grads, layout):
+        final = scopes.erk(params, SPARSITY, layout=layout)
+        settings = {"criterion": criteria.taylor, "layout": layout, "packed": packed}
+        tx = jp.prune(optax.sgd(0.25), schedule=tables.SCHEDULES[name](final), **settings)
+        return trained(tx, params, grads)
+
+    (weights, masks), (leaves, want) = both(find)
+    assert_same(masks, want)
+    assert_same(weights, leaves)
+
+
+@pytest.mark.parametrize("name", ["rigl", "set", "straight_through"])
+def test_other_wrappers(name):
+    def find(params, grads, layout):
+        wrap = trainings.wrappers(layout=layout, packed=True)[name]
+        return trained(wrap(optax.sgd(0.25)), params, grads)
+
+    (weights, masks), (leaves, want) = both(find)
+    if name == "set":  # draws differ, counts do not
+        kept = lambda tree: [int(m.sum()) for m in jax.tree.leaves(tree)]
+        assert kept(unstacked(masks)) == kept(want)
+    else:
+        assert_same(masks, want)
+        assert_same(weights, leaves)
+
+
+def test_iterative_pruning():
+    def find(params, grads, layout):
+        rates = {"h/a[2]": 0.5} if layout is LAYOUT else {"h/a/2": 0.5}
+        fit = lambda ticket, masks: jax.tree.map(lambda w, g: w + g / 4, ticket, grads)
+        *_, level = jp.imp(params, fit, rounds=2, rate=0.3, rates=rates, layout=layout)
+        return level.masks
+
+    assert_same(*both(find))
+
+
+def test_earlier_masks_and_rounds():
+    def find(params, grads, layout):
+        first = jp.find_masks(params, 0.4, layout=layout)
+        settings = {"layout": layout, "within": first, "rounds": 2, "grads": grads}
+        return jp.find_masks(params, 0.8, criterion=criteria.taylor, **settings)
+
+    assert_same(*both(find))
+
+
+def test_two_axes_of_layers_are_layers_in_their_order():
+    w = draw(1, 2, 8, 3, 8) * np.arange(1, 7, dtype=np.float32).reshape(2, 1, 3, 1)
+    layout = jp.Layout({"w": ("layer", "in", "layer", "out")})
+    rows = [w[i, :, j] for i in range(2) for j in range(3)]
+    for settings in ({}, {"scope": scopes.across}, {"criterion": criteria.lamp}):
+        got = jp.find_masks({"w": w}, 0.5, layout=layout, **settings)["w"]
+        want = jp.find_masks({"w": rows}, 0.5, **settings)["w"]
+        np.testing.assert_array_equal([got[i, :, j] for i in range(2) for j in range(3)], want)
+
+
+@pytest.mark.parametrize("axis", [0, 1, None])
+def test_sharded_over_eight_devices_the_layers_too(axis):
+    w = draw(2, 8, 8, 16) * np.arange(1, 9, dtype=np.float32)[:, None, None]
+    layout = jp.Layout({"w": ("layer", "in", "out")})
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    spec = P(*("x" if i == axis else None for i in range(3)))
+    there = jax.device_put(jnp.asarray(w), NamedSharding(mesh, spec))
+    for scope in (scopes.per_leaf, scopes.across, scopes.per_output):
+        find = functools.partial(jp.find_masks, sparsity=SPARSITY, scope=scope, layout=layout)
+        got = find({"w": there})["w"]
+        assert got.sharding.is_equivalent_to(there.sharding, 3)
+        np.testing.assert_array_equal(got, find({"w": w})["w"])
+
+
+def test_each_layer_loses_exactly_its_share():
+    masks = jp.find_masks(stacked(alone()), SPARSITY, layout=LAYOUT)
+    a, b = masks["h"]["a"], masks["h"]["b"]
+    assert a.sum((1, 2)).tolist() == [64 - round(SPARSITY * 64)] * LAYERS
+    assert b.sum((0, 2)).tolist() == [128 - round(SPARSITY * 128)] * LAYERS

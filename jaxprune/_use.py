@@ -56,6 +56,9 @@ class Use:
         if self.zero is not None and math.isnan(self.zero):
             object.__setattr__(self, "zero", math.nan)  # the one that equals itself in a tuple
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Use, (self.kind, self.axes, self.why, self.zero, self.through)
+
     def __str__(self) -> str:
         axes = ", ".join(role or "?" for role in self.axes)
         zero = "depends on others" if self.zero is None else f"becomes {self.zero:.3g}"

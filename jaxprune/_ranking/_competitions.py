@@ -141,13 +141,12 @@ class Competitions:
         return sum(map(math.prod, self.shapes))
 
     @cached_property
-    def sizes(self) -> list[int]:
-        """Count the units of each competition, `n` of them."""
-        found = []
-        for ranking, shape in zip(self.rankings, self.shapes, strict=True):
-            units = sum(math.prod(self._slabs(i)) for i in ranking)
-            found += [units] * math.prod(shape)
-        return found
+    def sizes(self) -> list[tuple[int, int]]:
+        """Count the units of each competition: for each ranking, how many, and in how many."""
+        return [
+            (sum(math.prod(self._slabs(i)) for i in ranking), math.prod(shape))
+            for ranking, shape in zip(self.rankings, self.shapes, strict=True)
+        ]
 
     @cached_property
     def starts(self) -> tuple[np.ndarray, ...]:
@@ -168,7 +167,7 @@ class Competitions:
     @cached_property
     def is_wide(self) -> bool:
         """True if one word does not number all units of a competition."""
-        return max(self.sizes) > MOST_PLACES
+        return max(units for units, _ in self.sizes) > MOST_PLACES
 
     def _slabs(self, leaf: int) -> tuple[int, int]:
         """Slabs of a leaf's competitions, and units in each."""

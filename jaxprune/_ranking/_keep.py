@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune._ranking._competitions import Competitions, Ranking
 from jaxprune._ranking._lazy import Leaf, is_lazy, read
@@ -99,7 +100,14 @@ def _alike(counts: Sequence[int | jax.Array | Whole]) -> list[Any]:
     """Counts that are all int32, or all in two words if one of them needs that."""
     if any(isinstance(n, Whole) or (isinstance(n, int) and n >= 2**31) for n in counts):
         return list(map(in_words, counts))
-    return [jnp.asarray(n, jnp.int32) for n in counts]
+    return [_as_int32(n) for n in counts]
+
+
+def _as_int32(count: Any) -> jax.Array:
+    """An array of counts; equal ones that are known are no constant of their own in a program."""
+    if isinstance(count, np.ndarray) and count.size > 1 and (count == count.flat[0]).all():
+        return jnp.full(count.shape, count.flat[0], jnp.int32)
+    return jnp.asarray(count, jnp.int32)
 
 
 def _searches(rankings: tuple[Ranking, ...], leaves: Sequence[Leaf]) -> list[list[int]]:

@@ -113,8 +113,10 @@ def last_kept(
         for stack in competitions.stacks
     ]
     nothing = competitions.total(none).low
-    nothing = nothing + sum(nothing)  # a ranking's loop goes on until all are settled
-    sizes = jax.tree.map(lambda *ns: np.array(ns), *map(in_words, competitions.sizes))
+    nothing += jnp.sum(nothing)  # a ranking's loop goes on until all are settled
+    sizes = competitions.flat(
+        [jax.tree.map(lambda x, n=n: jnp.full(n, x), in_words(k)) for k, n in competitions.sizes]
+    )
     reached = sizes + in_words(nothing)
     last = tuple(nothing.astype(word) for word in words)
     numbers = tuple(map(jnp.int32, range(len(units))))

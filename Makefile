@@ -71,6 +71,7 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m benchmarks.restart
 	$(BIN)/python -m benchmarks.training_speed
 	$(BIN)/python -m benchmarks.compile
+	$(BIN)/python -m benchmarks.layout
 	$(BIN)/python -m benchmarks.tpu
 
 # The lock names the public package index; where that is not reachable, take what there is.

@@ -58,6 +58,10 @@ class Criterion(Protocol):
 
         Evidence comes by keyword: what a criterion needs it names by keyword-only arguments, the
         rest it swallows with ``**_``. There are no further ``args``.
+
+        Where the user gave a layout, a criterion that names ``layout`` is given it, settled on the
+        params, and minds stacks of layers itself. One that is neither that nor elementwise is
+        shown the list of its layers in the place of each stack.
         """
 
 
@@ -99,7 +103,11 @@ PartT_co = TypeVar("PartT_co", covariant=True)
 
 
 class Bindable(Protocol[PartT_co]):
-    """A pattern or a scope that has to see the params before it can say what it does."""
+    """A pattern or a scope that has to see the params before it can say what it does.
+
+    Where the user gave a layout it gets that, too, if its ``bind`` takes a ``layout``, and ranks
+    the layers of stacks itself. If pattern or scope does not, both see each layer as a leaf.
+    """
 
     def bind(self, params: Params, *, where: Where, layout: Layout = None) -> PartT_co:
         """Give the part settled on these params: what it covers, which axes it means."""
@@ -113,7 +121,12 @@ class Settling(Pattern, Protocol):
 
 
 class CrossLeaf(Pattern, Protocol):
-    """A pattern whose units own parts of several leaves, biases and scales among them."""
+    """A pattern whose units own parts of several leaves, biases and scales among them.
+
+    It may have two more: ``units_layout``, the layout of its units, which the scope is bound to
+    in the place of that of the params; and ``per_layer``, names of units of which every layer of a
+    stack has to keep as many, which a scope that cannot promise that refuses.
+    """
 
     def owns(self, path: str, array: jax.Array) -> bool:
         """Say whether a leaf takes part, in the place of ``where``."""

@@ -10,6 +10,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "from_jaxpruner.md"
 CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
 DEVICES = ROOT / "docs" / "devices.md"
+LAYOUTS = ROOT / "docs" / "layouts.md"
 
 
 def snippets(lines):
@@ -70,6 +71,16 @@ def test_what_the_page_of_devices_shows_runs_on_eight_of_them():
     for snippet in found:
         run(names, *snippet, DEVICES)
     assert len(found) == 4 and names["masks"]["in"].shape == (64, 128)
+
+
+def test_what_the_page_of_layouts_shows_runs(capsys):
+    names, found = {}, list(snippets(LAYOUTS.read_text().splitlines(keepends=True)))
+    for snippet in found:
+        run(names, *snippet, LAYOUTS)
+    assert len(found) >= 6
+    shown = LAYOUTS.read_text().split("```text\n")[1:]
+    printed = capsys.readouterr().out
+    assert all(block.split("```")[0] in printed for block in shown)
 
 
 @pytest.mark.slow

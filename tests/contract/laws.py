@@ -52,6 +52,8 @@ def competitions(scope, grids):
             for i in range(0, ids.shape[0], 4)
             for j in range(ids.shape[1])
         ]
+    if scope == "per_output":
+        return [[(path, u) for u in column] for path, ids in everyone.items() for column in ids.T]
     return [[(path, u) for u in ids.ravel()] for path, ids in everyone.items()]
 
 

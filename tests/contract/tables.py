@@ -105,6 +105,7 @@ PATTERNS = {
 SCOPES = {
     "per_leaf": scopes.per_leaf,
     "across": scopes.across,
+    "per_output": scopes.per_output,
     "windows": scopes.windows(4),
     "uniform": scopes.uniform,
     "erk": scopes.erk,
@@ -136,6 +137,7 @@ COUPLED = ("Coupled", "isomorphic")
 # Pairs that make no sense, with the words that refuse them.
 REFUSED = {
     ("Channels", "windows"): r"`windows\(m=4\)`.*`Channels`",
+    ("Channels", "per_output"): r"`per_output`.*`Channels`",
     ("tree", "across"): r"`across`.*one sparsity.*got a tree",
 }
 

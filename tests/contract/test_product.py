@@ -46,11 +46,15 @@ MEETINGS = {
     "magnitude": (
         *(("Weights", "per_leaf"), ("Channels", "across"), ("Blocks", "windows")),
         *(("Weights", "uniform"), ("Channels", "erk"), ("Blocks", "custom")),
+        ("Blocks", "per_output"),
     ),
-    "taylor": (("Weights", "windows"), ("Channels", "per_leaf"), ("Blocks", "across")),
+    "taylor": (
+        *(("Weights", "windows"), ("Channels", "per_leaf"), ("Blocks", "across")),
+        ("Weights", "per_output"),
+    ),
     "random": (
         *(("Weights", "across"), ("Channels", "across")),
-        *(("Blocks", "per_leaf"), ("Blocks", "windows")),
+        *(("Blocks", "per_leaf"), ("Blocks", "windows"), ("Weights", "per_output")),
     ),
     **dict.fromkeys(ONE_PATTERN, (("Weights", "across"),)),
 }

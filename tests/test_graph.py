@@ -661,6 +661,20 @@ def test_the_largest_magnitude_is_exact_only_without_what_is_zero():
     assert not groups[0].exact and "`reduce_max` at test_graph.py" in groups[0].reason
 
 
+def test_a_reshape_that_transposes_first_moves_channels_along():
+    """`vmap` over kernels lays members beside outputs by a reshape with `dimensions`."""
+    one = functools.partial(lax.conv_general_dilated, window_strides=(1,), padding="SAME")
+    conv = functools.partial(one, dimension_numbers=("NWC", "WIO", "NWC"))
+    fn = jax.vmap(lambda p, x: conv(jnp.tanh(conv(x, p["w"])), p["v"]), (0, None))
+    draw = np.random.default_rng(0).normal
+    params = {"w": jnp.asarray(draw(size=(5, 3, 4, 6))), "v": jnp.asarray(draw(size=(5, 3, 6, 2)))}
+    x = jnp.asarray(draw(size=(2, 8, 4)))
+    (group,) = jp.find_groups(fn, params, x)
+    assert [(m.path, m.axis) for m in group.members] == [("v", 2), ("w", 3)] and group.size == 6
+    masks = jp.find_masks(params, 0.5, pattern=jp.patterns.Coupled(jp.find_groups(fn, params, x)))
+    assert jp.verify_shrink(fn, params, masks, x) < 1e-5
+
+
 widen = Primitive("divide_by_width")
 widen.def_impl(lambda x: x / x.shape[-1])
 widen.def_abstract_eval(lambda x: x)

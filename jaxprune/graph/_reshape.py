@@ -26,12 +26,14 @@ from jaxprune.graph._site import Rule, Site
 
 def reshape(at: Site) -> list[Axes]:
     """Merge and split axes, one run of axes with a common product at a time."""
-    source, target = at.shape(), at.out_shape()
+    order = at.params["dimensions"] or range(len(at.shape()))  # it may transpose before
+    source, target = [at.shape()[i] for i in order], at.out_shape()
+    given = [at.ins[0][i] for i in order]
     if 0 in source:  # nothing to cut
         return at.freeze_all()
     out: list[Axis | None] = []
-    for old, new in _runs(source, target):
-        axes = [at.ins[0][i] for i in old]
+    for old, new in runs(source, target):
+        axes = [given[i] for i in old]
         sizes, wanted = [source[i] for i in old], [target[i] for i in new]
         if [s for s in sizes if s != 1] == [s for s in wanted if s != 1]:
             moved = iter([axis for axis, s in zip(axes, sizes, strict=True) if s != 1])
@@ -43,7 +45,7 @@ def reshape(at: Site) -> list[Axes]:
     return [tuple(out)]
 
 
-def _runs(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+def runs(source: Sequence[int], target: Sequence[int]) -> list[tuple[list[int], list[int]]]:
     """Cut two shapes into the shortest runs of equal product, as numbers of axes on both sides.
 
     ``(2, 12, 5)`` and ``(2, 3, 4, 5)`` are three runs: 2 and 2, 12 and (3, 4), 5 and 5.

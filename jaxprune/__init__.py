@@ -61,6 +61,7 @@ from jaxprune._where import is_matrix as is_matrix
 from jaxprune.graph import count_flops as count_flops
 from jaxprune.graph import find_blocks as find_blocks
 from jaxprune.graph import find_groups as find_groups
+from jaxprune.graph import find_layout as find_layout
 from jaxprune.typing import elementwise as elementwise
 
 __version__ = "0.1.0"
@@ -98,6 +99,7 @@ __all__ = (
     "feature_loss",
     "find_blocks",
     "find_groups",
+    "find_layout",
     "find_masks",
     "find_sparsity",
     "forward_params",

@@ -70,7 +70,7 @@ def _results(at: Site, removed: Mapping[int, Values]) -> tuple[Values, bool]:
         if at.primitive == "select_n":
             found += _selected(values, removed)
             continue
-        value, fine = _result(at, values, removed)
+        value, fine = result(at, values, removed)
         found.append(value)
         finite = finite and fine
     return frozenset(found), finite
@@ -85,14 +85,14 @@ def _selected(values: Sequence[Entry], removed: Mapping[int, Values]) -> list[En
     return cases if not any(cases) and None not in cases else told
 
 
-def _result(at: Site, values: Sequence[Entry], removed: Mapping[int, Values]) -> tuple[Entry, bool]:
+def result(at: Site, values: Sequence[Entry], removed: Mapping[int, Values]) -> tuple[Entry, bool]:
     """The result for some values of the operands, None for any number; and whether it is finite."""
     name = at.primitive
     known = [i for i in removed if values[i] is not None]
     if not known:
         return None, True
     if None not in values:
-        value = _evaluate_at(at, values)
+        value = evaluate_at(at, values)
         finite = (
             value is None
             or bool(np.isfinite(value))
@@ -112,8 +112,8 @@ def _explodes(at: Site, values: Sequence[Entry], i: int) -> bool:
     """
     for number in (0.7, -1.3):
         tried = [number if v is None else v for v in values]
-        here = _evaluate_at(at, tried)
-        there = _evaluate_at(at, [*tried[:i], 0.6, *tried[i + 1 :]])
+        here = evaluate_at(at, tried)
+        there = evaluate_at(at, [*tried[:i], 0.6, *tried[i + 1 :]])
         if there is not None and _is_finite(there) and not _is_finite(here):
             return True
     return False
@@ -130,7 +130,7 @@ def stays_zero(at: Site, zero: Sequence[bool]) -> bool | None:
     return values == ZERO if finite else None
 
 
-def _evaluate_at(at: Site, values: Sequence[Entry]) -> Entry:
+def evaluate_at(at: Site, values: Sequence[Entry]) -> Entry:
     """Compute one number from numbers; None where the primitive takes more than numbers."""
     dtypes = tuple(np.dtype(dtype_of(v)).name for v in at.eqn.invars)
     params = tuple(sorted(at.params.items()))

@@ -12,6 +12,8 @@
 #                            _derivatives _collectives
 #   _axes _coupling          what rules speak about: ids of indices, and which of them die together
 #   _groups                  this file: what that says of the parameters
+#   _layout                  likewise for what their axes mean: _sources (what of which parameter a
+#                            value shows) _views _mixtures _meetings _places _follow
 #   _blocks                  likewise for what can be left out whole: _branches, _vanishing
 #   _shrunk _counts          the cut of a user, held against the coupling; means over fewer terms
 #   _evaluate _take          the large program, evaluated on what is left

@@ -104,18 +104,28 @@ def network(
     exact: bool = True,
     complain: bool = True,
     whole_outputs: bool = True,
+    solved: bool = True,
 ) -> Network:
     """Trace ``fn(params, *inputs, **keywords)`` and analyse it.
 
     ``exact`` asks for the places where cutting differs from masking, ``complain`` for warnings of
-    what is strange about the params, ``whole_outputs`` for results that are never cut.
+    what is strange about the params, ``whole_outputs`` for results that are never cut. Without
+    ``solved`` only the frames are wanted and what is joined: derivatives are not walked, and no
+    conclusions are drawn.
     """
     leaves = _arrays_of(params)
     paths = [path for path, _ in leaves]
     program = _program(fn, (params, *inputs), dict(keywords or {}), len(leaves))
     pairs = carry_pairs(carry, program.arguments, program.outputs)
     walk = _walk(
-        program, leaves, pairs, rules=rules or {}, frozen=frozen, exact=exact, complain=complain
+        program,
+        leaves,
+        pairs,
+        rules=rules or {},
+        frozen=frozen,
+        exact=exact,
+        complain=complain,
+        derivatives=solved,
     )
     analysis, frame, axes, carried = walk
     if complain:
@@ -131,7 +141,8 @@ def network(
         if back is not None:
             states[back] = carried[i]
     _close_outputs(analysis, frame, states, whole_outputs)
-    analysis.coupling.solve()
+    if solved:
+        analysis.coupling.solve()
     shapes = [spec.shape for spec in first]
     return Network(analysis, frame, paths, shapes, first, axes, program.outputs, carried)
 
@@ -171,6 +182,7 @@ def _walk(
     frozen: Where | None,
     exact: bool,
     complain: bool,
+    derivatives: bool,
 ) -> Walk:
     """Follow the axes of params and of a carry through a program.
 
@@ -186,6 +198,7 @@ def _walk(
     silent = not complain
     while True:
         analysis = Analysis({**RULES, **rules}, exact=exact, taught=frozenset(rules))
+        analysis.deriving = 0 if derivatives else 2  # deeper than that nobody asks
         axes = [_param_axes(analysis, path, leaf, frozen) for path, leaf in leaves]
         analysis.own = analysis.coupling.size
         carried = {i: analysis.fresh(specs[i].shape, zero=i in zero) for i in pairs}

@@ -25,7 +25,7 @@ import jaxprune as jp
 from benchmarks.common import Task, interleave, machine, paired_ratio, print_table, write_json
 from benchmarks.events import updater
 
-SPARSITY = 0.9
+SPARSITY = 0.75
 LAYOUT = jp.Layout({"h/.*": ("layer", "in", "out")})
 ALONE = jp.Layout({"h/.*": ("in", "out")})
 EVENTS: dict[str, dict[str, Any]] = {

@@ -15,13 +15,15 @@ from jaxprune._cut_state import cut_state
 from jaxprune._errors import check_living
 from jaxprune._groups import Groups
 from jaxprune._kept import (
+    as_mask,
     check_fit,
     composed,
+    count,
     fitting,
     kept_by,
+    layer_axis,
     name_part,
     path_in,
-    product,
     read,
     shapes_of,
 )
@@ -43,6 +45,9 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
     whole. By it a function, its params, trees beside them and an optimizer state are made smaller,
     each alone or all of them, and masks are needed no more. ``jp.shrink`` and ``jp.shrink_state``
     are the shorthands.
+
+    Where the layers of a stack keep others each, indices are a row for each layer, as many in each,
+    laid out as in the leaf: `[layers, 1, kept]` of axis 2 of a leaf `[layers, in, out]`.
 
     Cuts are hashable, and equal where the same indices stay. They go through JSON and back,
     ``jp.Cut(json.loads(json.dumps(cut.json)), params)``, and those of several rounds compose,
@@ -110,8 +115,10 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
         check_living(params, "params")
         if groups is not None:
             masks = groups.complete(masks, params)
-        check_fit(masks, shapes_of(params, "Cut"), "Cut")
-        return cls(kept_by(masks), params)
+        shapes = shapes_of(params, "Cut")
+        check_fit(masks, shapes, "Cut")
+        layers = {} if groups is None else groups.stacked
+        return cls(kept_by(masks, shapes=shapes, layers=layers), params)
 
     def __getitem__(self, path: str) -> Mapping[int, np.ndarray]:
         return self.kept[path]
@@ -123,8 +130,8 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
         return len(self.kept)
 
     @cached_property
-    def _key(self) -> frozenset[tuple[str, int, bytes]]:
-        return frozenset((path, i, k.tobytes()) for path, i, k in self._axes())
+    def _key(self) -> frozenset[tuple[str, int, tuple[int, ...], bytes]]:
+        return frozenset((path, i, k.shape, k.tobytes()) for path, i, k in self._axes())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Cut) and self._key == other._key
@@ -137,7 +144,11 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
 
     def __repr__(self) -> str:
         size = lambda path, i: "" if self.whole is None else f" of {self._shapes[path][i]}"  # noqa: E731
-        axes = [f"{path} axis {i}: {len(k)}{size(path, i)}" for path, i, k in self._axes()]
+        each = lambda i, k: "" if layer_axis(k, i) is None else " a layer"  # noqa: E731
+        axes = [
+            f"{path} axis {i}: {count(k, i)}{size(path, i)}{each(i, k)}"
+            for path, i, k in self._axes()
+        ]
         more = [f"and {len(axes) - 12} more"] if len(axes) > 12 else []
         return f"Cut({', '.join([*axes[:12], *more])})"
 
@@ -150,7 +161,7 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
         return {} if self.whole is None else shapes_of(self.whole, "Cut")
 
     @property
-    def json(self) -> dict[str, dict[int, list[int]]]:
+    def json(self) -> dict[str, dict[int, list[Any]]]:
         """The indices in plain numbers, for ``json.dumps``; ``jp.Cut`` reads what comes back."""
         return {path: {i: k.tolist() for i, k in axes.items()} for path, axes in self.items()}
 
@@ -212,8 +223,7 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
         def mask(path: str, _: Any) -> jax.Array | None:
             if path not in cut:
                 return None
-            vectors = {i: np.isin(np.arange(shapes[path][i]), k) for i, k in cut[path].items()}
-            return jnp.asarray(product(vectors, len(shapes[path])))
+            return jnp.asarray(as_mask(cut[path], shapes[path]))
 
         return map_with_path(mask, whole)
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune._kept import Kept
+from jaxprune._kept import Kept, layer_axis
 from jaxprune._masks import Packed, pack, unpack
 from jaxprune._pruner import pruners_in
 from jaxprune._state import PruneState, is_packed, without_variables
@@ -239,8 +239,16 @@ class _Place:
 
     def along(self, axis: int) -> "_Place":
         """What to keep of a vector along one axis."""
-        kept = {0: self.kept[axis]} if axis in self.kept else {}
-        return _Place(kept, (self.shape[axis],))
+        k = self.kept.get(axis)
+        if k is None:
+            return _Place({}, (self.shape[axis],))
+        if k.ndim > 1:  # the vector is shared by layers, of which each keeps others
+            raise ValueError(
+                f"The optimizer keeps one vector along axis {axis} of a parameter of shape "
+                f"{self.shape}, of which each layer keeps other indices. Start anew: "
+                "`tx.init(small_params)`."
+            )
+        return _Place({0: k}, (self.shape[axis],))
 
     def summed(self, shape: tuple[int, ...]) -> "_Place":
         """What to keep of a sum over one axis, if its shape tells which of them that was.
@@ -252,12 +260,29 @@ class _Place:
         found = []
         for gone in range(len(self.shape)):
             left = [i for i in range(len(self.shape)) if i != gone]
-            if tuple(self.shape[i] for i in left) == shape:
-                kept = {j: self.kept[i] for j, i in enumerate(left) if i in self.kept}
-                found.append(_Place(kept, shape))
+            if tuple(self.shape[i] for i in left) != shape:
+                continue
+            kept = {}
+            for j, i in enumerate(left):
+                if i in self.kept:
+                    kept[j] = _without(self.kept[i], i, gone, self.shape)
+            found.append(_Place(kept, shape))
         if len({str({i: k.tolist() for i, k in p.kept.items()}) for p in found}) > 1:
             raise ValueError(
                 f"The optimizer keeps sums of shape {shape} for a parameter of shape {self.shape}, "
                 "which do not tell the axis that was summed. Start anew: `tx.init(small_params)`."
             )
         return found[0] if found else _Place({}, ())
+
+
+def _without(indices: np.ndarray, axis: int, gone: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Indices of an axis once another axis has been summed over."""
+    if indices.ndim == 1:
+        return indices
+    if layer_axis(indices, axis) == gone:
+        raise ValueError(
+            f"The optimizer keeps sums over the layers, axis {gone} of a parameter of shape "
+            f"{shape}, of which each layer keeps other indices along axis {axis}. Start anew: "
+            "`tx.init(small_params)`."
+        )
+    return indices.squeeze(gone)

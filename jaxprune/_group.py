@@ -7,7 +7,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-Key: TypeAlias = tuple[str, int, tuple[int, ...], bytes]
+Key: TypeAlias = tuple[str, int, int | None, tuple[int, ...], bytes]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -18,6 +18,7 @@ class Member:
       path: path of the parameter.
       axis: axis of the parameter.
       indices: integers `[size, k]`: unit ``u`` of the group owns ``indices[u]`` of the axis.
+      layer: axis of the parameter that counts layers, if units can be chosen in each of them.
 
     Example:
       >>> Member("hidden/kernel", 1, np.arange(6).reshape(3, 2)).indices[1]  # the second of 3 heads
@@ -27,6 +28,7 @@ class Member:
     path: str
     axis: int
     indices: np.ndarray
+    layer: int | None = None
 
     def __post_init__(self) -> None:
         indices = np.array(self.indices)
@@ -37,7 +39,7 @@ class Member:
     def key(self) -> Key:
         """What tells members apart: their indices by digest, since a large layer has many."""
         digest = hashlib.sha256(np.ascontiguousarray(self.indices, np.int64).tobytes()).digest()
-        return self.path, self.axis, self.indices.shape, digest
+        return self.path, self.axis, self.layer, self.indices.shape, digest
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Member) and self.key == other.key
@@ -56,6 +58,11 @@ class Group:
     hidden units between ``a`` and ``b``; in a convolution, that is flattened to 2x2 pixels before
     ``b``, each would own four rows of ``b``.
 
+    Where a scan runs along the leading axis of stacked layers, each layer has all of the units, and
+    mostly they mean something else in each. If nothing in the program tells one unit from another,
+    and all members are in the stack, then each layer may keep other units, as many as the others:
+    ``layers`` says of how many. ``Coupled`` does so where it is given a layout.
+
     An index may be owned in two groups, a column of fused heads by its head and by its place in the
     head, and goes with either owner.
 
@@ -67,6 +74,7 @@ class Group:
         parameters set to zero.
       reason: if not, which operation makes the difference.
       kind: ``"units"``, or ``"block"`` for a part of the network that can be left out as a whole.
+      layers: how many layers may keep units of their own; 0 where all have to keep the same.
 
     Example:
       >>> units = np.arange(3)[:, None]
@@ -84,16 +92,19 @@ class Group:
     exact: bool = True
     reason: str = ""
     kind: str = "units"
+    layers: int = 0
 
     @cached_property
     def _hash(self) -> int:
-        return hash((self.name, self.members, self.size, self.exact, self.reason, self.kind))
+        said = (self.exact, self.reason, self.kind, self.layers)
+        return hash((self.name, self.members, self.size, *said))
 
     def __hash__(self) -> int:
         return self._hash
 
     def __str__(self) -> str:
         what = "a block" if self.kind == "block" else f"{self.size} units"
+        what += f" in each of {self.layers} layers" if self.layers else ""
         exact = "" if self.exact else f", not exact: {self.reason}"
         lines = [f"{self.name}: {what}{exact}"]
         for member in self.members[:12]:

@@ -8,9 +8,9 @@ from typing import TypeAlias
 import numpy as np
 
 from jaxprune._group import Group
-from jaxprune._kept import check_known, kept_by, name_part, path_in
+from jaxprune._kept import check_known, kept_by, layers_in, name_part, path_in
 from jaxprune._tree import leaves_by_path, list_paths, map_with_path
-from jaxprune._units import check_units, expand, shrunk, units_left
+from jaxprune._units import expand, left_by_layer, shrunk
 from jaxprune.typing import Masks, Params
 
 Frozen: TypeAlias = tuple[str, int, int, str]  # path, axis, how many indices, why
@@ -61,6 +61,12 @@ class Groups(tuple[Group, ...]):
     def __repr__(self) -> str:
         return f"Groups({', '.join(f'{group.name} x {group.size}' for group in self)})"
 
+    @property
+    def stacked(self) -> dict[str, int]:
+        """The axis that counts layers, of the members of groups that may be chosen in each."""
+        members = (m for group in self for m in group.members)
+        return {m.path: m.layer for m in members if m.layer is not None}
+
     def at(self, part: str | Params) -> "Groups":
         """Give the groups as an optimizer sees them that gets only a part of the whole tree.
 
@@ -101,19 +107,22 @@ class Groups(tuple[Group, ...]):
 
         Units that are gone are left out, indices are those in the small parameters.
         """
-        kept = kept_by(masks)
+        kept = kept_by(masks, layers=self.stacked)
+        if layers_in(kept) > 1:
+            left_by_layer(self, kept)  # refuses what contradicts the groups
         return Groups([g for group in self for g in shrunk(group, kept)], self.frozen)
 
     def keep(self, masks: Masks) -> dict[str, np.ndarray]:
         """Tell for each group which of its units are left: `[size]` bools by its name.
 
+        Where layers of a stack keep units of their own they are `[layers, size]`, none of a layer
+        that is gone.
+
         Raises:
-          ValueError: masks that remove an index of a group but not all that lives with it.
+          ValueError: masks that remove an index of a group but not all that lives with it, or that
+            keep other units in each layer of a group that cannot be chosen so.
         """
-        kept = kept_by(masks)
-        left = {group.name: units_left(group, kept) for group in self}
-        check_units(self, left, kept)
-        return left
+        return left_by_layer(self, kept_by(masks, layers=self.stacked))
 
     def complete(self, masks: Masks, params: Params) -> Masks:
         """Carry masks of some members over to all others.

@@ -157,7 +157,7 @@ def shrink_state(
     return Cut.from_masks(masks, plain).state(tx, opt_state)
 
 
-def cut_list(params: Params, masks: Masks) -> dict[str, dict[int, list[int]]]:
+def cut_list(params: Params, masks: Masks) -> dict[str, dict[int, list[Any]]]:
     """Say which indices of which axes masks keep: what ``shrink`` needs, in plain numbers.
 
     Args:
@@ -165,7 +165,8 @@ def cut_list(params: Params, masks: Masks) -> dict[str, dict[int, list[int]]]:
       masks: masks that remove whole indices of axes; subtrees may be left out.
 
     Returns:
-      For each path that is cut a dict from axis to the kept indices. It goes through JSON and
+      For each path that is cut a dict from axis to the kept indices, nested where each layer of a
+      stack keeps others (see ``Cut``). It goes through JSON and
       back into ``shrink(fn, params, cut=...)``.
 
     Raises:

@@ -12,6 +12,7 @@
 #                            _derivatives _collectives
 #   _axes _coupling          what rules speak about: ids of indices, and which of them die together
 #   _groups                  this file: what that says of the parameters
+#   _per_layer               which of them each layer of a scan may choose for itself
 #   _layout                  likewise for what their axes mean: _sources (what of which parameter a
 #                            value shows) _views _mixtures _meetings _places _follow
 #   _blocks                  likewise for what can be left out whole: _branches, _vanishing
@@ -20,6 +21,7 @@
 #   _flops _source           operations of a program; the line of code of an equation
 
 import collections
+import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,6 +32,7 @@ from jaxprune._group import Group, Member
 from jaxprune._groups import Groups
 from jaxprune.graph._carry import Carry
 from jaxprune.graph._network import Network, check_call, network
+from jaxprune.graph._per_layer import stacked
 from jaxprune.graph._site import Rule
 from jaxprune.typing import Params, Where
 
@@ -102,28 +105,37 @@ def groups_of(net: Network) -> Groups:
     Left out are layers of scans, groups of one unit, and units that own a single index of a single
     axis, unless data is summed over it; the reasons are beside the groups.
     """
-    triples = owned(net)
     coupling = net.analysis.coupling
     layers = layer_roots(net)
-    lone = _why_alone(net)
+    lone, stack = _why_alone(net), stacked(net)
     found, alone = [], []
-    for slots, roots, parts in _by_signature(triples, coupling.kinds()):
-        if np.isin(roots, layers).any():
-            continue
-        why = lone(roots) if len(slots) == 1 and parts[0].shape[1] == 1 else ""
+    for places, roots, parts in unit_kinds(net):
+        why = lone(roots) if len(places) == 1 and parts[0].shape[1] == 1 else ""
         if why:
-            alone.append((*triples.places[slots[0]], parts[0].size, why))
+            alone.append((*places[0], parts[0].size, why))
             continue
         if len(roots) < 2:
             continue
+        n, axes = stack(places, roots) or (0, [None] * len(places))
         members = tuple(
-            Member(*triples.places[slot], part) for slot, part in zip(slots, parts, strict=True)
+            Member(*place, part, layer)
+            for place, part, layer in zip(places, parts, axes, strict=True)
         )
         reason = coupling.why_inexact(roots)
-        found.append(Group("", members, len(roots), not reason, reason))
+        found.append(Group("", members, len(roots), not reason, reason, layers=n))
     sizes = dict(zip(net.paths, net.shapes, strict=True))
     alone = [(p, i, 0 if n == sizes[p][i] else n, why) for p, i, n, why in alone]
     return Groups(named(found, net), sorted([*_frozen(net, layers), *alone], key=_order(net)))
+
+
+def unit_kinds(
+    net: Network,
+) -> Iterator[tuple[list[tuple[str, int]], np.ndarray, list[np.ndarray]]]:
+    """Yield units that look alike: where they lie, their roots, which indices they own there."""
+    triples, layers = owned(net), layer_roots(net)
+    for slots, roots, parts in _by_signature(triples, net.analysis.coupling.kinds()):
+        if not np.isin(roots, layers).any():
+            yield [triples.places[slot] for slot in slots], roots, parts
 
 
 def _why_alone(net: Network) -> Callable[[np.ndarray], str]:
@@ -248,10 +260,7 @@ def named(groups: list[Group], net: Network) -> list[Group]:
 
     best = [max(group.members, key=makes) for group in groups]
     names = unique([f"{member.path}:{member.axis}" for member in best])
-    return [
-        Group(name, group.members, group.size, group.exact, group.reason)
-        for name, group in zip(names, groups, strict=True)
-    ]
+    return [dataclasses.replace(g, name=name) for name, g in zip(names, groups, strict=True)]
 
 
 def unique(names: Sequence[str]) -> list[str]:

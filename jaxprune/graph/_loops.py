@@ -83,6 +83,7 @@ def scan(at: Site) -> list[Axes]:
     if xs and at.params["length"] > 1:
         lead += [axes[0] for _ in ys for axes in [at.fresh((at.params["length"],))]]
         ids = at.join(*lead)
+        _run(at, [axis for axis in lead if axis is not None])
     else:  # a scan over nothing is a loop: a step that is left out would be one of the same
         ids = None
     if ids is None:
@@ -90,6 +91,14 @@ def scan(at: Site) -> list[Axes]:
     at.analysis.layers.append(ids)
     at.analysis.scans.append(at)
     return [*carry, *((Axis(ids, False), *y) for y in ys)]
+
+
+def _run(at: Site, lead: Sequence[Axis]) -> None:
+    """Note which index of what is scanned is which step, also where no step can be left out."""
+    for axis in lead[1:]:  # those of a scan over inputs were held, and not joined
+        at.analysis.coupling.join(lead[0].ids, axis.ids)
+    if lead:
+        at.analysis.runs.append(lead[0].ids)
 
 
 def clocks(at: Site) -> list[int]:

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxprune._kept import Kept, is_dropped
+from jaxprune._kept import Kept, count, is_dropped
 from jaxprune._tree import is_array, join_static, leaves_with_path, split_static
+from jaxprune.graph._alive import alive_roots
 from jaxprune.graph._axes import Axes, kept_indices
 from jaxprune.graph._blocks import drop_blocks
 from jaxprune.graph._carry import Carry, carry_inputs
@@ -71,7 +72,7 @@ class Surgery:
             whole_outputs=not self.cut_outputs,
         )
         dropped = drop_blocks(net, {path for path, axes in self.kept.items() if is_dropped(axes)})
-        alive = _alive(net, self.kept, dropped)
+        alive = alive_roots(net, self.kept, dropped)
         if self.counts == "rescaled":
             rescale(net, alive)
         return Plan(net, alive)
@@ -162,94 +163,6 @@ def _as_whole(x: Any, cut: Sequence[tuple[int, np.ndarray] | None]) -> jax.Shape
     return jax.ShapeDtypeStruct(shape, x.dtype)
 
 
-def _alive(net: Network, kept: Kept, dropped: set[str]) -> np.ndarray:
-    """Say of every root whether it is alive; refuse cuts that the function contradicts."""
-    coupling = net.analysis.coupling
-    pairs, place = [], 0
-    for path, axes in zip(net.paths, net.axes, strict=True):
-        if path in dropped:
-            continue
-        for i, axis in enumerate(axes):
-            if axis is None:
-                continue
-            index, root = coupling.units(axis.ids)
-            gone = np.ones(len(axis.ids), bool)
-            gone[kept.get(path, {}).get(i, np.arange(len(axis.ids)))] = False
-            pairs.append(np.stack([place + index, root, gone[index]], 1))
-            place += len(axis.ids)
-    owned = np.concatenate(pairs) if pairs else np.zeros((0, 3), np.int64)
-    alive = coupling.alive(_dead(owned))
-    _check_cut(net, kept, dropped, alive)
-    return alive
-
-
-def _dead(owned: np.ndarray) -> np.ndarray:
-    """Units that are gone, from triples `[n, 3]`: index, a unit that owns it, whether it is gone.
-
-    Candidates have lost all that they own. Of several that own an index one is enough to explain
-    that it is gone: those that are needed for nothing are alive, with what else they couple.
-
-    In an outer product of 3 units by 3, flattened, each index belongs to a row and to a column.
-    Without the middle row and the middle column both are needed: each has indices to itself, as all
-    other candidates have none. With all nine gone no unit is needed more than another, and none of
-    them is alive.
-    """
-    index, root, gone = owned.T
-    stays = np.unique(root[gone == 0])
-    candidate = (gone == 1) & ~np.isin(root, stays)
-    index, root = index[candidate], root[candidate]
-    _, inverse, owners = np.unique(index, return_inverse=True, return_counts=True)
-    needed = np.unique(root[owners[inverse.reshape(-1)] == 1])
-    explained = np.unique(index[np.isin(root, needed)])
-    return np.union1d(needed, root[~np.isin(index, explained)])
-
-
-def _check_cut(net: Network, kept: Kept, dropped: set[str], alive: np.ndarray) -> None:
-    """Refuse a cut that is not that of the units that are alive, no index more and none less."""
-    for path, axes in zip(net.paths, net.axes, strict=True):
-        if path in dropped:
-            continue
-        want = kept_indices(net.analysis.coupling, alive, axes)
-        for i, (axis, left) in enumerate(zip(axes, want, strict=True)):
-            if axis is None or left is None:
-                if i in kept.get(path, {}):
-                    raise ValueError(
-                        f"Axis {i} of {path!r} has a single index, which cannot be removed."
-                    )
-                continue
-            have = kept.get(path, {}).get(i, np.arange(len(axis.ids)))
-            if not np.array_equal(have, left):
-                index = int(np.setxor1d(have, left)[0])
-                raise ValueError(
-                    f"The masks {'keep' if index in have else 'remove'} index {index} of axis {i} "
-                    f"of {path!r}, but {_reason(net, axis.ids[index], index in have)}. Make masks "
-                    "with `pattern=jp.patterns.Coupled(groups)` for groups of this very function, "
-                    "or carry them over to all members with `groups.complete(masks, params)`."
-                )
-
-
-def _reason(net: Network, one: np.int64, stays: bool) -> str:
-    """Why an index cannot stay or go alone."""
-    if stays:
-        return "all that it is coupled with is gone"
-    why = net.analysis.coupling.why_frozen(np.array([one]))
-    if why:
-        return f"that index cannot be removed: {why}"
-    return f"what it is coupled with stays: {_coupled_with(net, one)}"
-
-
-def _coupled_with(net: Network, one: np.int64) -> str:
-    """Name other places of a unit, for a message."""
-    coupling = net.analysis.coupling
-    mine = set(coupling.units(np.array([one]))[1].tolist())
-    places = []
-    for path, axes in zip(net.paths, net.axes, strict=True):
-        for i, axis in enumerate(axes):
-            if axis is not None and mine & set(coupling.units(axis.ids)[1].tolist()):
-                places.append(f"{path!r} axis {i}")
-    return ", ".join(places[:6]) + (" and more" if len(places) > 6 else "")
-
-
 def _check_small(params: Params, whole: Params, kept: Kept) -> None:
     """Refuse params of other shapes than the cut leaves."""
     got: Any = jax.tree.structure(params)
@@ -265,7 +178,7 @@ def _check_small(params: Params, whole: Params, kept: Kept) -> None:
         if is_array(full):
             want = list(full.shape)
             for axis, indices in kept.get(name, {}).items():
-                want[axis] = len(indices)
+                want[axis] = count(indices, axis)
             if tuple(want) != jnp.shape(leaf):
                 wrong.append(f"{name!r} has shape {jnp.shape(leaf)}, wanted {tuple(want)}")
     if wrong:

@@ -45,6 +45,7 @@ class Analysis:
       coupling: how ids hang together.
       layers: ids of each axis that a scan runs along.
       scans: the scans of those axes.
+      runs: the same and those of which no step can be left out.
       exact: whether to note where cutting differs from masking.
       deriving: how many derivatives of custom functions it is inside of.
       warned: primitives that have been warned of, with their lines.
@@ -57,6 +58,7 @@ class Analysis:
     coupling: Coupling = dataclasses.field(default_factory=Coupling)
     layers: list[Ids] = dataclasses.field(default_factory=list)
     scans: list[Site] = dataclasses.field(default_factory=list)
+    runs: list[Ids] = dataclasses.field(default_factory=list)
     exact: bool = True
     deriving: int = 0
     warned: set[str] = dataclasses.field(default_factory=set)

@@ -13,12 +13,13 @@ import numpy as np
 from jaxprune._errors import check_sparsity
 from jaxprune._group import Group
 from jaxprune._groups import Groups
+from jaxprune._layout import Entry, Layout, Use
 from jaxprune._ranking import keep_largest
 from jaxprune._tree import leaves_by_path, list_paths, wide
-from jaxprune._units import expand
+from jaxprune._units import check_layers, expand
 from jaxprune._where import compile_regex, refuses
 from jaxprune.patterns._reduce import check_reduce
-from jaxprune.typing import Layout, Masks, Params, Scores, Sparsity, Units, Where
+from jaxprune.typing import Masks, Params, Scores, Sparsity, Units, Where
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +31,17 @@ class Coupled:
     ``is_matrix`` says of them; an explicit ``where`` that refuses a member protects its group. The
     last unit of a group never goes: a group keeps one more than the sparsity says if it has to.
 
+    With a layout each layer of a stack chooses for itself, in groups whose ``layers`` say that it
+    can: its units are `[layers, size]`, and all layers keep as many.
+
     Attributes:
       groups: what is coupled, as ``find_groups`` or ``find_blocks`` gives it.
       reduce: how a unit is scored from its weights: ``"mean"``, ``"sum"`` or ``"norm"``.
       round_to: groups keep a multiple of so many units, or all that they have; for friendly widths.
       max_sparsity: no group loses a larger fraction of its units.
-      normalize: divide the scores of a group by their mean, so that groups compare as equals.
+      normalize: divide the scores of a group by their mean, so that groups compare as equals; in
+        each layer that chooses for itself.
+      per_layer: names of the groups that each layer chooses for itself, which ``bind`` finds out.
 
     Raises:
       TypeError: ``groups`` are no groups, or ``round_to`` is no integer.
@@ -59,6 +65,7 @@ class Coupled:
     round_to: int = 1
     max_sparsity: float = 1.0
     normalize: bool = False
+    per_layer: tuple[str, ...] = ()
     neighbours: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -86,16 +93,16 @@ class Coupled:
             )
 
     def pool(self, scores: Scores) -> Units:
-        """Score each unit over all its members: for each group a vector of its size, by name."""
+        """Score each unit over all its members: by name `[size]`, or `[layers, size]`."""
         leaves = leaves_by_path(scores, "Coupled")
         return {group.name: self._pool(group, leaves) for group in self.groups}
 
-    def bind(self, params: Params, *, where: Where, layout: Layout = None) -> "Coupled":
+    def bind(self, params: Params, *, where: Where, layout: Layout | None = None) -> "Coupled":
         """Keep the groups that may go: those of which ``where`` refuses no member.
 
-        The default ``where`` lets all of them go, biases and scales too.
+        The default ``where`` lets all of them go, biases and scales too. With a layout, settled on
+        the params, layers choose for themselves where it and the groups say that they can.
         """
-        del layout
         leaves = leaves_by_path(params, "Coupled")
         for group in self.groups:
             missing = [m.path for m in group.members if m.path not in leaves]
@@ -117,16 +124,32 @@ class Coupled:
                 "nothing could be removed. Let it take all members of a group, biases and scales "
                 "too."
             )
-        return dataclasses.replace(self, groups=Groups(free, self.groups.frozen))
+        shapes = {path: tuple(getattr(leaf, "shape", ())) for path, leaf in leaves.items()}
+        stacks = tuple(group.name for group in free if _in_layers(group, shapes, layout))
+        return dataclasses.replace(self, groups=Groups(free, self.groups.frozen), per_layer=stacks)
+
+    @property
+    def units_layout(self) -> Layout | None:
+        """What the axes of the units mean, of groups that layers choose; None without any."""
+        if not self.per_layer:
+            return None
+        entries = []
+        for group in self.groups:
+            stack = self._stack(group)
+            use = Use("unknown", (*stack, None), (*[""] * len(stack), "it counts units"))
+            shape = (group.layers, group.size) if stack else (group.size,)
+            entries.append(Entry(group.name, (use,), shape=shape))
+        return Layout(tuple(entries))
 
     def settle(self, units: Units, keep: Units, alive: Units) -> Units:
         """Let each group keep as many units as it needs, the best of those alive.
 
         A group keeps its last unit, ``max_sparsity`` and a multiple of ``round_to``. What the
-        scope kept is a number for each group; which units make up that number is ranked again.
+        scope kept is a number for each group; which units make up that number is ranked again. Of
+        layers that choose for themselves the largest number counts for all.
 
         Args:
-          units: scores by group, `[units]` each.
+          units: scores by group, `[units]` or `[layers, units]` each.
           keep: bools like ``units``.
           alive: bools like ``units``, or None where all are.
 
@@ -138,10 +161,15 @@ class Coupled:
         living = [None if alive is None else alive[name] for name in names]
         counts = []
         for name, here in zip(names, living, strict=True):
-            wanted = jnp.maximum(jnp.sum(keep[name], dtype=jnp.int32), self.least(groups[name]))
+            kept = jnp.max(jnp.sum(keep[name], axis=-1, dtype=jnp.int32))
+            wanted = jnp.maximum(kept, self.least(groups[name]))
             rounded = -(-wanted // self.round_to) * self.round_to
-            most = units[name].size if here is None else jnp.sum(here, dtype=jnp.int32)
-            counts.append(jnp.minimum(rounded, most))
+            n = units[name].shape[-1]
+            most = n if here is None else jnp.min(jnp.sum(here, axis=-1, dtype=jnp.int32))
+            count = jnp.minimum(rounded, most)
+            # A count of the rank of the units lets each layer compete alone.
+            layers = units[name].shape[:-1]
+            counts.append(jnp.broadcast_to(count, (*layers, 1)) if layers else count)
         each = tuple((i,) for i in range(len(names)))
         best = keep_largest([units[name] for name in names], counts, each, living)
         return dict(zip(names, best, strict=True))
@@ -204,8 +232,13 @@ class Coupled:
         allowed = math.ceil(round((1 - self.max_sparsity) * group.size, 9))
         return max(allowed, 0 if group.kind == "block" else 1)
 
+    def _stack(self, group: Group) -> tuple[str, ...]:
+        """The roles of the axes that the units of a group have before their own."""
+        return ("layer",) if group.name in self.per_layer else ()
+
     def _pool(self, group: Group, leaves: dict[str, jax.Array]) -> jax.Array:
-        total, n = jnp.zeros(group.size, jnp.float32), 0
+        stack = self._stack(group)
+        total, n = jnp.zeros((*[group.layers] * len(stack), group.size), jnp.float32), 0
         for m in group.members:
             if m.path not in leaves:
                 raise ValueError(
@@ -215,18 +248,31 @@ class Coupled:
                 )
             s = wide(leaves[m.path])
             s = s * s if self.reduce == "norm" else s
-            others = tuple(i for i in range(s.ndim) if i != m.axis)
+            held = (m.axis,) if not stack else (m.layer, m.axis)
+            others = tuple(i for i in range(s.ndim) if i not in held)
             each = jnp.sum(s, axis=others)
-            if np.array_equal(m.indices.ravel(), np.arange(len(each))):  # in order: no gather
-                each = each.reshape(m.indices.shape)
+            if stack and m.layer is not None and m.layer > m.axis:
+                each = each.T
+            if np.array_equal(m.indices.ravel(), np.arange(each.shape[-1])):  # no gather
+                each = each.reshape(*each.shape[:-1], *m.indices.shape)
             else:
-                each = each[m.indices]
-            total = total + jnp.sum(each, axis=1)
+                each = each[..., m.indices]
+            total = total + jnp.sum(each, axis=-1)
             n += m.indices.shape[1] * math.prod(s.shape[i] for i in others)
         if self.reduce == "mean":
             total = total / n
         elif self.reduce == "norm":
             total = jnp.sqrt(total)
         if self.normalize:
-            total = total / jnp.maximum(jnp.mean(jnp.abs(total)), jnp.finfo(total.dtype).tiny)
+            mean = jnp.mean(jnp.abs(total), axis=-1, keepdims=True)
+            total = total / jnp.maximum(mean, jnp.finfo(total.dtype).tiny)
         return total
+
+
+def _in_layers(group: Group, shapes: Mapping[str, tuple[int, ...]], layout: Layout | None) -> bool:
+    """Say whether each layer chooses for itself: groups and layout name the same axes for it."""
+    if layout is None or not group.layers:
+        return False
+    check_layers(group, shapes)
+    known = [layout.layers(m.path, len(shapes[m.path])) == (m.layer,) for m in group.members]
+    return all(known)

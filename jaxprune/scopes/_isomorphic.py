@@ -9,7 +9,7 @@ from jaxprune._numbers import is_tree
 from jaxprune._ranking import keep_largest
 from jaxprune._tree import list_paths
 from jaxprune.scopes._count import Counts, kept
-from jaxprune.typing import Sparsity, Units
+from jaxprune.typing import Pattern, Sparsity, Units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,6 +21,18 @@ class Isomorphic:
     def __call__(self, units: Units, sparsity: Sparsity, *, within: Units = None) -> Units:
         counts = self.counts(units, sparsity).kept
         return keep_largest(units, counts, self._rankings(units), within)
+
+    def refuses(self, pattern: Pattern) -> str | None:
+        """Say why groups that layers choose for themselves cannot be ranked, else None."""
+        names = getattr(pattern, "per_layer", ())
+        if not names:
+            return None
+        return (
+            "`isomorphic` lets groups of one kind compete, so that they would keep more and fewer "
+            f"units, but each layer of {list_paths(list(names), 6)} chooses for itself, and all "
+            "layers of a stack have one width. Use `scope=jp.scopes.per_leaf`, pass no layout, or "
+            "unstack the layers into leaves of their own."
+        )
 
     def counts(self, units: Units, sparsity: Sparsity) -> Counts:
         """How many units of each class stay."""

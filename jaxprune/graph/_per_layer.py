@@ -17,7 +17,9 @@
 #     `h0 h0 h1 h1` and halves `u0 u1 u0 u1` do, one side of a network that goes on in two ways
 #     (`relu(x[:2])`, `tanh(x[2:])`) does not.
 #
-# All of it is asked of the frames that the walk left. Where in doubt, units are told apart.
+# Outside of the loop whole stacks may be cast, moved about and multiplied, as long as each layer is
+# handled alone. All of it is asked of the frames that the walk left. Where in doubt, units are told
+# apart.
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -26,6 +28,7 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxprune.graph._axes import Axes, Axis
+from jaxprune.graph._elementwise import ELEMENTWISE
 from jaxprune.graph._frames import Frame
 from jaxprune.graph._loops import scan_sizes
 from jaxprune.graph._network import Network
@@ -36,7 +39,14 @@ _SIZES = {
     *("reshape", "broadcast_in_dim", "tile", "conv_general_dilated"),
     *("jit", "closed_call", "composite", "custom_vmap_call", "remat", "remat2", "checkpoint"),
     *("cond", "scan", "while", "custom_jvp_call", "custom_vjp_call"),
+    *("reshard", "mesh_cast"),
 }
+# They handle each layer of a stack alone.
+_OF_STACKS = {
+    *(*ELEMENTWISE, "optimization_barrier", "sharding_constraint", "device_put"),
+    *("transpose", "squeeze", "slice", "split", "concatenate", "rev", "pad", "gather"),
+    *("dynamic_slice", "dot_general", "reduce_sum", *_SIZES),
+} - {"conv_general_dilated"}
 
 
 class Stacked(NamedTuple):
@@ -121,11 +131,11 @@ class _Units:
             mine = [axis for axis in axes if axis is not None and self.meets((axis,))]
             if any(self.places(axis) is None for axis in mine):
                 return False
-            if mine and not inside and not any(map(self._counts_layers, axes)):
+            if mine and sum(map(self._counts_layers, axes)) != (not inside):
                 return False
         for number, eqn in enumerate(frame.jaxpr.eqns):
             site = Site(self.analysis, frame, number, eqn)
-            if not self._passes(site):
+            if not self._passes(site) or not (inside or self._keeps_layers_apart(site)):
                 return False
             enters = None if inside else self._enters(site)
             inner = frame.inner.get(number, [])
@@ -181,6 +191,14 @@ class _Units:
         if name in ("slice", "split", "pad"):
             return self._takes_alike(at)
         return name in ("gather", "dynamic_slice") and self._reads_whole(at)
+
+    def _keeps_layers_apart(self, at: Site) -> bool:
+        """Say whether an equation handles each layer of stacks alone."""
+        mine = [i for i, axes in enumerate(at.ins) if self.meets(axes)]
+        if not mine or at.primitive != "dot_general":
+            return not mine or at.primitive in _OF_STACKS
+        batch = at.params["dimension_numbers"][1]
+        return all(any(self._counts_layers(at.ins[i][j]) for j in batch[i]) for i in mine)
 
     def _takes_alike(self, at: Site) -> bool:
         """Say whether a slice takes the same part of each unit."""

@@ -23,11 +23,12 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from jaxprune.graph._axes import Axes, Axis
+from jaxprune.graph._coupling import Ids
 from jaxprune.graph._elementwise import ELEMENTWISE
 from jaxprune.graph._frames import Frame
 from jaxprune.graph._loops import scan_sizes
@@ -61,7 +62,8 @@ class Stacked(NamedTuple):
     axes: tuple[int, ...]
 
 
-Finder = Callable[[Sequence[tuple[str, int]], np.ndarray], Stacked | None]
+Owners: TypeAlias = dict[int, tuple[Ids, np.ndarray, np.ndarray]]  # by the identity of the ids
+Finder: TypeAlias = Callable[[Sequence[tuple[str, int]], np.ndarray], Stacked | None]
 
 
 def stacked(net: Network) -> Finder:
@@ -71,6 +73,7 @@ def stacked(net: Network) -> Finder:
         np.concatenate([np.zeros(0, np.int64), *map(coupling.find, net.analysis.runs)])
     )
     axes_of = dict(zip(net.paths, net.axes, strict=True))
+    owners: Owners = {}  # of ids; groups ask for the same ones
 
     def find(places: Sequence[tuple[str, int]], roots: np.ndarray) -> Stacked | None:
         if not len(runs) or len(roots) < 2:
@@ -79,7 +82,7 @@ def stacked(net: Network) -> Finder:
         layers = found[0] and found[0][1]
         if layers is None or not all(f and np.array_equal(f[1], layers) for f in found):
             return None
-        units = _Units(net, roots, layers)
+        units = _Units(net, roots, layers, owners)
         if not units.are_alike():
             return None
         return Stacked(len(layers), tuple(f[0] for f in found if f))
@@ -104,12 +107,15 @@ def _layers(net: Network, axes: Axes, own: int, runs: np.ndarray) -> tuple[int, 
 class _Units:
     """Some units, and where they lie in a program. A cache: values share ids."""
 
-    def __init__(self, net: Network, roots: np.ndarray, layers: np.ndarray) -> None:
+    def __init__(
+        self, net: Network, roots: np.ndarray, layers: np.ndarray, owners: Owners
+    ) -> None:
         self.net, self.layers = net, layers
         self.analysis, self.coupling = net.analysis, net.analysis.coupling
         self.number = np.full(self.coupling.size, -1)
         self.number[roots] = np.arange(len(roots))
         self.size = len(roots)
+        self._owners = owners
         self._seen: dict[int, tuple[Axis, bool, np.ndarray | None]] = {}
 
     def are_alike(self) -> bool:
@@ -169,7 +175,9 @@ class _Units:
     def _look(self, axis: Axis) -> tuple[Axis, bool, np.ndarray | None]:
         key = id(axis.ids)
         if key not in self._seen or self._seen[key][0].ids is not axis.ids:
-            index, root = self.coupling.units(axis.ids)
+            if key not in self._owners or self._owners[key][0] is not axis.ids:
+                self._owners[key] = (axis.ids, *self.coupling.units(axis.ids))
+            _, index, root = self._owners[key]
             unit = self.number[root]
             own = unit >= 0
             where = _alike_along(index, root, unit, self.size) if own.any() else None
@@ -257,7 +265,7 @@ def _alike_along(
     own = unit >= 0
     at, mine = index[own], unit[own]
     each, rest = divmod(len(at), n)
-    if rest or len(np.unique(at)) < len(at) or (np.bincount(mine, minlength=n) != each).any():
+    if rest or (at[1:] == at[:-1]).any() or (np.bincount(mine, minlength=n) != each).any():
         return None  # an index of two units, or units that own more and fewer
     places = at[np.lexsort((at, mine))].reshape(n, each)
     # What lies between others and a unit, in the order of the axis, must be so for its neighbour.
@@ -272,6 +280,8 @@ def _alike_along(
 
 def _other_owners(index: np.ndarray, root: np.ndarray, places: np.ndarray) -> np.ndarray | None:
     """Who else owns the places `[n, k]` of units, `[n, k, owners]`; None if not as many do."""
+    if not len(index):
+        return np.zeros((*places.shape, 0), np.int64)
     shared = np.isin(index, places)
     index, root = index[shared], root[shared]
     order = np.lexsort((root, index))

@@ -56,7 +56,7 @@ def cut_state(
     old = jax.tree.map(_unpacked, given, is_leaf=is_pruner)
     try:
         cut = optax.tree.map_params(tx, _cut_beside, old, places, is_leaf=lambda _: True)
-    except _StartAnew:
+    except _CannotCutError:
         raise
     except ValueError as error:
         raise ValueError(
@@ -232,7 +232,7 @@ def _packed_like(old: Tree, new: Tree) -> Tree:
     return new._replace(masks=pack(new.masks)) if packed else new
 
 
-class _StartAnew(ValueError):
+class _CannotCutError(ValueError):
     """What an optimizer keeps cannot be cut as the params are."""
 
 
@@ -249,7 +249,7 @@ class _Place:
         if k is None:
             return _Place({}, (self.shape[axis],))
         if k.ndim > 1:  # the vector is shared by layers, of which each keeps others
-            raise _StartAnew(
+            raise _CannotCutError(
                 f"The optimizer keeps one vector along axis {axis} of a parameter of shape "
                 f"{self.shape}, of which each layer keeps other indices. Start anew: "
                 "`tx.init(small_params)`."
@@ -274,7 +274,7 @@ class _Place:
                     kept[j] = _without(self.kept[i], i, gone, self.shape)
             found.append(_Place(kept, shape))
         if len({str({i: k.tolist() for i, k in p.kept.items()}) for p in found}) > 1:
-            raise _StartAnew(
+            raise _CannotCutError(
                 f"The optimizer keeps sums of shape {shape} for a parameter of shape {self.shape}, "
                 "which do not tell the axis that was summed. Start anew: `tx.init(small_params)`."
             )
@@ -286,7 +286,7 @@ def _without(indices: np.ndarray, axis: int, gone: int, shape: tuple[int, ...]) 
     if indices.ndim == 1:
         return indices
     if layer_axis(indices, axis) == gone:
-        raise _StartAnew(
+        raise _CannotCutError(
             f"The optimizer keeps sums over the layers, axis {gone} of a parameter of shape "
             f"{shape}, of which each layer keeps other indices along axis {axis}. Start anew: "
             "`tx.init(small_params)`."

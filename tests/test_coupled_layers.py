@@ -1,6 +1,7 @@
 """Each layer of a scanned stack keeps units of its own where nothing tells units apart."""
 
 import json
+from operator import itemgetter
 
 import jax
 import jax.numpy as jnp
@@ -87,20 +88,17 @@ def best(units, share):
     return jnp.asarray(ranks < units.shape[-1] - round(share * units.shape[-1]))
 
 
-def per_row(pattern, params, share=0.5):
-    """Masks of the best units of each layer."""
-    units = pattern.pool(jax.tree.map(jnp.abs, params))
-    keep = {name: best(u, share) for name, u in units.items()}
-    return pattern.expand(pattern.settle(units, keep, None), like=params)
+def find(share=0.5, groups=GROUPS, params=PARAMS, layout=LAYOUT, **settings):
+    return jp.find_masks(params, share, pattern=Coupled(groups), layout=layout, **settings)
 
 
 @pytest.fixture(scope="module")
 def masks():
-    return per_row(bound(), PARAMS)
+    return find()
 
 
 def of_layer(tree, n):
-    return {**tree, "blocks": [jax.tree.map(lambda w: w[i], tree["blocks"]) for i in range(n)]}
+    return {**tree, "blocks": [jax.tree.map(itemgetter(i), tree["blocks"]) for i in range(n)]}
 
 
 UNROLLED = of_layer(PARAMS, LAYERS)
@@ -125,38 +123,26 @@ def test_units_of_a_group_that_layers_choose_are_a_row_for_each():
     assert all(u.dtype == jnp.float32 for u in units.values())
 
 
-@pytest.mark.parametrize("reduce", ["mean", "sum", "norm"])
-@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize(
+    "reduce, normalize", [("mean", False), ("sum", True), ("norm", True)]
+)
 def test_units_score_as_in_layers_that_are_leaves_of_their_own(reduce, normalize):
     pattern = bound(reduce=reduce, normalize=normalize)
     alone = Coupled(jp.find_groups(unrolled, UNROLLED, X), reduce=reduce, normalize=normalize)
     units = pattern.pool(PARAMS)
     each = alone.pool(UNROLLED)
     for name in STACKED:
-        for i in range(LAYERS):
-            one = each[name.replace("blocks/", f"blocks/{i}/").replace(":2", ":1")]
-            np.testing.assert_allclose(units[name][i], one, rtol=1e-5, atol=1e-6)
+        own = [name.replace("blocks/", f"blocks/{i}/").replace(":2", ":1") for i in range(LAYERS)]
+        rows = [each[one] for one in own]
+        np.testing.assert_allclose(units[name], rows, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
-def test_layers_choose_as_layers_that_are_leaves_of_their_own(share):
+def test_layers_choose_as_layers_that_are_leaves_of_their_own():
     """The same scores, small integers whose sums are exact, give the same masks bit for bit."""
     scores = jax.tree.map(lambda w: jnp.round(jnp.abs(w) * 50), PARAMS)
-    pattern = bound(round_to=2, reduce="sum")
     groups = jp.find_groups(unrolled, UNROLLED, X)
-    alone = jp.make_masks(
-        of_layer(scores, LAYERS),
-        share,
-        pattern=Coupled(groups, round_to=2, reduce="sum"),
-        scope=scopes.per_leaf,
-    )
-    units = pattern.pool(scores)
-    rows = {n: u if u.ndim == 2 else u[None] for n, u in units.items()}
-    split = {f"{n} {i}": row for n, u in rows.items() for i, row in enumerate(u)}
-    kept = scopes.per_leaf(split, share)
-    keep = {n: jnp.stack([kept[f"{n} {i}"] for i in range(len(u))]) for n, u in rows.items()}
-    keep = {n: k.reshape(units[n].shape) for n, k in keep.items()}
-    got = pattern.expand(pattern.settle(units, keep, None), like=PARAMS)
+    got = jp.make_masks(scores, 0.5, pattern=Coupled(GROUPS), layout=LAYOUT)
+    alone = jp.make_masks(of_layer(scores, LAYERS), 0.5, pattern=Coupled(groups))
     whole = jax.tree.map(lambda m, w: jnp.broadcast_to(m, w.shape), got, PARAMS)
     want = jax.tree.map(lambda m, w: jnp.broadcast_to(m, w.shape), alone, UNROLLED)
     assert_trees_equal(of_layer(whole, LAYERS), want)
@@ -169,8 +155,8 @@ def test_layers_choose_as_layers_that_are_leaves_of_their_own(share):
 def test_masks_are_full_along_layers_and_the_axis_of_the_units(masks):
     shapes = {name: m.shape for name, m in masks["blocks"].items()}
     assert shapes["scale"] == (1, WIDTH) and shapes["bias"] == (LAYERS, HIDDEN)
-    pattern = bound(Groups([g for g in GROUPS if g.name == "blocks/gate:2"]))
-    assert per_row(pattern, PARAMS)["blocks"]["up"].shape == (LAYERS, 1, HIDDEN)
+    alone = Groups([g for g in GROUPS if g.name == "blocks/gate:2"])
+    assert find(groups=alone)["blocks"]["up"].shape == (LAYERS, 1, HIDDEN)
     rows = np.asarray(masks["blocks"]["bias"])
     assert (rows.sum(1) == HIDDEN // 2).all() and len(np.unique(rows, axis=0)) > 1
 
@@ -259,11 +245,11 @@ def test_two_rounds_are_one(masks):
     fn, small = first.fn(scanned), first.params(PARAMS)
     groups = jp.find_groups(fn, small, X)
     assert set(GROUPS.cut(masks)) == set(groups)
-    more = per_row(bound(groups, small), small, 0.4)
+    more = find(0.4, groups, small)
     second = jp.Cut.from_masks(more, small)
     both = second.after(first)
     assert_trees_equal(both.params(PARAMS), second.params(small))
-    assert_close(both.fn(scanned)(both.params(PARAMS), X), second.fn(fn)(second.params(small), X))
+    assert jp.verify_shrink(fn, small, more, X) < 1e-5
     rows = jp.Cut({"w": {1: [[0, 2], [1, 3]]}}, {"w": jnp.ones((2, 4))})
     one = jp.Cut({"w": {1: [1]}}, {"w": jnp.ones((2, 2))})
     assert one.after(rows).json == {"w": {1: [[2], [3]]}}
@@ -273,8 +259,7 @@ def test_two_rounds_are_one(masks):
 
 def test_a_state_is_cut_as_the_params_are(masks):
     tx = optax.adam(0.1)
-    grads = jax.grad(lambda p: jnp.sum(scanned(p, X) ** 2))(PARAMS)
-    _, state = tx.update(grads, tx.init(PARAMS))
+    _, state = jax.jit(tx.update)(PARAMS, tx.init(PARAMS))
     small = jp.shrink_state(tx, state, PARAMS, masks)
     cut = jp.Cut.from_masks(masks, PARAMS)
     assert_trees_equal(small[0].mu, cut.params(state[0].mu))
@@ -282,7 +267,7 @@ def test_a_state_is_cut_as_the_params_are(masks):
     params = {"up": weights(3, 4, 12), "down": weights(3, 12, 5)}
     rows = best(weights(3, 12), 0.5)
     some = {"up": rows[:, None], "down": rows[:, :, None]}
-    state = tx.update(params, tx.init(params), params)[1]
+    state = jax.jit(tx.update)(params, tx.init(params), params)[1]
     cut = jp.Cut.from_masks(some, params)
     left = cut.state(tx, state)
     sums = jax.tree.leaves(left)
@@ -311,7 +296,7 @@ def test_groups_follow_masks(masks):
     assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), whole, masks))
     alone = {"blocks": {"bias": masks["blocks"]["bias"]}}  # a matrix alone, which groups explain
     assert (GROUPS.complete(alone, PARAMS)["blocks"]["up"][:, 0] == alone["blocks"]["bias"]).all()
-    fn, small = jp.shrink(scanned, PARAMS, alone, X, groups=GROUPS)
+    _, small = jp.shrink(scanned, PARAMS, alone, X, groups=GROUPS)
     assert small["blocks"]["up"].shape == (LAYERS, WIDTH, HIDDEN // 2)
     inner = GROUPS.at("blocks")
     assert {g.name for g in inner if g.layers == LAYERS} == {n[7:] for n in STACKED}
@@ -341,7 +326,7 @@ def test_a_layer_may_go_and_the_others_choose(masks):
 
 
 def test_a_small_model_is_saved_and_loaded(masks, tmp_path):
-    fn, small = jp.shrink(scanned, PARAMS, masks)
+    _, small = jp.shrink(scanned, PARAMS, masks)
     jp.checkpoint.save(tmp_path / "small.safetensors", small)
     again, _ = jp.checkpoint.load(tmp_path / "small.safetensors", like=small)
     assert_trees_equal(again, small)
@@ -464,9 +449,9 @@ def test_layers_choose_where_units_are_alike(name):
     assert {g.name for g in groups if g.layers == 3} == wanted
     layers = groups.stacked
     pattern = Coupled(groups, per_layer=tuple(g.name for g in groups if g.layers))
-    units = {n: jnp.asarray(weights(*u.shape)) for n, u in pattern.pool(params).items()}
-    keep = {n: best(u, 0.5) for n, u in units.items()}
-    masks = pattern.expand(pattern.settle(units, keep, None), like=params)
+    keep = {g.name: best(weights(g.layers, g.size), 0.5) for g in groups if g.layers}
+    keep |= {g.name: np.ones(g.size, bool) for g in groups if not g.layers}
+    masks = pattern.expand(keep, like=params)
     cut = jp.Cut.from_masks(masks, params)
     assert any(k.ndim > 1 for axes in cut.values() for k in axes.values())
     assert all(
@@ -579,6 +564,31 @@ def test_masks_that_the_function_contradicts_are_refused():
         jp.shrink(over, H, wrong, INPUT)
 
 
+def test_training_prunes_each_layer_and_goes_on_small():
+    groups = jp.find_groups(over, H, INPUT)
+    layout = jp.Layout({".*": ("layer", "in", "out")})
+    schedule = jp.schedules.cubic(0.5, begin=0, end=2, every=1)
+    tx = jp.prune(optax.sgd(0.1), schedule=schedule, pattern=Coupled(groups), layout=layout)
+
+    @jax.jit
+    def step(params, state):
+        grads = jax.grad(lambda p: jnp.sum(over(p, INPUT) ** 2) / 100)(params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    params, state = H, tx.init(H)
+    for _ in range(4):
+        params, state = step(params, state)
+    masks = jp.get_masks(state)
+    assert {name: k.sum(-1).tolist() for name, k in groups.keep(masks).items()} == {"up:2": [3] * 3}
+    assert len(np.unique(masks["up"][:, 0], axis=0)) > 1
+    assert jp.verify_shrink(over, params, masks, INPUT) < 1e-5
+    tx = jp.hold(optax.sgd(0.1))
+    state = jp.shrink_state(tx, state, params, masks)
+    small = jp.Cut.from_masks(masks, params).params(params)
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(small))
+
+
 # What is refused.
 
 
@@ -607,16 +617,22 @@ def test_single_weights_are_no_layers():
 
 
 def test_scopes_that_need_unequal_widths_are_refused():
-    why = scopes.isomorphic(GROUPS).refuses(bound())
-    assert "per_leaf" in why and "blocks/gate:2" in why and "unstack" in why
-    assert scopes.isomorphic(GROUPS).refuses(Coupled(GROUPS)) is None
+    for scope in (scopes.isomorphic(GROUPS), scopes.across):
+        with pytest.raises(ValueError, match=r"'blocks/gate:2'.* one width.*per_leaf.*unstack"):
+            find(scope=scope)
+        assert find(scope=scope, layout=None)["blocks"]["bias"].shape == (1, HIDDEN)
     assert scopes.isomorphic(GROUPS).refuses(jp.patterns.Weights()) is None
 
 
 def test_a_sparsity_for_each_group():
-    pattern = bound()
-    shares = pattern.of_units(pattern.share({"blocks/gate:2": 0.75}, default=0.25))
-    assert shares["blocks/gate:2"] == 0.75 and shares["blocks/v:2"] == 0.25
+    shares = Coupled(GROUPS).share({"blocks/gate:2": 0.75}, default=0.25)
+    masks = find(shares)
+    assert masks["blocks"]["bias"].sum(1).tolist() == [3] * LAYERS
+    assert GROUPS.keep(masks)["blocks/v:2"].sum(1).tolist() == [3] * LAYERS
+    with pytest.raises(ValueError, match=r"a sparsity for each layer of 'blocks/gate:2'"):
+        find({**shares, "blocks/gate:2": jnp.linspace(0, 1, LAYERS)})
+    with pytest.raises(ValueError, match=r"per_layer=.*'blocks/down:2', which layers cannot"):
+        Coupled(GROUPS, per_layer=("blocks/down:2",))
 
 
 def test_a_stack_of_another_length_is_refused():

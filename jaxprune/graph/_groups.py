@@ -72,7 +72,8 @@ def find_groups(
 
     Returns:
       Groups of two units or more. ``print`` shows them, with what is frozen and why: a group of a
-      single parameter axis has to be summed over together with data, or it is frozen, too.
+      single parameter axis has to be summed over together with data, or it is frozen, too. Groups
+      of a scan over stacked layers say of how many layers (``layers``) each may keep other units.
 
     Raises:
       Exception: whatever ``fn`` raises for these inputs, with a note of what it was called with.

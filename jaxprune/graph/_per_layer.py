@@ -107,9 +107,7 @@ def _layers(net: Network, axes: Axes, own: int, runs: np.ndarray) -> tuple[int, 
 class _Units:
     """Some units, and where they lie in a program. A cache: values share ids."""
 
-    def __init__(
-        self, net: Network, roots: np.ndarray, layers: np.ndarray, owners: Owners
-    ) -> None:
+    def __init__(self, net: Network, roots: np.ndarray, layers: np.ndarray, owners: Owners) -> None:
         self.net, self.layers = net, layers
         self.analysis, self.coupling = net.analysis, net.analysis.coupling
         self.number = np.full(self.coupling.size, -1)

@@ -13,10 +13,11 @@ import numpy as np
 from jaxprune._errors import check_sparsity
 from jaxprune._group import Group
 from jaxprune._groups import Groups
-from jaxprune._layout import Entry, Layout, Use
+from jaxprune._layout import Layout
 from jaxprune._ranking import keep_largest
 from jaxprune._tree import leaves_by_path, list_paths, wide
 from jaxprune._units import check_layers, expand
+from jaxprune._use import Entry, Use
 from jaxprune._where import compile_regex, refuses
 from jaxprune.patterns._reduce import check_reduce
 from jaxprune.typing import Masks, Params, Scores, Sparsity, Units, Where
@@ -86,6 +87,13 @@ class Coupled:
             raise TypeError(f"`Coupled(round_to={self.round_to!r})` needs an integer, such as 8.")
         if self.round_to < 1:
             raise ValueError(f"`Coupled(round_to={self.round_to})` is below 1. Use 8, or 1.")
+        stacks = {group.name for group in self.groups if group.layers}
+        if unknown := [name for name in self.per_layer if name not in stacks]:
+            raise ValueError(
+                f"`Coupled(per_layer=...)` names {list_paths(unknown, 6)}, which layers cannot "
+                f"choose for themselves; those that can are {list_paths(sorted(stacks), 6)}. Pass "
+                "a layout instead, which finds them."
+            )
         if not 0 <= self.max_sparsity <= 1:
             raise ValueError(
                 f"`Coupled(max_sparsity={self.max_sparsity})` is outside [0, 1]. It is the largest "
@@ -215,6 +223,12 @@ class Coupled:
                 f"with nothing for the groups {list_paths(missing)}. Pass one number, or one for "
                 "each group by its name: `jp.patterns.Coupled(groups).share({regex: sparsity})`; "
                 "`max_sparsity` bounds what a group may lose."
+            )
+        uneven = [name for name in self.per_layer if jnp.ndim(sparsity[name])]
+        if uneven:
+            raise ValueError(
+                f"`Coupled` got a sparsity for each layer of {list_paths(uneven, 6)}, but all "
+                "layers of a stack have one width. Pass one number for the group."
             )
         return {group.name: sparsity[group.name] for group in self.groups}
 

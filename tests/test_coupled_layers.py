@@ -123,9 +123,7 @@ def test_units_of_a_group_that_layers_choose_are_a_row_for_each():
     assert all(u.dtype == jnp.float32 for u in units.values())
 
 
-@pytest.mark.parametrize(
-    "reduce, normalize", [("mean", False), ("sum", True), ("norm", True)]
-)
+@pytest.mark.parametrize("reduce, normalize", [("mean", False), ("sum", True), ("norm", True)])
 def test_units_score_as_in_layers_that_are_leaves_of_their_own(reduce, normalize):
     pattern = bound(reduce=reduce, normalize=normalize)
     alone = Coupled(jp.find_groups(unrolled, UNROLLED, X), reduce=reduce, normalize=normalize)
@@ -492,6 +490,14 @@ APART = {
     "sums over the layers so far": (
         lambda p, x: over({"up": jnp.cumsum(p["up"], 0), "down": p["down"]}, x),
         H,
+    ),
+    "layers weighed by one another": (
+        lambda p, x: over({"up": p["up"] * jax.nn.softmax(p["up"], 0), "down": p["down"]}, x),
+        H,
+    ),
+    "pairs of units": (
+        lambda p, x: over(p, x, lambda h: (h[:, :, None] * h[:, None]).reshape(2, 36)),
+        {"up": H["up"], "down": weights(3, 36, WIDTH)},
     ),
     "layers that meet one another": (
         lambda p, x: (

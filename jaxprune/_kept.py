@@ -140,11 +140,14 @@ class _Stack(NamedTuple):
 
 def _as_stack(mask: np.ndarray, layer: int) -> _Stack | None:
     """Read each layer as a product, the layers lying along an axis; None if they are none."""
-    living = np.nonzero(_vectors(mask)[layer])[0]
-    each = [np.asarray(mask.take([n], axis=layer)) for n in living]
-    vectors = [_vectors(one) for one in each]
-    if not all(np.array_equal(product(v, m.ndim), m) for v, m in zip(vectors, each, strict=True)):
-        return None
+    others = tuple(i for i in range(mask.ndim) if i != layer)
+    living = np.nonzero(mask.any(axis=others))[0]
+    vectors = []
+    for n in living:  # an axis of no layers fails at once
+        one = mask.take([n], axis=layer)
+        vectors.append(_vectors(one))
+        if not np.array_equal(product(vectors[-1], mask.ndim), one):
+            return None
     axes = {} if len(living) == mask.shape[layer] else {layer: living}
     for i in range(mask.ndim):
         bools = np.stack([v[i] for v in vectors])
@@ -174,23 +177,23 @@ def _by_layers(
 
     for path, mask in sorted(masks.items(), key=lambda one: -axes_of(*one)):
         known = path in layers or axes_of(path, mask) > 2
-        places = [layers[path]] if path in layers else range(mask.ndim)
-        stacks = [
-            (i, stack)
-            for i in places
-            if mask.shape[i] > 1
-            and (stack := _as_stack(mask, i)) is not None
-            and (known or stack.layers in sizes)
-        ]
-        even = [stack for _, stack in stacks if stack.unequal is None]
-        if not even:
-            raise ValueError(_why_uneven(path, stacks) or _why_single(path, mask))
-        found[path] = even[0].axes
-        sizes.add(even[0].layers)
+        uneven: list[tuple[int, _Stack]] = []
+        for i in [layers[path]] if path in layers else range(mask.ndim):
+            stack = _as_stack(mask, i) if mask.shape[i] > 1 else None
+            if stack is None or not (known or stack.layers in sizes):
+                continue
+            if stack.unequal is None:
+                found[path] = stack.axes
+                sizes.add(stack.layers)
+                break
+            uneven.append((i, stack))
+        else:
+            raise ValueError(_why_uneven(path, uneven) or _why_single(path, mask))
     return found
 
 
 def _why_uneven(path: str, stacks: Sequence[tuple[int, _Stack]]) -> str:
+    """Which layers keep more and fewer; nothing where a mask is no stack at all."""
     if not stacks:
         return ""
     layer, stack = stacks[0]
@@ -204,11 +207,12 @@ def _why_uneven(path: str, stacks: Sequence[tuple[int, _Stack]]) -> str:
 
 
 def _why_single(path: str, mask: np.ndarray) -> str:
+    """How many weights go of what stays."""
     removed = int(product(_vectors(mask), mask.ndim).sum() - mask.sum())
     return (
-        f"The mask of {path!r} removes {removed} single weights "
-        "of rows and columns that stay; only whole indices of an axis can be cut out. "
-        "Find masks with `pattern=jp.patterns.Coupled(groups)`."
+        f"The mask of {path!r} removes {removed} single weights of rows and columns that stay; "
+        "only whole indices of an axis can be cut out. Find masks with "
+        "`pattern=jp.patterns.Coupled(groups)`."
     )
 
 

@@ -59,14 +59,13 @@ def left_by_layer(groups: Sequence[Group], kept: Kept) -> dict[str, np.ndarray]:
     for group in groups:
         rows = np.stack([left[group.name] for left in every])
         same = (rows == rows[:1]).all()
-        if not same:
-            _check_layers(group, kept)
         if same:
             found[group.name] = rows[0]
-        else:
-            stay = _layers_left(group, kept)
-            found[group.name] = np.zeros((group.layers, group.size), bool)  # no layer, no units
-            found[group.name][stay] = rows[: len(stay)]
+            continue
+        _check_layers(group, kept)
+        stay = _layers_left(group, kept)
+        found[group.name] = np.zeros((group.layers, group.size), bool)  # no layer, no units
+        found[group.name][stay] = rows[: len(stay)]
     return found
 
 

@@ -16,7 +16,7 @@
 #   _layout                  likewise for what their axes mean: _sources (what of which parameter a
 #                            value shows) _views _mixtures _meetings _places _follow
 #   _blocks                  likewise for what can be left out whole: _branches, _vanishing
-#   _shrunk _counts          the cut of a user, held against the coupling; means over fewer terms
+#   _shrunk _alive _counts   the cut of a user, held against the coupling; means over fewer terms
 #   _evaluate _take          the large program, evaluated on what is left
 #   _flops _source           operations of a program; the line of code of an equation
 

@@ -445,17 +445,16 @@ def test_layers_choose_where_units_are_alike(name):
     fn, params, wanted = CHOSEN[name]
     groups = jp.find_groups(fn, params, INPUT)
     assert {g.name for g in groups if g.layers == 3} == wanted
-    layers = groups.stacked
-    pattern = Coupled(groups, per_layer=tuple(g.name for g in groups if g.layers))
+    layout = jp.find_layout(fn, params, INPUT)
+    pattern = bound(groups, params, layout)
+    assert set(pattern.per_layer) == wanted
     keep = {g.name: best(weights(g.layers, g.size), 0.5) for g in groups if g.layers}
     keep |= {g.name: np.ones(g.size, bool) for g in groups if not g.layers}
     masks = pattern.expand(keep, like=params)
     cut = jp.Cut.from_masks(masks, params)
     assert any(k.ndim > 1 for axes in cut.values() for k in axes.values())
-    assert all(
-        layers[path] == (name == "layers along another axis") * (1 + (path == "down"))
-        for path in layers
-    )
+    along = {"up": 1, "down": 2} if name == "layers along another axis" else {}
+    assert groups.stacked == {path: along.get(path, 0) for path in groups.stacked}
     assert jp.verify_shrink(fn, params, masks, INPUT) < 1e-5
 
 

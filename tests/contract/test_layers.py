@@ -228,3 +228,79 @@ def test_each_layer_loses_exactly_its_share():
     a, b = masks["h"]["a"], masks["h"]["b"]
     assert a.sum((1, 2)).tolist() == [64 - round(SPARSITY * 64)] * LAYERS
     assert b.sum((0, 2)).tolist() == [128 - round(SPARSITY * 128)] * LAYERS
+
+
+@pytest.mark.parametrize("axis", [0, 2])
+def test_trained_on_eight_devices_masks_are_those_of_one(axis):
+    params = {"w": draw(2, 8, 8, 16) * np.arange(1, 9, dtype=np.float32)[:, None, None]}
+    layout = jp.Layout({"w": ("layer", "in", "out")})
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Auto,))
+    spec = NamedSharding(mesh, P(*("x" if i == axis else None for i in range(3))))
+    schedule = jp.schedules.linear(scopes.erk(params, SPARSITY, layout=layout), 0, 4, 2)
+    tx = jp.prune(
+        optax.sgd(0.25), schedule=schedule, criterion=criteria.taylor, packed=True, layout=layout
+    )
+    grads = {"w": draw(3, 8, 8, 16)}
+    there = jax.device_put((params, grads), spec)
+    (weights, masks), (want, found) = trained(tx, *there), trained(tx, params, grads)
+    np.testing.assert_array_equal(masks["w"], found["w"])
+    np.testing.assert_array_equal(weights["w"], want["w"])
+
+
+def attention(x, p):
+    q, k, v = (jnp.einsum("btd,dhk->bthk", x, p[name]) for name in "qkv")
+    weights = jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k), axis=-1)
+    return jnp.einsum("bhts,bshk,hkd->btd", weights, v, p["o"])
+
+
+def block(x, p):
+    x = x + attention(x, p)
+    return x + jax.nn.gelu(x @ p["up"]) @ p["down"], None
+
+
+def scanned(params, tokens):
+    x, _ = jax.lax.scan(block, params["embedding"][tokens], params["h"])
+    return x @ params["head"]
+
+
+def unrolled(params, tokens):
+    x = params["embedding"][tokens]
+    for p in params["h"]:
+        x, _ = block(x, p)
+    return x @ params["head"]
+
+
+def transformer(seed):
+    shapes = {"q": (8, 2, 4), "k": (8, 2, 4), "v": (8, 2, 4), "o": (2, 4, 8)}
+    shapes |= {"up": (8, 16), "down": (16, 8)}
+    layers = [
+        {name: draw([seed, i, *s], *s) * 2**i for name, s in shapes.items()} for i in range(LAYERS)
+    ]
+    ends = {"embedding": draw([seed, 9], 12, 8), "head": draw([seed, 8], 8, 12)}
+    return {"h": layers, **ends}, {"h": jax.tree.map(lambda *x: np.stack(x), *layers), **ends}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"scope": scopes.across, "criterion": criteria.taylor},
+        {"scope": scopes.per_output},
+        {"pattern": patterns.Channels("out"), "scope": scopes.across},
+    ],
+    ids=["per_leaf", "taylor across", "per_output", "channels"],
+)
+def test_a_scanned_transformer_is_pruned_as_the_unrolled_one(settings):
+    masks = []
+    grads = transformer(seed=5)
+    for fn, params, given in zip((unrolled, scanned), transformer(seed=4), grads, strict=True):
+        layout = jp.find_layout(fn, params, jnp.zeros((1, 3), int))
+        schedule = jp.schedules.linear(SPARSITY, 0, 4, 2)
+        tx = jp.prune(optax.sgd(0.25), schedule=schedule, layout=layout, **settings)
+        masks.append(trained(tx, params, given)[1])
+    alone, stacks = masks
+    assert alone["embedding"] is None and stacks["embedding"] is None
+    np.testing.assert_array_equal(stacks["head"], alone["head"])
+    for name in stacks["h"]:
+        for i in range(LAYERS):
+            np.testing.assert_array_equal(stacks["h"][name][i], alone["h"][i][name])

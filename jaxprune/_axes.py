@@ -59,25 +59,34 @@ def check_named(
             "`layout=jp.find_layout(fn, params, *inputs)`, or a convention such as "
             "`layout=jp.layouts.flax`."
         )
-    bad = []
+    bad, first = [], ""
     for path, shape in shapes.items():
         found = {name: axes_of(layout, path, len(shape), name) for name in names}
         if wrong := [n for n, i in found.items() if not i or (single and len(i) > 1)]:
-            bad.append(f"{path!r} {_told(layout, path, shape, wrong[0], len(found[wrong[0]]))}")
+            bad.append(describe(layout, path, shape, wrong[0], len(found[wrong[0]])))
+            first = first or ways_out(layout, path, len(shape), wrong[0])
     if bad:
         more = f" and {len(bad) - 6} more" if len(bad) > 6 else ""
-        raise ValueError(
-            f"`{part}` does not fit {'; '.join(bad[:6])}{more}. Leave them out with "
-            "`where=jp.exclude(...)`, or say what their axes are: "
-            '`layout | jp.Layout({path: ("in", "out")})`.'
-        )
+        raise ValueError(f"`{part}` does not fit {'; '.join(bad[:6])}{more}. {first}")
 
 
-def _told(layout: Layout, path: str, shape: Sequence[int], name: str, times: int) -> str:
-    """Say what a leaf has in the place of one axis of some name."""
+def describe(layout: Layout, path: str, shape: Sequence[int], name: str, times: int = 0) -> str:
+    """Say of a leaf what it has in the place of one axis of some name, and why."""
     roles = ", ".join(role or "?" for role in layout.roles(path, len(shape)))
-    has = f"of shape {tuple(shape)}, whose axes are ({roles})"
+    has = f"{path!r} of shape {tuple(shape)}, whose axes are ({roles})"
     if times > 1:
         return f"{has}: there are {times} axes {name!r}"
     why = layout.why(path, len(shape))
     return f"{has}: none is {name!r}" + (f" ({why})" if why else "")
+
+
+def ways_out(layout: Layout | None, path: str, rank: int, name: str) -> str:
+    """What to do about a leaf without an axis of some name, or with several."""
+    roles = layout.roles(path, rank) if layout is not None else (None,) * rank
+    last = max((i for i, role in enumerate(roles) if role == name), default=rank)
+    wanted = [None if role == name and i < last else role for i, role in enumerate(roles)]
+    shown = ", ".join("..." if role is None else repr(role) for role in wanted)
+    return (
+        "Leave them out with `where=jp.exclude(...)`, or say what their axes are, with one role or "
+        f"None for each, such as `layout | jp.Layout({{{path!r}: ({shown})}})`."
+    )

@@ -11,15 +11,18 @@ import numpy as np
 from jaxprune._tree import leaves_with_path, list_paths
 
 
-def check_sparsity(sparsity: Any, user: str = "sparsity") -> None:
-    """Refuse numbers outside [0, 1], NaN, and what is no number. Traced values pass unseen."""
+def check_sparsity(sparsity: Any, user: str = "sparsity", *, layers: bool = True) -> None:
+    """Refuse numbers outside [0, 1], NaN, and what is no number. Traced values pass unseen.
+
+    Unless ``layers`` is False, a leaf of a tree may be an array, with one for each layer.
+    """
     bad = []
     for path, value in leaves_with_path(sparsity):
         if isinstance(value, jax.core.Tracer):
             continue
         where = f" at {path!r}" if path else ""
         number = isinstance(value, int | float | np.generic | np.ndarray | jax.Array)
-        one_each = np.ndim(value) > 0 and bool(path)  # layers of a stack, in a tree
+        one_each = layers and np.ndim(value) > 0 and bool(path)
         if (np.ndim(value) and not one_each) or not number or is_bool(value):
             raise TypeError(
                 f"`{user}` got {value!r}{where}. Pass the fraction to remove: one number in "

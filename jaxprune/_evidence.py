@@ -123,9 +123,8 @@ def asks_for_layout(criterion: Criterion) -> bool:
 
 def required_evidence(criterion: Criterion) -> list[str]:
     """Names of the keyword-only arguments without default."""
-    return [
-        p.name for p in _arguments(criterion) if p.kind is p.KEYWORD_ONLY and p.default is p.empty
-    ]
+    arguments = [p for p in _arguments(criterion) if p.name != "layout"]  # which is always offered
+    return [p.name for p in arguments if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
 def _takes(criterion: Criterion, name: str) -> bool:

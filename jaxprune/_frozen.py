@@ -23,9 +23,9 @@ import optax
 from jax.extend import core
 
 from jaxprune._tree import leaves_with_path, list_paths, prunable
-from jaxprune._where import by_default
+from jaxprune._where import by_default, with_layout
 from jaxprune.graph._frames import Atom, Value, shape_of
-from jaxprune.typing import Params, Where
+from jaxprune.typing import Layout, Params, Where
 
 # Zero where all operands are; the predicate of `select_n` is left out before.
 _KEEP_ZERO = frozenset(
@@ -52,6 +52,10 @@ class Moving:
 
     where: Where
     frozen: tuple[str, ...]
+
+    def with_layout(self, layout: Layout) -> "Moving":
+        """Let what it takes leaves out of decide by use."""
+        return dataclasses.replace(self, where=with_layout(self.where, layout))
 
     def __call__(self, path: str, array: jax.Array) -> bool:
         return path not in self.frozen and self.where(path, array)

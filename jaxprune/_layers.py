@@ -24,6 +24,7 @@ from jaxprune._tree import (
     check_regexes_match,
     is_hole,
     leaves_by_path,
+    leaves_with_path,
     map_with_path,
     slots,
 )
@@ -40,26 +41,37 @@ def apart(tree: Tree, layout: Layout) -> Tree:
       layout: settled on them.
 
     Returns:
-      A tree with lists of `[...]`; along several axes of layers the last one runs fastest.
+      A tree with lists of `[...]`; along several axes of layers the last one runs fastest. A stack
+      of no layers stays as it is.
     """
-    return map_with_path(lambda path, x: _layers(x, layout.layers(path, x.ndim)), tree)
+    return map_with_path(lambda path, x: _layers(x, _axes(layout, path, x)), tree)
 
 
-def apart_layout(layout: Layout) -> Layout:
-    """The layout of the tree that ``apart`` makes."""
+def apart_layout(layout: Layout, like: Params) -> Layout:
+    """The layout of what ``apart`` makes of a tree."""
+    seen = iter(leaves_with_path(apart(like, layout)))
     entries: list[Entry] = []
-    for entry in layout.entries:
-        axes = layout.layers(entry.path, len(entry.shape))
-        own = [i for i in range(len(entry.shape)) if i not in axes]
+    for path, leaf in leaves_with_path(like):
+        axes, shape = _axes(layout, path, leaf), tuple(leaf.shape)
+        own = [i for i in range(len(shape)) if i not in axes]
         uses = tuple(
-            dataclasses.replace(use, axes=[use.axes[i] for i in own], why=[use.why[i] for i in own])
-            for use in entry.uses
+            dataclasses.replace(
+                use,
+                axes=tuple(use.axes[i] for i in own),
+                why=tuple(use.why[i] for i in own),
+            )
+            for use in layout.uses(path, len(shape))
         )
-        shape = tuple(entry.shape[i] for i in own)
-        n = math.prod(entry.shape[i] for i in axes)
-        paths = [f"{entry.path}/{i}" for i in range(n)] if axes else [entry.path]
-        entries += [Entry(path, uses, shape) for path in paths]
+        for _ in range(math.prod(shape[i] for i in axes)):
+            name, layer = next(seen)
+            entries += [Entry(name, uses, tuple(layer.shape))] if uses else []
     return Layout(tuple(entries))
+
+
+def _axes(layout: Layout, path: str, leaf: Any) -> tuple[int, ...]:
+    """The axes of a leaf that count layers, if there are any layers."""
+    axes = layout.layers(path, len(leaf.shape))
+    return axes if all(leaf.shape[i] for i in axes) else ()
 
 
 def beside(tree: Tree, like: Params, layout: Layout) -> Tree:
@@ -70,29 +82,32 @@ def beside(tree: Tree, like: Params, layout: Layout) -> Tree:
     mirror = align(tree, like)
     if mirror is None:
         return tree
+    alone = jax.tree_util.treedef_is_leaf(jax.tree.structure(like))  # anything is like one array
 
     def one(path: str, leaf: jax.Array, x: Any) -> Any:
-        axes = layout.layers(path, leaf.ndim)
+        axes = _axes(layout, path, leaf)
         if x is None or not axes:
             return x
         lengths = tuple(leaf.shape[i] for i in axes)
-        if jnp.ndim(x) == leaf.ndim:
+        if _fits(jnp.shape(x), leaf.shape):
             full = [leaf.shape[i] if i in axes else n for i, n in enumerate(x.shape)]
             return _layers(jnp.broadcast_to(x, full), axes)
         if jnp.shape(x) == lengths:
             return list(x.reshape(-1))
-        return [x] * math.prod(lengths)
+        return x if alone else [x] * math.prod(lengths)
 
     return map_with_path(one, like, mirror)
+
+
+def _fits(shape: Sequence[int], leaf: Sequence[int]) -> bool:
+    return len(shape) == len(leaf) and all(m in (1, n) for m, n in zip(shape, leaf, strict=True))
 
 
 def together(tree: Tree, like: Params, layout: Layout) -> Tree:
     """Stack the layers of leaves again: the inverse of ``apart``; holes of ``tree`` stay."""
     treedef: Any = jax.tree.structure(like, is_leaf=is_hole)
     leaves = [
-        _stacked(x, slot.leaf, layout.layers(slot.path, slot.leaf.ndim))
-        if isinstance(x, list)
-        else x
+        _stacked(x, slot.leaf, _axes(layout, slot.path, slot.leaf)) if isinstance(x, list) else x
         for slot, x in zip(slots(like), treedef.flatten_up_to(tree), strict=True)
     ]
     return jax.tree.unflatten(treedef, leaves)
@@ -157,12 +172,9 @@ def by_rules(
 
 def check_rules(rules: Mapping[str, float], part: Params, layout: Layout | None, user: str) -> None:
     """Refuse regexes that match no leaf and no layer."""
-    if layout is None:
-        check_regexes_match(tuple(rules), part, user)
-        return
-    named = {
-        name: 0
+    names = [
+        name
         for path, x in leaves_by_path(part, user).items()
-        for name in (path, *names_of(path, x.shape, layout.layers(path, len(x.shape))))
-    }
-    check_regexes_match(tuple(rules), named, user)
+        for name in (names_of(path, x.shape, layout.layers(path, len(x.shape))) if layout else [])
+    ]
+    check_regexes_match(tuple(rules), part, user, also=names)

@@ -14,11 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+from jaxprune._errors import short
 from jaxprune._kept import name_part, path_in
 from jaxprune._tree import is_hole, leaves_by_path, list_paths, slots
 from jaxprune._use import Entry, Role, Use, plain_entry, read_entries
 from jaxprune._where import is_array, matches
 from jaxprune.typing import Params
+
+UNSAID = "the layout says nothing of it"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,11 @@ class Layout(Mapping[str, tuple[Use, ...]]):
         return self is other or (isinstance(other, Layout) and self.entries == other.entries)
 
     def __getitem__(self, path: str) -> tuple[Use, ...]:
-        return next(e.uses for e in reversed(self.entries) if e.path == path)
+        found = (entry.uses for entry in reversed(self.entries) if entry.path == path)
+        uses = next(found, None)
+        if uses is None:
+            raise KeyError(path)
+        return uses
 
     def __iter__(self) -> Iterator[str]:
         return iter(dict.fromkeys(entry.path for entry in self.entries))
@@ -86,20 +93,20 @@ class Layout(Mapping[str, tuple[Use, ...]]):
     def __contains__(self, path: object) -> bool:
         return any(entry.path == path for entry in self.entries)
 
-    def __or__(self, other: "Layout") -> "Layout":
-        if not isinstance(other, Layout):
+    def __or__(self, other: "Layout | Mapping[str, Any]") -> "Layout":
+        if not isinstance(other, Mapping):
             return NotImplemented
-        return Layout((*self.entries, *other.entries))
+        return Layout((*self.entries, *Layout(other).entries))
 
     # As questions about a leaf.
 
     def uses(self, path: str, rank: int) -> tuple[Use, ...]:
         """How a leaf of so many axes is used; nothing where the layout says nothing of it."""
-        covers = (e.uses for e in reversed(self.entries) if e.covers(path, rank))
-        return next(covers, ()) if len(self.entries) != len(self._found) else self._of_found(path)
-
-    def _of_found(self, path: str) -> tuple[Use, ...]:
-        return self._found[path].uses if path in self._found else ()
+        if len(self.entries) == len(self._found):
+            return self._found[path].uses if path in self._found else ()
+        covers = [entry for entry in reversed(self.entries) if entry.covers(path, rank)]
+        says = (entry.uses for entry in covers if not entry.is_at_a_loss)
+        return next(says, covers[0].uses if covers else ())
 
     def roles(self, path: str, rank: int) -> tuple[Role, ...]:
         """The roles that all uses of a leaf agree on, None for the other axes."""
@@ -114,7 +121,7 @@ class Layout(Mapping[str, tuple[Use, ...]]):
         """Why some axes of a leaf have no role; nothing where all have one."""
         uses = self.uses(path, rank)
         if not uses:
-            return "the layout says nothing of it"
+            return UNSAID
         reasons = [w for use in uses for role, w in zip(use.axes, use.why, strict=True) if not role]
         if not reasons and None in self.roles(path, rank):
             reasons = [f"it is used as {' and as '.join(map(str, uses))}"]
@@ -173,7 +180,10 @@ class Layout(Mapping[str, tuple[Use, ...]]):
         _check_matches(self, leaves, params, user)
         found = {path: self.uses(path, len(shape)) for path, shape in leaves.items()}
         _check_found(self, leaves, found, user)
-        return Layout(tuple(Entry(p, u, leaves[p]) for p, u in found.items() if u))
+        nothing = {
+            p: Use("unknown", (None,) * len(s), (UNSAID,) * len(s)) for p, s in leaves.items()
+        }
+        return Layout(tuple(Entry(p, u or (nothing[p],), leaves[p]) for p, u in found.items()))
 
     def __repr__(self) -> str:
         shown = [f"{path}: {' and '.join(map(str, self[path]))}" for path in list(self)[:8]]
@@ -207,6 +217,20 @@ class Layout(Mapping[str, tuple[Use, ...]]):
         return "\n".join([*lines, *(["cannot be told:", *notes] if notes else [])])
 
 
+def _nothing(rank: int) -> tuple[Use, ...]:
+    """What is known of a leaf that a layout does not name."""
+    return (Use("unknown", (None,) * rank, (UNSAID,) * rank),)
+
+
+def check_layout(user: str, layout: Any) -> None:
+    """Refuse what is no layout, before it is asked."""
+    if layout is not None and not isinstance(layout, Layout):
+        raise TypeError(
+            f"`{user}` got layout={short(layout)}. Pass `jp.find_layout(fn, params, *inputs)`, a "
+            'convention such as `jp.layouts.flax`, or `jp.Layout({".*/kernel": ("in", "out")})`.'
+        )
+
+
 def _places(reasons: Sequence[str], why: str) -> str:
     return ", ".join(str(i) for i, reason in enumerate(reasons) if reason == why)
 
@@ -224,9 +248,10 @@ def _check_matches(
         if not mine and not any(_touches(entry.path, hole) for hole in holes):
             unused.append(entry.path)
         for path in mine:
-            if len(leaves[path]) != entry.rank:
-                roles = entry.uses[0].axes
-                wrong.append(f"{path!r} of shape {tuple(leaves[path])} by {roles}")
+            last = next(e for e in reversed(layout.entries) if e.covers(path, len(leaves[path])))
+            if last is entry and len(leaves[path]) != entry.rank:
+                roles, shape = entry.uses[0].axes, tuple(leaves[path])
+                wrong.append(f"{path!r} of shape {shape} by the {len(roles)} roles {roles}")
     if unused:
         raise ValueError(
             f"`{user}(layout=...)` got {list_paths(unused)}, which matches no parameter (a regex "
@@ -235,7 +260,8 @@ def _check_matches(
     if wrong:
         raise ValueError(
             f"`{user}(layout=...)` declares {'; '.join(wrong[:6])}: there has to be a role for "
-            "each axis, None where there is none. Declare these leaves apart."
+            "each axis, None where there is none. Declare these leaves apart, a stack with its "
+            'axis of layers: `("layer", "in", "out")`.'
         )
 
 

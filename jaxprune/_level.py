@@ -13,7 +13,7 @@ from jaxprune._help import readable
 from jaxprune._layers import by_rules, check_rules
 from jaxprune._layout import Layout
 from jaxprune._masks import apply_masks, check_masks
-from jaxprune._parts import SETTINGS, Parts
+from jaxprune._parts import Parts
 from jaxprune._serial import serialize_tuple
 from jaxprune._tree import (
     copy_arrays,
@@ -139,7 +139,7 @@ class Rules:
         """Check the settings; give them with the parts bound to these params."""
         user = self.parts.user
         check_sparsity(self.rate, f"{user}(rate)")
-        check_sparsity(self.rates, f"{user}(rates)")
+        check_sparsity(self.rates, f"{user}(rates)", layers=False)
         parts = self.parts.bind(params)
         for regex in self.rates:
             compile_regex(regex, f"{user}(rates)")
@@ -148,8 +148,8 @@ class Rules:
 
     def check_fit(self, params: Params) -> None:
         """Let pattern and scope say what does not fit, from shapes alone."""
-        dense = self.sparsity(0, params)
         part = self.parts.prunable(params)
+        dense = self.parts.of_units(self.sparsity(0, params), part)
         jax.eval_shape(lambda p: select(self.parts, p, dense, None, like=p), part)
 
     def sparsity(self, index: int, params: Params) -> Sparsity:
@@ -180,7 +180,7 @@ class Rules:
                 f"`{self.parts.user}(evidence=...)` returned {type(found).__name__}. Return a "
                 "dict of what the criterion asks for, such as `{'grads': grads}`."
             )
-        check_names(f"{self.parts.user}(evidence=...)", self.parts.criterion, found, SETTINGS[-1:])
+        check_names(f"{self.parts.user}(evidence=...)", self.parts.criterion, found, ("rounds",))
         return dict(found)
 
     def find(

@@ -17,7 +17,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 _BIAS = ("bias", "b")
 _HEADS = r"(?i:q|k|v|query|key|value)(_?proj|_?kernel)?"
-_STACK = r"(?i:.*(layers?|blocks?|stack|scan|repeat)(_?\w+)?)"
+_STACK = r"(?i:.*(layers?|blocks?|stack|scan|repeat)(_?\w*[a-z])?)"  # not `layers_0`, which is one
 _CONV = r"(?i:.*conv.*|.*patch.*)"
 
 
@@ -34,15 +34,15 @@ def advice_on_axes(params: Params, masks: Masks, layout: Layout | None) -> list[
     unknown = {
         path: shape
         for path, shape in covered.items()
-        if layout is None or not layout.uses(path, len(shape))
+        if layout is None or not any(layout.roles(path, len(shape)))
     }
     return [*_derived(covered, layout), *_looks(unknown, shapes)]
 
 
 def _derived(covered: Mapping[str, Shape], layout: Layout | None) -> Iterator[str]:
     """Leaves whose zeros are no zeros of the network."""
-    for path, shape in covered.items() if layout is not None else ():
-        for use in layout.uses(path, len(shape)) if layout is not None else ():
+    for path, shape in covered.items():
+        for use in () if layout is None else layout.uses(path, len(shape)):
             if use.kind == "derived":
                 yield f"{path!r} goes through {use.through or 'a function'}: {_becomes(use)}"
 
@@ -102,9 +102,9 @@ def _like_stack(path: str, shape: Shape, bias: Shape | None, others: Mapping[str
     if len(shape) < 3 or re.fullmatch(_CONV, _owner(path)) or re.fullmatch(_CONV, name_of(path)):
         return False
     if bias is not None:
-        return len(bias) > 1 and bias[0] == shape[0] and bias[-1] == shape[-1]
+        return len(bias) > 1 and bias[0] == shape[0] and bias[-1] in shape[1:]
     named = any(re.fullmatch(_STACK, word) for word in path.split("/")[:-1])
-    beside = [s for p, s in others.items() if p != path and s[0] == shape[0] and s != shape]
+    beside = [s for p, s in others.items() if p != path and s[:1] == shape[:1] and s != shape]
     return named and len(shape) == 3 and bool(beside)
 
 

@@ -7,10 +7,11 @@ from jaxprune._layout import Layout
 from jaxprune._numbers import plain
 from jaxprune._parts import Parts
 from jaxprune._score import check_floating
+from jaxprune._where import everything
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
-from jaxprune.typing import Leaf, Masks, Pattern, Scope, Scores, Sparsity
+from jaxprune.typing import Masks, Pattern, Scope, Scores, Sparsity
 
 
 @readable
@@ -46,16 +47,10 @@ def make_masks(
       >>> make_masks({"w": jnp.array([3.0, 1.0, 2.0, 4.0])}, 0.25)
       {'w': Array([ True, False,  True,  True], dtype=bool)}
     """
-    parts = Parts("make_masks", magnitude, pattern, scope, _all, layout)
+    parts = Parts("make_masks", magnitude, pattern, scope, everything, layout)
     check_sparsity(sparsity)
     check_floating(scores)
     parts.check(sparsity, exact=True)
     parts = parts.bind(scores)
     amount = parts.of_units(plain(sparsity), scores)
     return select(parts, scores, amount, within, like=scores)
-
-
-def _all(path: str, score: Leaf) -> bool:
-    """Who scores a leaf has chosen it."""
-    del path, score
-    return True

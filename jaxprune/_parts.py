@@ -9,14 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxprune._errors import check_key, check_parts, check_sparsity, short
+from jaxprune._errors import check_key, check_parts, check_sparsity
 from jaxprune._evidence import asks_for_layout, check_names
 from jaxprune._layers import apart, apart_layout, beside, together
-from jaxprune._layout import Layout
+from jaxprune._layout import Layout, check_layout
+from jaxprune._mesh import shapes_of
 from jaxprune._numbers import is_tree
 from jaxprune._ranking import is_lazy
 from jaxprune._tree import align, is_hole, map_leaves, prunable, slots
-from jaxprune._where import with_layout
+from jaxprune._where import everything, with_layout
 from jaxprune.typing import (
     Criterion,
     Masks,
@@ -84,8 +85,8 @@ class Parts:
         seen, what, known = params, where, layout
         takes_apart = layout is not None and not self._knows_layouts
         if layout is not None and takes_apart:
-            seen, what = apart(prunable(params, where=where), layout), _all
-            known = apart_layout(layout)
+            part = shapes_of(prunable(params, where=where))
+            seen, what, known = apart(part, layout), everything, apart_layout(layout, part)
         pattern = _bound(self.pattern, seen, where=what, layout=known)
         known = declared(pattern, "units_layout") or known  # of units that are no leaves
         scope = _bound(self.scope, seen, where=what, layout=known)
@@ -122,10 +123,16 @@ class Parts:
 
         One that is elementwise has no use for them, one that names ``layout`` is given it.
         """
-        minds = is_elementwise(self.criterion) or asks_for_layout(self.criterion)
-        if self.layout is None or minds:
-            return tree
-        return beside(tree, part, self.layout)
+        return beside(tree, part, self.layout) if self.layout and self.shows_layers else tree
+
+    @property
+    def shows_layers(self) -> bool:
+        """True if the criterion is shown the list of layers, since it may look at whole leaves."""
+        inner = self.criterion
+        while isinstance(inner, functools.partial):  # evidence that is bound to it stays stacked
+            inner = inner.func
+        minds_stacks = is_elementwise(inner) or asks_for_layout(self.criterion)
+        return self.layout is not None and not minds_stacks
 
     def as_shown(self, tree: Tree, part: Params) -> Tree:
         """Put together again what a criterion made of the layers that it was shown."""
@@ -246,21 +253,6 @@ def check_find(parts: Parts, sparsity: Sparsity, evidence: dict[str, Any], round
         wrong = ValueError if isinstance(rounds, int) else TypeError
         raise wrong(
             f"`{parts.user}` got rounds={rounds!r}. Use an integer from 1 on; 100 for SynFlow."
-        )
-
-
-def _all(path: str, array: jax.Array) -> bool:
-    """Take what has been chosen before."""
-    del path, array
-    return True
-
-
-def check_layout(user: str, layout: Any) -> None:
-    """Refuse what is no layout, before it is asked."""
-    if layout is not None and not isinstance(layout, Layout):
-        raise TypeError(
-            f"`{user}` got layout={short(layout)}. Pass `jp.find_layout(fn, params, *inputs)`, a "
-            'convention such as `jp.layouts.flax`, or `jp.Layout({".*/kernel": ("in", "out")})`.'
         )
 
 

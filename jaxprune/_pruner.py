@@ -71,12 +71,12 @@ class Pruner:
 
     def first(self, params: Params) -> tuple[Masks, Any]:
         """Make masks that keep all, and what the criterion remembers at the start."""
-        criterion: Any = self.parts.criterion
-        start = getattr(criterion, "init", lambda _: ())
+        start = getattr(self.parts.criterion, "init", None)
         if is_placeholder(params):
-            return params, start(params)
+            return params, start(params) if start else ()
         bound = self.on(params)
-        return bound.first_masks(), start(bound.parts.shown(bound.part, bound.part))
+        memory = start(bound.parts.shown(bound.part, bound.part)) if start else ()
+        return bound.first_masks(), memory
 
     def on(self, params: Params, stored: Masks | None = None) -> "Bound":
         """Settle what is pruned of these params, at ``init`` or with the masks of the state.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._layers import names_of
-from jaxprune._layout import Layout
+from jaxprune._layout import Layout, check_layout
 from jaxprune._looks import advice_on_axes
 from jaxprune._masks import check_masks
 from jaxprune._ranking import Whole, count_true
@@ -203,6 +203,7 @@ def summary(params: Params, masks: Masks, *, layout: Layout | None = None) -> Su
       (`jp.apply_masks` removes them; after training, `jp.check` says more)
     """
     masks = check_masks(masks, params, "masks")
+    check_layout("summary", layout)
     known = None if layout is None else layout.on(params, "summary")
     rows = [row for leaf in _covered(params, masks, known) for row in _rows(*leaf)]
     total = _sum("total", (), rows)

@@ -15,6 +15,7 @@ from jaxprune._evidence import (
     named_evidence,
     required_evidence,
 )
+from jaxprune._mesh import in_auto_mode
 from jaxprune._parts import Parts, is_elementwise, reads_lazily
 from jaxprune._ranking import Lazy, is_lazy, read
 from jaxprune._tree import (
@@ -22,10 +23,12 @@ from jaxprune._tree import (
     fill,
     is_array,
     is_floating,
+    join_static,
     leaves_with_path,
     list_paths,
     map_leaves,
     narrow,
+    split_static,
 )
 from jaxprune.typing import Criterion, Params, Scores
 
@@ -46,16 +49,40 @@ def score(parts: Parts, part: Params, params: Params, evidence: Mapping[str, Any
     if lazy is not None:
         return lazy
     part = lax.stop_gradient(part)
-    seen = parts.shown(part, part)  # layers of stacks, if the criterion does not mind them
-    scores = parts.criterion(seen, **_offered(parts, evidence, part, params))
-    _check_scores(scores, seen, parts.criterion)
-    return parts.as_shown(scores, part)
+    if not parts.shows_layers:
+        scores = parts.criterion(part, **_offered(parts, evidence, part, params))
+        _check_scores(scores, part, parts.criterion)
+        return scores
+    values, static = split_static((part, params, dict(evidence)))
+
+    def of_layers(values: list[jax.Array]) -> Scores:
+        part, params, evidence = join_static(values, static)
+        seen = parts.shown(part, part)
+        try:
+            scores = parts.criterion(seen, **_offered(parts, evidence, part, params))
+        except Exception as error:
+            error.add_note(_NOTE.format(criterion_name(parts.criterion)))
+            raise
+        _check_scores(scores, seen, parts.criterion)
+        return parts.as_shown(scores, part)
+
+    # Layers are slices, which explicit mesh axes refuse where they split a stack.
+    return in_auto_mode(of_layers, values, like=part)
+
+
+_NOTE = (
+    "With a layout, the criterion `{}` is shown the list of the layers in the place of each stack. "
+    "If its score of a weight needs the evidence of that weight only, mark it with "
+    "`jp.elementwise`; if it minds stacks itself, let it name `layout` among its keywords."
+)
 
 
 def lazy_scores(
     parts: Parts, part: Params, params: Params, evidence: Mapping[str, Any]
 ) -> Scores | None:
     """Score the prunable leaves where a ranking reads them; None if a part needs them stored."""
+    if parts.shows_layers:
+        return None
     criterion, part = parts.criterion, lax.stop_gradient(part)
     offered = _offered(parts, evidence, part, params)
     named = {name: offered[name] for name in named_evidence(criterion, offered)}
@@ -72,8 +99,8 @@ def _offered(
     parts: Parts, evidence: Mapping[str, Any], part: Params, params: Params
 ) -> dict[str, Any]:
     offered = {name: _offer(parts, name, value, part, params) for name, value in evidence.items()}
-    told = parts.layout is not None and asks_for_layout(parts.criterion)
-    return {**offered, "layout": parts.layout} if told else offered
+    told = {"layout": parts.layout} if asks_for_layout(parts.criterion) else {}
+    return {**offered, **told}
 
 
 def _may_be_lazy(parts: Parts, named: Mapping[str, Any]) -> bool:

@@ -3,7 +3,7 @@
 import collections
 import operator
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -121,10 +121,12 @@ def list_paths(paths: list[str], most: int = 12) -> str:
     return f"{shown} and {len(paths) - most} more" if len(paths) > most else shown or "none"
 
 
-def check_regexes_match(regexes: tuple[str, ...], tree: Tree, user: str) -> None:
-    """Refuse regexes that match no path of ``tree``: they are typing errors."""
+def check_regexes_match(
+    regexes: tuple[str, ...], tree: Tree, user: str, also: Sequence[str] = ()
+) -> None:
+    """Refuse regexes that match no path of ``tree``, and no other name: they are typing errors."""
     paths = list(leaves_by_path(tree, user)) if regexes else []
-    unused = [r for r in regexes if not any(matches(r, path) for path in paths)]
+    unused = [r for r in regexes if not any(matches(r, path) for path in (*paths, *also))]
     if unused:
         raise ValueError(
             f"`{user}` got {', '.join(map(repr, unused))}, which matches no parameter (a regex "
@@ -171,9 +173,26 @@ def prunable(params: Params, *, where: Where = is_matrix) -> Params:
     )
     if not leaves_with_path(part):
         raise ValueError(
-            f"No leaf of `params` is prunable with where={_name(where)}; {_what_there_is(params)}"
+            f"No leaf of `params` is prunable with where={_name(where)}; "
+            + (_uses_there_are(where, params) or _what_there_is(params))
         )
     return part
+
+
+def _uses_there_are(where: Where, params: Params) -> str:
+    """How the leaves are used of which a predicate by use takes none; nothing for any other."""
+    layout = getattr(where, "layout", None)
+    if layout is None:
+        return ""
+    used = [
+        f"{path!r} as {' and as '.join(use.kind for use in layout.uses(path, len(leaf.shape)))}"
+        for path, leaf in leaves_with_path(params)
+        if is_array(leaf)
+    ]
+    return (
+        f"they are used as follows: {', '.join(used[:12])}. Name all uses of a leaf, as in "
+        '`jp.by_use("embedding", "matmul")` for a table that is both, or choose by path.'
+    )
 
 
 def _what_there_is(params: Params) -> str:

@@ -52,6 +52,11 @@ class Use:
             raise ValueError(f"`Use(kind={self.kind!r})` is unknown. The kinds are {_list(KINDS)}.")
         object.__setattr__(self, "axes", _checked_roles(self.axes, "Use"))
         why = tuple(self.why) or tuple("" if role else "nobody knows" for role in self.axes)
+        if len(why) != len(self.axes):
+            raise ValueError(
+                f"`Use(why={why!r})` has {len(why)} reasons for {len(self.axes)} axes. Give one "
+                "for each axis, empty where it has a role."
+            )
         object.__setattr__(self, "why", why)
         if self.zero is not None and math.isnan(self.zero):
             object.__setattr__(self, "zero", math.nan)  # the one that equals itself in a tuple
@@ -83,6 +88,11 @@ class Entry:
     optional: bool = False
 
     @property
+    def is_at_a_loss(self) -> bool:
+        """True for a rule of a convention that says that nobody can tell."""
+        return self.optional and all(use.kind == "unknown" for use in self.uses)
+
+    @property
     def rank(self) -> int:
         return len(self.uses[0].axes)
 
@@ -95,6 +105,8 @@ class Entry:
 
 def read_entries(given: Any) -> list[Entry]:
     """Read rules of a user, or what JSON gives back."""
+    if hasattr(given, "entries"):  # a layout
+        return list(given.entries)
     if isinstance(given, Mapping):
         return [_declared(regex, roles) for regex, roles in given.items()]
     if not isinstance(given, list | tuple) or not all(

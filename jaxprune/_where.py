@@ -28,13 +28,14 @@ _NAMES = {
     "statistics": r"(?i:((running|moving)_)?(mean|var|variance)|(.*_)?amax_history)",
 }
 _KERNEL = r"kernel|weight|w"
+# Owners of what is called `weight` in equinox and PyTorch, and is a gain.
+NORMS = (
+    r"(?i:(?!dense|linear|conv)(.*norm\d*(_?\w{1,2})?|(ln|bn|gn|rms)(_?\w{1,6})?|\w+_(ln|bn)\d*))"
+)
 # A kernel's name may be that of something else, by what it belongs to: equinox and PyTorch call
 # norms, embeddings and kernels the same. Each with the names that are in doubt, and the owners.
 _OWNERS = {
-    "gains and scales": (
-        r"weight|w",
-        r"(?i:(?!dense|linear|conv)(.*norm\d*(_?\w{1,2})?|(ln|bn|gn|rms)(_?\w{1,6})?|\w+_(ln|bn)\d*))",
-    ),
+    "gains and scales": (r"weight|w", NORMS),
     "embeddings": (
         r"weight",
         r"(?i:(?!(un|de|patch))\w*?(embed(dings?|s|ders?|_tokens)?\d*|emb|wte|wpe)|.*relative_attention_bias)",
@@ -155,6 +156,12 @@ def _owned(name: str, owner: str) -> str:
     return next((k for k, n, o in both if re.fullmatch(n, name) and re.fullmatch(o, owner)), "")
 
 
+def everything(path: str, array: Any) -> bool:
+    """Take every leaf: somebody has chosen before."""
+    del path, array
+    return True
+
+
 @dataclasses.dataclass(frozen=True)
 class ByPath:
     """The predicate that ``by_path`` makes; compares equal by its regexes, so jit caches hit."""
@@ -208,6 +215,10 @@ class Exclude:
     def __call__(self, path: str, array: Any) -> bool:
         return not self.protects(path) and self.where(path, array)
 
+    def with_layout(self, layout: Layout) -> "Exclude":
+        """Let what it takes leaves out of decide by use."""
+        return dataclasses.replace(self, where=with_layout(self.where, layout))
+
     def protects(self, path: str) -> bool:
         """True for a leaf that a regex names."""
         return any(matches(regex, path) for regex in self.regexes)
@@ -248,6 +259,10 @@ class ByUse:
     def __repr__(self) -> str:
         return f"by_use({', '.join(map(repr, self.kinds))})"
 
+    def with_layout(self, layout: Layout) -> "ByUse":
+        """Look uses up in a layout, if it was given none of its own."""
+        return self if self.layout is not None else dataclasses.replace(self, layout=layout)
+
     def __call__(self, path: str, array: Any) -> bool:
         if self.layout is None:
             raise ValueError(
@@ -263,7 +278,7 @@ def by_use(*kinds: str, layout: Layout = None) -> Where:
 
     Args:
       *kinds: ``"matmul"``, ``"conv"``, ``"embedding"``, ``"gain"``, ``"bias"``, ``"derived"``,
-        ``"table"``; see ``jp.Use``.
+        ``"table"``, ``"unused"``, ``"unknown"``; see ``jp.Use``.
       layout: where uses are looked up; what takes a ``layout=`` itself hands its own in.
 
     Returns:
@@ -284,11 +299,16 @@ def by_use(*kinds: str, layout: Layout = None) -> Where:
         if kind not in (*_KINDS, "unused", "unknown"):
             raise ValueError(
                 f"`by_use` got {kind!r}, which is no use of a parameter. There are "
-                f"{', '.join(map(repr, _KINDS))}."
+                f"{', '.join(map(repr, (*_KINDS, 'unused', 'unknown')))}."
             )
     if not kinds or len(set(kinds)) < len(kinds):
         wrong = "no use" if not kinds else f"a use twice: {', '.join(map(repr, kinds))}"
         raise ValueError(f'`by_use` got {wrong}. Name each once, as in `by_use("matmul", "conv")`.')
+    if layout is not None and not hasattr(layout, "uses"):
+        raise TypeError(
+            f"`by_use` got layout={layout!r}. Pass `jp.find_layout(fn, params, *inputs)`, or leave "
+            "it to what takes a `layout=` itself."
+        )
     return ByUse(kinds, layout)
 
 
@@ -308,11 +328,8 @@ def with_layout(where: Where, layout: Layout) -> Where:
         return where
     if where is is_matrix:
         return Kernels(layout)
-    if isinstance(where, ByUse) and where.layout is None:
-        return dataclasses.replace(where, layout=layout)
-    if dataclasses.is_dataclass(where) and hasattr(where, "where"):  # around another one
-        return dataclasses.replace(where, where=with_layout(where.where, layout))
-    return where
+    bound: Where = where.with_layout(layout) if hasattr(where, "with_layout") else where
+    return bound
 
 
 def by_default(where: Where) -> bool:

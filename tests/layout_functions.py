@@ -521,7 +521,7 @@ plain(
     lambda p, x: lax.fori_loop(
         0, 3, lambda i, c: (c[0] + (c[1].sum() > 0), c[1] @ p["w"][c[0]]), (0, x)
     )[1],
-    {"w": "embedding - in? out?"},
+    {"w": "matmul group in out"},
     w=(3, 6, 6),
 )
 plain(
@@ -666,7 +666,7 @@ plain("experts_dispatched", dispatched, _MOE, **_MOE_SHAPES)
 plain(
     "experts_looked_up",
     gathered,
-    {"router": "matmul in out", "up": "embedding - in? out?"},
+    {"router": "matmul in out", "up": "matmul group in out"},
     router=(6, 3),
     up=(3, 6, 10),
 )

@@ -181,8 +181,8 @@ def test_without_a_layout_all_layers_keep_the_same():
     assert pattern.per_layer == () and pattern.units_layout is None
     masks = jp.find_masks(PARAMS, 0.5, pattern=Coupled(GROUPS))
     assert masks["blocks"]["bias"].shape == (1, HIDDEN)
-    half = jp.Layout({"blocks/(gate|up)": ("layer", None, None)})
-    assert bound(layout=half).per_layer == ()
+    silent = jp.Layout({"blocks/(gate|up)": (None, None, None)})
+    assert bound(layout=silent).per_layer == ()
     other = jp.Layout(
         {"blocks/(gate|up|down)": (None, "layer", None), "blocks/bias": ("layer",) * 2}
     )
@@ -663,3 +663,19 @@ def test_groups_tell_what_layers_may_choose():
     assert other != group and hash(other) != hash(group)
     member = group.members[0]
     assert member.layer == 0 and jp.Member(member.path, member.axis, member.indices) != member
+
+
+def test_a_declared_layout_need_not_name_biases():
+    def mlp(p, x):
+        layer = lambda x, q: (x + jax.nn.relu(x @ q["up"] + q["b"]) @ q["down"], None)
+        return lax.scan(layer, x, p)[0]
+
+    params = {"up": weights(3, 6, 8), "b": jnp.zeros((3, 8)), "down": weights(3, 8, 6)}
+    pattern = Coupled(jp.find_groups(mlp, params, jnp.ones((6,))))
+    masks = jp.find_masks(
+        params, 0.25, pattern=pattern, layout=jp.Layout({"up|down": ("layer", "in", "out")})
+    )
+    assert masks["b"].shape == (3, 8) and masks["b"].sum(1).tolist() == [6, 6, 6]
+    # One that says that another axis counts layers is at odds with the groups.
+    other = jp.Layout({"up": ("layer", "in", "out"), "down": ("in", "layer", "out")})
+    assert jp.find_masks(params, 0.25, pattern=pattern, layout=other)["b"].shape == (1, 8)

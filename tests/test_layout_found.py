@@ -223,3 +223,31 @@ def test_a_loop_is_followed_once_whatever_it_is_long():
     for length in (3, 1000):
         (use,) = jp.find_layout(fn, {"w": f32(length, 6, 6)}, X)["w"]
         assert use.axes == ("layer", "in", "out")
+
+
+def test_kernels_that_an_input_gates_are_kernels():
+    params = {"w": jnp.ones((6, 4))}
+    drop = lambda p, x, m: x @ (p["w"] * m)
+    for gate in (jnp.float32(0.5), jnp.ones((6, 4)), jnp.ones((6, 1))):
+        (use,) = jp.find_layout(drop, params, jnp.ones((2, 6)), gate)["w"]
+        assert (use.kind, use.axes) == ("matmul", ("in", "out"))
+    # Another kernel for each example is scaled by data, as a gain is.
+    each = lambda p, x, s: jnp.einsum("bi,bio->bo", x, p["w"][None] * s[:, :, None])
+    (use,) = jp.find_layout(each, params, jnp.ones((2, 6)), jnp.ones((2, 6)))["w"]
+    assert use.kind == "gain"
+
+
+def test_a_scale_of_queries_is_no_kernel():
+    def scores(p, q, k):
+        return jnp.einsum("btd,bsd->bts", q * p["g"][None, None], k)
+
+    (use,) = jp.find_layout(scores, {"g": jnp.ones(4)}, jnp.ones((2, 3, 4)), jnp.ones((2, 5, 4)))[
+        "g"
+    ]
+    assert use.kind == "gain"
+
+
+def test_a_function_that_reads_none_of_its_params_is_refused():
+    params = {"w": jnp.ones((6, 4))}
+    with pytest.raises(ValueError, match=r"reads none of its params \('w'\).*closed over"):
+        jp.find_layout(lambda p, x: x @ params["w"], params, jnp.ones((2, 6)))

@@ -72,7 +72,12 @@ def keep_largest(
         return jax.tree.unflatten(
             treedef, _keep_sorted(keys, list(map(in_words, wanted)), rankings)
         )
-    keep: list[Any] = [None] * len(leaves)
+    keep: list[Any] = [x if x.size else jnp.ones(x.shape, bool) for x in leaves]
+    # Nothing is looked for where nothing lies: a ranking without units would have no size.
+    full = [(tuple(i for i in ranking if leaves[i].size), r) for r, ranking in enumerate(rankings)]
+    full = [(ranking, r) for ranking, r in full if ranking]
+    rankings = tuple(ranking for ranking, _ in full)
+    wanted, shapes = [wanted[r] for _, r in full], [shapes[r] for _, r in full]
     for some in _searches(rankings, leaves):
         mine = [i for r in some for i in rankings[r]]
         competitions = Competitions.of_some(

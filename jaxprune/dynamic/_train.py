@@ -13,7 +13,7 @@ from jaxprune._checks import check_extra, check_inner
 from jaxprune._enforce import common, enforce, live
 from jaxprune._errors import check_key, check_sparsity
 from jaxprune._find import find
-from jaxprune._frozen import moving
+from jaxprune._frozen import Moving, moving
 from jaxprune._layout import Layout
 from jaxprune._masks import check_masks, unpack
 from jaxprune._mesh import in_auto_mode, is_explicit
@@ -22,8 +22,8 @@ from jaxprune._parts import Parts
 from jaxprune._pruner import as_tree, lazy_masks, widen
 from jaxprune._ranking import Lazy, is_lazy, read
 from jaxprune._state import is_packed, is_placeholder
-from jaxprune._tree import map_leaves, narrow, prunable
-from jaxprune._where import by_default, with_layout
+from jaxprune._tree import map_leaves, narrow
+from jaxprune._where import by_default, everything, with_layout
 from jaxprune._wrap import Done, Inner, Step, Store, at_most_once, wrap
 from jaxprune.dynamic._drop_and_grow import Moves, drop_and_grow
 from jaxprune.dynamic._moments import check_moments, reset_moments
@@ -72,14 +72,9 @@ def sparse_training(
         if is_placeholder(params):
             return params, ()
         check_moments(inner, params, user)
-        known = None if layout is None else layout.on(params, user)
-        asked = with_layout(where, known)
-        chosen = moving(asked, inner, params, user)
-        frozen = chosen is not asked
-        given = narrow(sparsity, prunable(params, where=chosen)) if frozen else sparsity
-        each = given if is_tree(given) else erk(params, given, where=chosen, layout=known)
-        found = dataclasses.replace(parts, where=chosen)
-        return find(found, params, each, {"key": key}), ()
+        chosen = _chosen(parts, inner, params)
+        each = _each(chosen, params, sparsity, narrowed=isinstance(chosen.where, Moving))
+        return find(chosen, params, each, {"key": key}), ()
 
     def step(optimizer: Inner, now: Step, store: Store) -> Done:
         check_extra(user, inner, now.extra)
@@ -95,7 +90,9 @@ def sparse_training(
             promise(narrow(now.grads, now.part), folded),
             events(count),
         )
-        event = _Event(scores, events.due(count), now.part, parts.bind(now.part), at_random)
+        # What has a mask has been chosen before, whatever `where` says of it alone.
+        bound = dataclasses.replace(parts, where=everything).bind(now.part)
+        event = _Event(scores, events.due(count), now.part, bound, at_random)
         stored = event.renewed(now.state.masks, store)
         masks = check_masks(unpack(stored), params, "masks")
         # Elementwise at every step, beside what the optimizer does anyway: updates and moments that
@@ -114,6 +111,21 @@ def sparse_training(
         packed=packed,
         by_default=by_default(where),
     )
+
+
+def _chosen(parts: Parts, inner: optax.GradientTransformation, params: Params) -> Parts:
+    """The parts without what the inner optimizer freezes, the layout settled on the params."""
+    known = None if parts.layout is None else parts.layout.on(params, parts.user)
+    asked = with_layout(parts.where, known)
+    where = moving(asked, inner, params, parts.user)
+    return dataclasses.replace(parts, where=where, layout=known)
+
+
+def _each(parts: Parts, params: Params, sparsity: Sparsity, *, narrowed: bool) -> Sparsity:
+    """A sparsity for each leaf; a tree that is given may have numbers for frozen leaves, too."""
+    if not is_tree(sparsity):
+        return erk(params, sparsity, where=parts.where, layout=parts.layout)
+    return narrow(sparsity, parts.prunable(params)) if narrowed else sparsity
 
 
 class _Event(NamedTuple):

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from jaxprune._layout import Entry, Layout, Use
+from jaxprune._tree import list_paths
 from jaxprune.graph._follow import Log, follow
 from jaxprune.graph._meetings import NOBODY, Meeting, Role
 from jaxprune.graph._network import Network, check_call, network
@@ -51,6 +52,7 @@ def find_layout(fn: Callable[..., Any], params: Params, *inputs: Any, **keywords
 
     Raises:
       Exception: whatever ``fn`` raises for these inputs, with a note of what it was called with.
+      ValueError: ``fn`` reads none of its params, as one that has closed over them.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -63,9 +65,14 @@ def find_layout(fn: Callable[..., Any], params: Params, *inputs: Any, **keywords
       layers  6x4x4  matmul (layer, in, out)
     """
     check_call(fn, keywords, find_layout)
-    return layout_of(
-        network(fn, params, inputs, keywords, exact=False, complain=False, solved=False)
-    )
+    net = network(fn, params, inputs, keywords, exact=False, complain=False, solved=False)
+    found = layout_of(net)
+    if found and all(use.kind == "unused" for uses in found.values() for use in uses):
+        raise ValueError(
+            f"`find_layout` found that `fn` reads none of its params ({list_paths(net.paths, 4)}), "
+            "as if it had closed over them. Pass a function that uses the params that it is given."
+        )
+    return found
 
 
 def layout_of(net: Network) -> Layout:

@@ -6,7 +6,7 @@ from typing import TypeAlias
 
 from jaxprune.graph._frames import callers
 from jaxprune.graph._site import Site
-from jaxprune.graph._sources import Factors, Note, Number, Source, axes_in
+from jaxprune.graph._sources import LOOKED_UP, Factors, Note, Number, Source, axes_in
 
 Role: TypeAlias = str | None
 Placed: TypeAlias = Sequence[tuple[Factors, Role, Note]]  # what lies where, as what, or why not
@@ -165,6 +165,29 @@ def as_weight(source: Source) -> Source:
         dataclasses.replace(g, role=None if g.role == "in" else g.role) for g in source.gone
     )
     return dataclasses.replace(source, gone=gone, kind="", number=None)
+
+
+def as_kernel(source: Source, placed: Placed) -> Source | None:
+    """A kernel that data has chosen among others, or gated, before a product; None if it is none.
+
+    One that is looked up is one of a group, as experts are. One that is gated (dropped weights, a
+    mask or a temperature among the inputs) lies as it did. Both have inputs and outputs in the
+    product: keys that are looked up, or scaled, and meet queries have not.
+    """
+    told = {role for factors, role, _ in placed if any(factor.axes for factor in factors)}
+    if not {"in", "out"} <= told or any(gone.role == "in" for gone in source.gone):
+        return None
+    if source.kind == "embedding":
+        gone = tuple(
+            dataclasses.replace(g, role="group") if g.why.text == LOOKED_UP else g
+            for g in source.gone
+        )
+        return dataclasses.replace(source, gone=gone, kind="", number=None)
+    # Repeated along an axis of data it is another kernel for each example, and a gain of that.
+    whole = all(f.axes or f.size == 1 for factors in source.axes for f in factors)
+    if source.kind == "product" and whole:
+        return dataclasses.replace(source, kind="", number=None)
+    return None
 
 
 # What data has been multiplied with element by element, or looked up in, and what came then.

@@ -9,6 +9,7 @@ from jaxprune.graph._meetings import (
     ELEMENT,
     Meeting,
     Placed,
+    as_kernel,
     as_weight,
     everywhere,
     in_conv,
@@ -186,9 +187,13 @@ def _product(log: Log, at: Site, ins: Sequence[Value]) -> Sequence[Value]:
     name = "conv" if at.primitive == "conv_general_dilated" else "matmul"
     for i, value in enumerate(pair):
         for source in value.sources:
-            if value.kind == "weights" or (source.kind in ("embedding", "linear") and not met):
+            placed = _PLACES[at.primitive](at, i, source)
+            kernel = None if met else as_kernel(source, placed)
+            if kernel is not None:
+                log.note(at, kernel, name, placed)
+            elif value.kind == "weights" or (source.kind in ("embedding", "linear") and not met):
                 kind = "embedding" if source.kind == "embedding" else name
-                log.note(at, as_weight(source), kind, _PLACES[at.primitive](at, i, source))
+                log.note(at, as_weight(source), kind, placed)
             else:
                 log.settle(at, Value("data", (source,)))
     return [DATA]

@@ -22,6 +22,9 @@ Kind: TypeAlias = Literal["", "gain", "product", "linear", "embedding"]
 Number: TypeAlias = float | None  # what a removed weight becomes; None where others decide
 
 
+LOOKED_UP = "data looks its indices up, in {}"
+
+
 @dataclasses.dataclass(frozen=True)
 class Note:
     """A reason, put into words where somebody asks: ``{}`` is the operation and its line."""

@@ -11,6 +11,7 @@ from jaxprune.graph._collectives import MOVES
 from jaxprune.graph._reshape import runs
 from jaxprune.graph._site import Site
 from jaxprune.graph._sources import (
+    LOOKED_UP,
     Factor,
     Factors,
     Gone,
@@ -181,7 +182,7 @@ def taken(at: Site, factors: Factors, index: Value) -> Gone:
     """What has become of an axis of which an index is picked."""
     if index.kind == "count":
         return Gone(axes_in(factors), "layer")
-    text = ONE_BY_ONE if index.kind == "constant" else "data looks its indices up, in {}"
+    text = ONE_BY_ONE if index.kind == "constant" else LOOKED_UP
     return Gone(axes_in(factors), None, Note(text, at))
 
 

@@ -1,7 +1,8 @@
 """How flax, haiku and Keras lay out kernels: inputs before outputs."""
 
 from jaxprune._layout import Layout
-from jaxprune.layouts._rules import ELEMENTWISE, LOOKED_UP, rule, unknown
+from jaxprune._where import NORMS
+from jaxprune.layouts._rules import ELEMENTWISE, LOOKED_UP, gains, rule, unknown
 
 _KERNEL = r"(.*/)?(kernel|w)"
 _CONV = r"(.*/)?(?!\w*(?i:transpose))\w*(?i:conv)\w*/(kernel|w)"
@@ -26,6 +27,6 @@ flax = Layout(
         rule(f"{_ATTENTION}/out/kernel", "matmul", "in", "in", "out"),
         rule(r"(.*/)?embeddings?", "embedding", None, "out", why=LOOKED_UP),
         rule(r"(.*/)?bias", "bias", None, why=ELEMENTWISE),
-        rule(r"(.*/)?scale", "gain", None, why=ELEMENTWISE),
+        *gains(rf"(.*/)?({NORMS}/(kernel|w)|scale)"),
     )
 )

@@ -15,3 +15,10 @@ def rule(path: str, kind: str, *axes: Role, why: str = "") -> Entry:
 def unknown(path: str, *ranks: int, why: str) -> list[Entry]:
     """Say that leaves of some name and so many axes cannot be told."""
     return [rule(path, "unknown", *[None] * rank, why=why) for rank in ranks]
+
+
+def gains(path: str) -> list[Entry]:
+    """Say that leaves of some name are gains, be they stacked or not."""
+    why = "a gain, or a stack of gains"
+    stacks = [rule(path, "gain", *[None] * rank, why=why) for rank in (2, 3)]
+    return [rule(path, "gain", None, why=ELEMENTWISE), *stacks]

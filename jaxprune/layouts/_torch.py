@@ -1,15 +1,17 @@
 """How PyTorch and equinox lay out weights: outputs before inputs."""
 
 from jaxprune._layout import Layout
-from jaxprune.layouts._rules import ELEMENTWISE, LOOKED_UP, rule, unknown
+from jaxprune._where import NORMS
+from jaxprune.layouts._rules import ELEMENTWISE, LOOKED_UP, gains, rule, unknown
 
 _WEIGHT = r"(.*/)?weight"
-_CONV = r"(.*/)?\w*(?i:conv)\w*(/\d+)?/weight"
+_GPT2 = r"(c_attn|c_proj|c_fc|q_attn)/weight"
+_CONV = r"(.*/)?(?!\w*(?i:transpose|deconv))\w*(?i:conv)\w*(/\d+)?/weight"
 _EMBEDDING = r"(.*/)?(?i:(?!(un|de|patch))\w*(embed\w*|emb)|wte|wpe)/weight"
 
 torch = Layout(
     (
-        rule(_WEIGHT, "matmul", "out", "in"),
+        rule(rf"(?!(.*/)?{_GPT2}$){_WEIGHT}", "matmul", "out", "in"),
         *unknown(
             _WEIGHT, *(3, 4, 5, 6), why="so many axes have a stack of layers and a convolution"
         ),
@@ -22,12 +24,13 @@ torch = Layout(
             why="PyTorch has inputs first in a transposed convolution, equinox has outputs",
         ),
         *unknown(
-            r"(.*/)?(c_attn|c_proj|c_fc|q_attn)/weight",
+            rf"(.*/)?{_GPT2}",
             2,
             why="the GPT-2 of transformers has inputs first here, and nanoGPT has outputs",
         ),
         rule(_EMBEDDING, "embedding", None, "out", why=LOOKED_UP),
         rule(_WEIGHT, "gain", None, why=ELEMENTWISE),
+        *gains(rf"(.*/)?{NORMS}/weight"),
         rule(r"(.*/)?bias", "bias", None, why=ELEMENTWISE),
     )
 )

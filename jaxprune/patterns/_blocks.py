@@ -63,7 +63,7 @@ class Blocks:
 
     def __repr__(self) -> str:
         axes = "" if self.axes is None else f", axes={self.axes}"
-        return f"Blocks({self.shape}{axes})"
+        return f"Blocks(shape={self.shape}, reduce={self.reduce!r}{axes})"
 
     def bind(self, params: Params, *, where: Where, layout: Layout | None = None) -> "Blocks":
         """Settle it on params: along which axes of each leaf the blocks lie."""
@@ -114,12 +114,14 @@ class Blocks:
 
         def visit(path: str, s: jax.Array) -> None:
             if not self._sizes(path, s.ndim):
-                bad.append(f"{path!r} of shape {s.shape}")
+                twice = self.axes is not None and s.ndim >= len(self.shape)
+                why = ", of which it names an axis twice or one that is not there" * twice
+                bad.append(f"{path!r} of shape {s.shape}{why}")
 
         map_with_path(visit, scores)
         if bad:
             raise ValueError(
-                f"`{self!r}` needs at least {len(self.shape)} axes, but has "
+                f"`Blocks({self.shape})` needs at least {len(self.shape)} axes, but has "
                 f"{', '.join(bad)}. Choose a shorter `shape`, or exclude them with `where`."
             )
 

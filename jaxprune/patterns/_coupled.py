@@ -199,7 +199,7 @@ class Coupled:
         Raises:
           ValueError: a sparsity is outside [0, 1], or a regex matches no group.
         """
-        check_sparsity(dict(rules), "share")
+        check_sparsity(dict(rules), "share", layers=False)
         check_sparsity(default, "share(default)")
         compiled = {regex: compile_regex(regex, "share") for regex in rules}
         names = [group.name for group in self.groups]
@@ -284,9 +284,14 @@ class Coupled:
 
 
 def _in_layers(group: Group, shapes: Mapping[str, tuple[int, ...]], layout: Layout | None) -> bool:
-    """Say whether each layer chooses for itself: groups and layout name the same axes for it."""
+    """Say whether each layer chooses for itself: groups and layout name the same axes for it.
+
+    The groups know it of all members; the layout has to know it of one, and say nothing of others.
+    """
     if layout is None or not group.layers:
         return False
     check_layers(group, shapes)
-    known = [layout.layers(m.path, len(shapes[m.path])) == (m.layer,) for m in group.members]
-    return all(known)
+    roles = [(m, layout.roles(m.path, len(shapes[m.path]))) for m in group.members]
+    told = [(m, r) for m, r in roles if any(r)]
+    layers = [[i for i, role in enumerate(r) if role == "layer"] == [m.layer] for m, r in told]
+    return bool(layers) and all(layers)

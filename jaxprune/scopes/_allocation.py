@@ -9,7 +9,7 @@ import numpy as np
 from jaxprune._errors import check_sparsity
 from jaxprune._help import readable
 from jaxprune._layers import by_rules, check_rules
-from jaxprune._layout import Layout
+from jaxprune._layout import Layout, check_layout
 from jaxprune._tree import (
     is_matrix,
     leaves_with_path,
@@ -129,6 +129,7 @@ def _covered(
     params: Params, where: Where, layout: Layout | None, user: str
 ) -> tuple[Params, Layout | None]:
     """The prunable leaves, and the layout settled on the params."""
+    check_layout(user, layout)
     known = None if layout is None else layout.on(params, user)
     return prunable(params, where=with_layout(where, known)), known
 
@@ -164,7 +165,7 @@ def custom(
       >>> custom({"in": jnp.ones((2, 2)), "out": jnp.ones((2, 2))}, {"out": 0.5}, default=0.9)
       {'in': 0.9, 'out': 0.5}
     """
-    check_sparsity(dict(rules), "custom")
+    check_sparsity(dict(rules), "custom", layers=False)
     check_sparsity(default, "custom(default)")
     for regex in rules:
         compile_regex(regex, "custom")

@@ -42,7 +42,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
+class WithLayout:
     """A scope that is a plain function, settled on the params of a layout."""
 
     scope: Any
@@ -102,7 +102,7 @@ def counted_by(
     def declare(scope: Any) -> Any:
         def bind(params: Params, *, where: Where, layout: Layout | None = None) -> Any:
             fits(params, where, layout)
-            return scope if layout is None else Bound(scope, layout)
+            return scope if layout is None else WithLayout(scope, layout)
 
         scope.counts, scope.lazily, scope.lazy = counts, lazily, True
         scope.refuses, scope.bind = refuses, bind
@@ -165,10 +165,12 @@ def one_each(units: Units, sparsity: Sparsity, user: str) -> list[Any]:
     missing = ["/".join(keys) for keys in wanted if keys not in given]
     extra = ["/".join(keys) for keys in given if keys not in wanted]
     if missing or extra:
+        inside = any(name.startswith(f"{path}/") for path in missing for name in extra)
+        layers = " Numbers for the layers of a stack are one array, `np.array([...])`." * inside
         raise ValueError(
             f"`{user}` got a tree of sparsities that does not mirror the prunable leaves: none "
             f"for {list_paths(missing)}; not prunable {list_paths(extra)}. Make it with "
-            "`jp.scopes.uniform`, `erk` or `custom` and the same `where`."
+            f"`jp.scopes.uniform`, `erk` or `custom` and the same `where`.{layers}"
         )
     return [given[keys] for keys in wanted]
 
@@ -220,7 +222,7 @@ def kept_in_layers(
 ) -> Counts:
     """Count what stays of each leaf, or of each layer of a stack."""
     shapes, numbers = each_layer(units, sparsities, layout, user)
-    inside = [n // math.prod(shape) for n, shape in zip(sizes, shapes, strict=True)]
+    inside = [n // max(math.prod(s), 1) for n, s in zip(sizes, shapes, strict=True)]
     counts = kept(inside, numbers).kept
     return Counts(tuple(over(n, shape) for n, shape in zip(counts, shapes, strict=True)))
 

@@ -2,6 +2,7 @@
 
 import math
 
+from jaxprune._axes import describe, ways_out
 from jaxprune._layout import Layout
 from jaxprune._ranking import is_lazy, keep_largest, shape_of_counts
 from jaxprune._tree import is_hole, leaves_with_path, prunable, slots
@@ -64,23 +65,21 @@ def _refuses(pattern: Pattern) -> str | None:
 
 def _fits(params: Params, where: Where, layout: Layout | None) -> None:
     """Refuse leaves of which nobody knows what is an output."""
-    bad: list[str] = []
-    if layout is None:
-        return
+    bad, first = [], ""
     for path, leaf in leaves_with_path(prunable(params, where=where)):
-        rank = len(leaf.shape)
-        roles = layout.roles(path, rank)
-        if "out" not in roles or None in roles:
-            shown = ", ".join(role or "?" for role in roles)
-            bad.append(
-                f"{path!r} of shape {leaf.shape}, whose axes are ({shown}): "
-                f"{layout.why(path, rank) or 'none is an output'}"
-            )
+        shape = tuple(leaf.shape)
+        if layout is None and len(shape) < 2:
+            bad.append(f"{path!r} of shape {shape}, which has no inputs")
+        elif layout is not None:
+            roles = layout.roles(path, len(shape))
+            if "out" not in roles or None in roles:
+                name = "in" if "out" in roles else "out"
+                bad.append(describe(layout, path, shape, name))
+                first = first or ways_out(layout, path, len(shape), name)
     if bad:
         raise ValueError(
-            f"`per_output` has to know what the outputs are, and cannot tell for "
-            f"{'; '.join(bad[:6])}. Leave them out with `where=jp.exclude(...)`, or say what their "
-            'axes are: `layout | jp.Layout({path: ("in", "out")})`.'
+            f"`per_output` has to know what inputs and outputs are, and cannot tell for "
+            f"{'; '.join(bad[:6])}. {first or 'Leave them out with `where=jp.exclude(...)`.'}"
         )
 
 

@@ -94,7 +94,7 @@ def test_criteria(name):
         stacks, leaves = both(find)
         count = lambda tree: sum(int(m.sum()) for m in jax.tree.leaves(tree))
         assert count(stacks) == count(leaves)
-    elif name in ("lamp", "snip", "synflow", "grasp"):  # sums in another order
+    elif name in ("snip", "synflow", "grasp"):  # gradients may be summed in another order
         stacks, leaves = both(find)
         differ = [
             np.mean(np.asarray(a) != np.asarray(b))
@@ -111,15 +111,103 @@ def test_a_part_that_knows_no_layout_sees_each_layer_as_a_leaf():
     def share(params, *, grads, **_):
         return jax.tree.map(lambda w, g: jnp.abs(w * g) / jnp.abs(w).max(), params, grads)
 
-    def keep_more_of_small(units, sparsity, *, within=None):
-        return scopes.per_leaf(units, sparsity / 2, within=within)
-
     find = lambda p, g, layout: jp.find_masks(
         p, SPARSITY, criterion=share, scope=keep_more_of_small, layout=layout, grads=g
     )
     stacks, leaves = both(find)
     assert_same(stacks, leaves)
     assert all(np.mean(m) > 0.6 for m in jax.tree.leaves(leaves))
+
+
+class Steady:
+    """A criterion with memory, of somebody's own: how steadily a layer is pulled at, as a whole."""
+
+    def init(self, params):
+        return jax.tree.map(lambda w: jnp.zeros_like(w) + jnp.abs(w).max(), params)
+
+    def update(self, state, params, grads):
+        return jax.tree.map(
+            lambda s, w, g: s / 2 + jnp.abs(w * g) / jnp.abs(g).max(), state, params, grads
+        )
+
+    def __call__(self, params, *, state, **_):
+        return state
+
+
+@pytest.mark.parametrize("criterion", [criteria.movement, criteria.fisher_ema(0.5), Steady()])
+def test_criteria_with_memory(criterion):
+    def find(params, grads, layout):
+        settings = {"criterion": criterion, "scope": scopes.across, "layout": layout}
+        schedule = jp.schedules.linear(SPARSITY, 0, 4, 2)
+        return trained(jp.prune(optax.sgd(0.25), schedule=schedule, **settings), params, grads)
+
+    (weights, masks), (leaves, want) = both(find)
+    assert_same(masks, want)
+    assert_same(weights, leaves)
+
+
+def keep_more_of_small(units, sparsity, *, within=None):
+    """A scope that knows no layout."""
+    return scopes.per_leaf(units, jax.tree.map(lambda s: s / 2, sparsity), within=within)
+
+
+@pytest.mark.parametrize("scope", [scopes.per_leaf, keep_more_of_small])
+def test_an_array_of_sparsities_has_one_for_each_layer_whoever_ranks(scope):
+    each = {"a": [0.25, 0.5, 0.75], "b": [0.5, 0.25, 0.0]}
+
+    def find(params, grads, layout):
+        rows = each if layout is ALONE else {n: np.array(x) for n, x in each.items()}
+        sparsity = {"h": rows, "head": 0.5, "out": 0.25}
+        return jp.find_masks(params, sparsity, scope=scope, layout=layout)
+
+    assert_same(*both(find))
+
+
+@pytest.mark.parametrize("pattern", ["Channels", "Blocks named", "foreign"])
+def test_sparse_training_moves_units_in_each_layer(pattern):
+    class Rows:
+        """A pattern that knows no layout."""
+
+        def pool(self, scores):
+            return jax.tree.map(lambda s: s.mean(1, keepdims=True), scores)
+
+        def expand(self, keep, *, like):
+            return jax.tree.map(lambda _, k: k, like, keep)
+
+    def find(params, grads, layout):
+        settings = {"pattern": Rows() if pattern == "foreign" else PATTERNS[pattern]}
+        where = jp.exclude("out")  # is checked at `init` alone, when all leaves are there
+        wrap = trainings.wrappers(layout=layout, where=where, **settings)["rigl"]
+        return trained(wrap(optax.sgd(0.25)), params, grads)
+
+    (weights, masks), (leaves, want) = both(find)
+    assert masks["out"] is None
+    assert_same(masks, want)
+    assert_same(weights, leaves)
+
+
+def test_parts_that_know_no_layout_on_an_explicit_mesh():
+    def share(params, **_):
+        return jax.tree.map(lambda w: jnp.abs(w) / jnp.abs(w).max(), params)
+
+    params = {"w": draw(2, 4, 8, 8) * np.arange(1, 9, dtype=np.float32)[:, None]}
+    layout = jp.Layout({"w": ("in", "layer", "out")})
+    settings = {"criterion": share, "scope": keep_more_of_small, "layout": layout}
+    want = jp.find_masks(params, SPARSITY, **settings)["w"]
+    mesh = jax.make_mesh((8,), ("x",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        there = jax.device_put(params, NamedSharding(mesh, P(None, "x", None)))
+        np.testing.assert_array_equal(jp.find_masks(there, SPARSITY, **settings)["w"], want)
+        tx = jp.prune(optax.sgd(0.1), schedule=jp.schedules.constant(SPARSITY), **settings)
+        np.testing.assert_array_equal(trained(tx, there, there, 1)[1]["w"], want)
+
+
+def test_a_stack_of_no_layers_has_nothing_to_lose():
+    params = {"w": jnp.ones((0, 8, 4)), "v": jnp.ones((8, 4))}
+    layout = jp.Layout({"w": ("layer", "in", "out"), "v": ("in", "out")})
+    for scope in (*SCOPES.values(), keep_more_of_small):
+        masks = jp.find_masks(params, 0.5, scope=scope, layout=layout)
+        assert masks["w"].shape == (0, 8, 4) and masks["v"].sum() in (16, 24)
 
 
 @pytest.mark.parametrize("name", ["uniform", "erk", "custom"])
@@ -180,11 +268,13 @@ def test_other_wrappers(name):
         assert_same(weights, leaves)
 
 
-def test_iterative_pruning():
+@pytest.mark.parametrize("scope", [scopes.per_leaf, keep_more_of_small])
+def test_iterative_pruning(scope):
     def find(params, grads, layout):
         rates = {"h/a[2]": 0.5} if layout is LAYOUT else {"h/a/2": 0.5}
         fit = lambda ticket, masks: jax.tree.map(lambda w, g: w + g / 4, ticket, grads)
-        *_, level = jp.imp(params, fit, rounds=2, rate=0.3, rates=rates, layout=layout)
+        settings = {"rounds": 2, "rate": 0.3, "rates": rates, "layout": layout, "scope": scope}
+        *_, level = jp.imp(params, fit, **settings)
         return level.masks
 
     assert_same(*both(find))

@@ -3,8 +3,12 @@
 import re
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import optax
 import pytest
+
+import jaxprune as jp
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "from_jaxpruner.md"
@@ -81,6 +85,20 @@ def test_what_the_page_of_layouts_shows_runs(capsys):
     shown = LAYOUTS.read_text().split("```text\n")[1:]
     printed = capsys.readouterr().out
     assert all(block.split("```")[0] in printed for block in shown)
+
+
+def test_what_the_readme_shows_of_layouts_runs():
+    text = (ROOT / "README.md").read_text()
+    source = text[text.index("layout = jp.find_layout(apply_fn") :].split("```")[0]
+    params = {"blocks": jnp.ones((3, 8, 8)), "head": jnp.ones((8, 4))}
+
+    def apply_fn(params, x):
+        x, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["blocks"])
+        return x @ params["head"]
+
+    names = {"jp": jp, "apply_fn": apply_fn, "params": params, "images": jnp.ones((2, 8))}
+    exec(source, names)
+    assert names["masks"]["blocks"].sum(1).tolist() == [[4] * 8] * 3
 
 
 @pytest.mark.slow

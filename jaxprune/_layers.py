@@ -172,9 +172,10 @@ def by_rules(
 
 def check_rules(rules: Mapping[str, float], part: Params, layout: Layout | None, user: str) -> None:
     """Refuse regexes that match no leaf and no layer."""
+    leaves = leaves_by_path(part, user) if rules and layout is not None else {}
     names = [
         name
-        for path, x in leaves_by_path(part, user).items()
-        for name in (names_of(path, x.shape, layout.layers(path, len(x.shape))) if layout else [])
+        for path, x in leaves.items()
+        for name in names_of(path, x.shape, layout.layers(path, len(x.shape)) if layout else ())
     ]
     check_regexes_match(tuple(rules), part, user, also=names)

@@ -6,7 +6,7 @@ import numpy as np
 
 import jaxprune as jp
 
-LAYERS = 3
+LAYERS = 2
 AXES = {"a": 0, "b": 1}  # of the layers in each stack
 LAYOUT = jp.Layout(
     {"head|out": ("in", "out"), "h/a": ("layer", "in", "out"), "h/b": ("in", "layer", "out")}

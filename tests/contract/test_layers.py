@@ -26,6 +26,7 @@ from tests.contract.layered import (
 from tests.helpers import fast_if
 
 SPARSITY = 0.75
+EMA = criteria.fisher_ema(0.5)
 SCOPES = {
     "per_leaf": scopes.per_leaf,
     "across": scopes.across,
@@ -51,7 +52,7 @@ PAIRS = [
 FEW = [
     *(("Weights", s) for s in SCOPES),
     *(("Blocks named", "per_output"), ("Channels out", "across"), ("Channels 0", "per_leaf")),
-    *(("Blocks", "windows"), ("Blocks", "per_leaf")),
+    ("Blocks", "windows"),
 ]
 
 
@@ -81,7 +82,13 @@ def test_patterns_and_scopes(pattern, scope):
     assert_same(*both(find))
 
 
-@pytest.mark.parametrize("name", [n for n in tables.CRITERIA if n not in tables.MEMORIES])
+@pytest.mark.parametrize(
+    "name",
+    fast_if(
+        lambda n: n in ("taylor", "random", "lamp", "snip"),
+        [n for n in tables.CRITERIA if n not in tables.MEMORIES],
+    ),
+)
 def test_criteria(name):
     criterion = tables.make_criterion(name)
 
@@ -134,7 +141,10 @@ class Steady:
         return state
 
 
-@pytest.mark.parametrize("criterion", [criteria.movement, criteria.fisher_ema(0.5), Steady()])
+@pytest.mark.parametrize(
+    "criterion",
+    [Steady(), *(pytest.param(c, marks=pytest.mark.slow) for c in (criteria.movement, EMA))],
+)
 def test_criteria_with_memory(criterion):
     def find(params, grads, layout):
         settings = {"criterion": criterion, "scope": scopes.across, "layout": layout}
@@ -153,7 +163,7 @@ def keep_more_of_small(units, sparsity, *, within=None):
 
 @pytest.mark.parametrize("scope", [scopes.per_leaf, keep_more_of_small])
 def test_an_array_of_sparsities_has_one_for_each_layer_whoever_ranks(scope):
-    each = {"a": [0.25, 0.5, 0.75], "b": [0.5, 0.25, 0.0]}
+    each = {"a": [0.25, 0.75], "b": [0.5, 0.0]}
 
     def find(params, grads, layout):
         rows = each if layout is ALONE else {n: np.array(x) for n, x in each.items()}
@@ -163,7 +173,9 @@ def test_an_array_of_sparsities_has_one_for_each_layer_whoever_ranks(scope):
     assert_same(*both(find))
 
 
-@pytest.mark.parametrize("pattern", ["Channels", "Blocks named", "foreign"])
+@pytest.mark.parametrize(
+    "pattern", fast_if(lambda p: p == "Channels", ["Channels", "Blocks named", "foreign"])
+)
 def test_sparse_training_moves_units_in_each_layer(pattern):
     class Rows:
         """A pattern that knows no layout."""
@@ -213,8 +225,8 @@ def test_a_stack_of_no_layers_has_nothing_to_lose():
 @pytest.mark.parametrize("name", ["uniform", "erk", "custom"])
 def test_allocations(name):
     if name == "custom":
-        rules = {"h/a[1]": 0.9, r"h/b\[[02]\]": 0.2, "head": 0.25}
-        apart = {"h/a/1": 0.9, "h/b/[02]": 0.2, "head": 0.25}
+        rules = {"h/a[1]": 0.9, r"h/b\[[01]\]": 0.2, "head": 0.25}
+        apart = {"h/a/1": 0.9, "h/b/[01]": 0.2, "head": 0.25}
         allocate = lambda p, layout: scopes.custom(
             p, rules if layout is LAYOUT else apart, default=0.5, layout=layout
         )
@@ -240,8 +252,9 @@ def trained(tx, params, grads, steps=tables.STEPS):
 @pytest.mark.parametrize(
     "name", fast_if(lambda n: n in ("cubic", "cyclic"), list(tables.SCHEDULES))
 )
-@pytest.mark.parametrize("packed", [False, True])
-def test_prune_under_every_schedule(name, packed):
+def test_prune_under_every_schedule(name):
+    packed = name != "cyclic"
+
     def find(params, grads, layout):
         final = scopes.erk(params, SPARSITY, layout=layout)
         settings = {"criterion": criteria.taylor, "layout": layout, "packed": packed}
@@ -253,7 +266,7 @@ def test_prune_under_every_schedule(name, packed):
     assert_same(weights, leaves)
 
 
-@pytest.mark.parametrize("name", ["rigl", "set", "straight_through"])
+@pytest.mark.parametrize("name", fast_if(lambda n: n != "set", ["rigl", "set", "straight_through"]))
 def test_other_wrappers(name):
     def find(params, grads, layout):
         wrap = trainings.wrappers(layout=layout, packed=True)[name]
@@ -268,10 +281,12 @@ def test_other_wrappers(name):
         assert_same(weights, leaves)
 
 
-@pytest.mark.parametrize("scope", [scopes.per_leaf, keep_more_of_small])
+@pytest.mark.parametrize(
+    "scope", fast_if(lambda s: s is keep_more_of_small, [scopes.per_leaf, keep_more_of_small])
+)
 def test_iterative_pruning(scope):
     def find(params, grads, layout):
-        rates = {"h/a[2]": 0.5} if layout is LAYOUT else {"h/a/2": 0.5}
+        rates = {"h/a[1]": 0.5} if layout is LAYOUT else {"h/a/1": 0.5}
         fit = lambda ticket, masks: jax.tree.map(lambda w, g: w + g / 4, ticket, grads)
         settings = {"rounds": 2, "rate": 0.3, "rates": rates, "layout": layout, "scope": scope}
         *_, level = jp.imp(params, fit, **settings)
@@ -299,7 +314,7 @@ def test_two_axes_of_layers_are_layers_in_their_order():
         np.testing.assert_array_equal([got[i, :, j] for i in range(2) for j in range(3)], want)
 
 
-@pytest.mark.parametrize("axis", [0, 1, None])
+@pytest.mark.parametrize("axis", fast_if(lambda axis: axis == 0, [0, 1, None]))
 def test_sharded_over_eight_devices_the_layers_too(axis):
     w = draw(2, 8, 8, 16) * np.arange(1, 9, dtype=np.float32)[:, None, None]
     layout = jp.Layout({"w": ("layer", "in", "out")})
@@ -320,7 +335,7 @@ def test_each_layer_loses_exactly_its_share():
     assert b.sum((0, 2)).tolist() == [128 - round(SPARSITY * 128)] * LAYERS
 
 
-@pytest.mark.parametrize("axis", [0, 2])
+@pytest.mark.parametrize("axis", fast_if(lambda axis: axis == 0, [0, 2]))
 def test_trained_on_eight_devices_masks_are_those_of_one(axis):
     params = {"w": draw(2, 8, 8, 16) * np.arange(1, 9, dtype=np.float32)[:, None, None]}
     layout = jp.Layout({"w": ("layer", "in", "out")})
@@ -373,12 +388,12 @@ def transformer(seed):
 @pytest.mark.parametrize(
     "settings",
     [
-        {},
         {"scope": scopes.across, "criterion": criteria.taylor},
-        {"scope": scopes.per_output},
-        {"pattern": patterns.Channels("out"), "scope": scopes.across},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"scope": scopes.per_output}, marks=pytest.mark.slow),
+        pytest.param({"pattern": patterns.Channels("out")}, marks=pytest.mark.slow),
     ],
-    ids=["per_leaf", "taylor across", "per_output", "channels"],
+    ids=["taylor across", "per_leaf", "per_output", "channels"],
 )
 def test_a_scanned_transformer_is_pruned_as_the_unrolled_one(settings):
     masks = []

@@ -117,6 +117,11 @@ class Layout(Mapping[str, tuple[Use, ...]]):
         """The axes of a leaf that count layers."""
         return tuple(i for i, role in enumerate(self.roles(path, rank)) if role == "layer")
 
+    def of_layer(self, path: str, shape: Sequence[int]) -> tuple[int, ...]:
+        """The shape of one layer of a leaf, or of the leaf if it is no stack."""
+        layers = self.layers(path, len(shape))
+        return tuple(n for i, n in enumerate(shape) if i not in layers)
+
     def why(self, path: str, rank: int) -> str:
         """Why some axes of a leaf have no role; nothing where all have one."""
         uses = self.uses(path, rank)
@@ -180,10 +185,8 @@ class Layout(Mapping[str, tuple[Use, ...]]):
         _check_matches(self, leaves, params, user)
         found = {path: self.uses(path, len(shape)) for path, shape in leaves.items()}
         _check_found(self, leaves, found, user)
-        nothing = {
-            p: Use("unknown", (None,) * len(s), (UNSAID,) * len(s)) for p, s in leaves.items()
-        }
-        return Layout(tuple(Entry(p, u or (nothing[p],), leaves[p]) for p, u in found.items()))
+        said = {path: uses or _nothing(len(leaves[path])) for path, uses in found.items()}
+        return Layout(tuple(Entry(path, uses, leaves[path]) for path, uses in said.items()))
 
     def __repr__(self) -> str:
         shown = [f"{path}: {' and '.join(map(str, self[path]))}" for path in list(self)[:8]]

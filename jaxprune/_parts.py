@@ -15,8 +15,8 @@ from jaxprune._layers import apart, apart_layout, beside, together
 from jaxprune._layout import Layout, check_layout
 from jaxprune._mesh import shapes_of
 from jaxprune._numbers import is_tree
-from jaxprune._ranking import is_lazy
-from jaxprune._tree import align, is_hole, map_leaves, prunable, slots
+from jaxprune._ranking import is_lazy, named_leaves
+from jaxprune._tree import align, map_leaves, prunable
 from jaxprune._where import everything, with_layout
 from jaxprune.typing import (
     Criterion,
@@ -59,7 +59,7 @@ class Parts:
     where: Where
     layout: Layout | None = None
     is_bound: bool = False
-    takes_apart: bool = False  # pattern or scope know of no layout: they see layers as leaves
+    apart_by: Layout | None = None  # once bound: pattern or scope know no layout, and see layers
 
     def __post_init__(self) -> None:
         check_layout(self.user, self.layout)
@@ -83,10 +83,10 @@ class Parts:
         layout = None if self.layout is None else self.layout.on(params, self.user)
         where = with_layout(self.where, layout)
         seen, what, known = params, where, layout
-        takes_apart = layout is not None and not self._knows_layouts
-        if layout is not None and takes_apart:
+        apart_by = None if self._knows_layouts else layout
+        if apart_by is not None:
             part = shapes_of(prunable(params, where=where))
-            seen, what, known = apart(part, layout), everything, apart_layout(layout, part)
+            seen, what, known = apart(part, apart_by), everything, apart_layout(apart_by, part)
         pattern = _bound(self.pattern, seen, where=what, layout=known)
         known = declared(pattern, "units_layout") or known  # of units that are no leaves
         scope = _bound(self.scope, seen, where=what, layout=known)
@@ -101,7 +101,7 @@ class Parts:
             where=where,
             layout=layout,
             is_bound=True,
-            takes_apart=takes_apart,
+            apart_by=apart_by,
         )
 
     def prunable(self, params: Params) -> Params:
@@ -136,10 +136,10 @@ class Parts:
 
     def as_shown(self, tree: Tree, part: Params) -> Tree:
         """Put together again what a criterion made of the layers that it was shown."""
-        seen = self.shown(part, part)
-        if self.layout is None or seen is part or align(tree, seen) is None:
+        if self.layout is None or not self.shows_layers:
             return tree
-        return together(tree, part, self.layout)
+        of_layers = align(tree, self.shown(part, part)) is not None
+        return together(tree, part, self.layout) if of_layers else tree
 
     @property
     def _knows_layouts(self) -> bool:
@@ -149,15 +149,14 @@ class Parts:
 
     def pool(self, scores: Scores) -> Units:
         """Let the pattern make units of scores."""
-        layers = self.layout is not None and self.takes_apart
-        return self.pattern.pool(apart(scores, self.layout) if layers else scores)  # type: ignore[arg-type]
+        return self.pattern.pool(scores if self.apart_by is None else apart(scores, self.apart_by))
 
     def expand(self, keep: Units, *, like: Params) -> Masks:
         """Let the pattern make masks of what is kept."""
-        if self.layout is None or not self.takes_apart:
+        if self.apart_by is None:
             return self.pattern.expand(keep, like=like)
-        masks = self.pattern.expand(keep, like=apart(like, self.layout))
-        return together(masks, like, self.layout)
+        masks = self.pattern.expand(keep, like=apart(like, self.apart_by))
+        return together(masks, like, self.apart_by)
 
     @property
     def crosses_leaves(self) -> bool:
@@ -166,11 +165,11 @@ class Parts:
 
     def of_units(self, sparsity: Sparsity, part: Params) -> Sparsity:
         """Of a tree of sparsities those of the units, where a pattern names them."""
-        named = declared(self.pattern, "of_units")
         if not is_tree(sparsity):
             return sparsity
-        if self.layout is not None and self.takes_apart:
-            return beside(sparsity, part, self.layout)
+        if self.apart_by is not None:
+            return beside(sparsity, part, self.apart_by)
+        named = declared(self.pattern, "of_units")
         return named(sparsity) if named else sparsity
 
     @property
@@ -180,12 +179,8 @@ class Parts:
 
     def layers_of(self, units: Units) -> list[tuple[int, ...]]:
         """For each leaf of the units the axes that count layers."""
-        leaves = [
-            s for s in slots(units, lambda x: is_hole(x) or is_lazy(x)) if not is_hole(s.leaf)
-        ]
-        if self.layout is None or self.takes_apart:
-            return [()] * len(leaves)
-        return [self.layout.layers(s.path, s.leaf.ndim) for s in leaves]
+        layout = self.layout if self.apart_by is None else None
+        return [layout.layers(s.path, s.leaf.ndim) if layout else () for s in named_leaves(units)]
 
     def counts(self, units: Units, sparsity: Sparsity) -> Any:
         """What the scope takes for a sparsity: counts, if it counts beforehand."""
@@ -198,7 +193,7 @@ class Parts:
 
         Masks may be lazy where units are the weights, and so is then what is alive.
         """
-        if is_elementwise(self.pattern.pool) and not self.takes_apart:
+        if is_elementwise(self.pattern.pool) and self.apart_by is None:
             whole = lambda w, m: m if is_lazy(m) else jnp.broadcast_to(m is None or m, w.shape)  # noqa: E731
             return map_leaves(whole, part, masks)
         weights = map_leaves(
@@ -216,7 +211,7 @@ class Parts:
     def keeps_lazily(self) -> bool:
         """True if masks can be compared where they are stored, which needs a scope that says so."""
         lazily = declared(self.scope, "lazily") is not None
-        return self.of_weights and self.can_count and lazily and not self.takes_apart
+        return self.of_weights and self.can_count and lazily and self.apart_by is None
 
     def keep(self, units: Units, amount: Any, alive: Units | None) -> Units:
         """Let the scope choose among units, and the pattern correct how many each group keeps."""

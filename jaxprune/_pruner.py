@@ -89,9 +89,8 @@ class Pruner:
         if not by_default(self.parts.where) or not (stored is None or missing):
             return bound
         paths = frozen(self.inner, params)
-        base = bound.parts.where
         out = missing if paths is None else paths
-        where = without(base, out, params, self.parts.user)
+        where = without(bound.parts.where, out, params, self.parts.user)
         return self._over(params, dataclasses.replace(self.parts, where=where)) if out else bound
 
     def evidence(self, now: Step, memory: Any) -> dict[str, Any]:

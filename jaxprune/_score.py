@@ -50,24 +50,25 @@ def score(parts: Parts, part: Params, params: Params, evidence: Mapping[str, Any
         return lazy
     part = lax.stop_gradient(part)
     if not parts.shows_layers:
-        scores = parts.criterion(part, **_offered(parts, evidence, part, params))
-        _check_scores(scores, part, parts.criterion)
-        return scores
+        return _scored(parts, part, params, evidence)
     values, static = split_static((part, params, dict(evidence)))
 
     def of_layers(values: list[jax.Array]) -> Scores:
-        part, params, evidence = join_static(values, static)
-        seen = parts.shown(part, part)
-        try:
-            scores = parts.criterion(seen, **_offered(parts, evidence, part, params))
-        except Exception as error:
-            error.add_note(_NOTE.format(criterion_name(parts.criterion)))
-            raise
-        _check_scores(scores, seen, parts.criterion)
-        return parts.as_shown(scores, part)
+        return _scored(parts, *join_static(values, static))
 
-    # Layers are slices, which explicit mesh axes refuse where they split a stack.
-    return in_auto_mode(of_layers, values, like=part)
+    try:  # layers are slices, which explicit mesh axes refuse where they split a stack
+        return in_auto_mode(of_layers, values, like=part)
+    except Exception as error:
+        error.add_note(_NOTE.format(criterion_name(parts.criterion)))
+        raise
+
+
+def _scored(parts: Parts, part: Params, params: Params, evidence: Mapping[str, Any]) -> Scores:
+    """Call the criterion on what it is shown."""
+    seen = parts.shown(part, part)
+    scores = parts.criterion(seen, **_offered(parts, evidence, part, params))
+    _check_scores(scores, seen, parts.criterion)
+    return parts.as_shown(scores, part)
 
 
 _NOTE = (

@@ -106,8 +106,7 @@ def why_not(path: str, array: Any, layout: Layout = None) -> str:
     shape = tuple(array.shape)
     if layout is None:
         return _by_name(path, shape)
-    uses, layers = layout.uses(path, len(shape)), layout.layers(path, len(shape))
-    shape = tuple(n for i, n in enumerate(shape) if i not in layers)  # of one layer
+    uses, shape = layout.uses(path, len(shape)), layout.of_layer(path, shape)
     named = _by_name(path, shape)
     known = [use.kind for use in uses if use.kind in _KINDS]
     if not known or named in _ONLY_BY_NAME:

@@ -251,3 +251,23 @@ def test_a_function_that_reads_none_of_its_params_is_refused():
     params = {"w": jnp.ones((6, 4))}
     with pytest.raises(ValueError, match=r"reads none of its params \('w'\).*closed over"):
         jp.find_layout(lambda p, x: x @ params["w"], params, jnp.ones((2, 6)))
+
+
+def test_members_of_a_depthwise_convolution_are_not_taken_for_its_outputs():
+    def depthwise(w, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, w, (1, 1), "SAME", dimension_numbers=numbers, feature_group_count=6
+        )
+
+    params, x = {"w": jnp.ones((2, 3, 3, 1, 6))}, jnp.ones((1, 5, 5, 6))
+    shared = lambda p, x: jax.vmap(depthwise, (0, None))(p["w"], x)
+    layout = jp.find_layout(shared, params, x)
+    assert layout.roles("w", 5) == (None, "window", "window", "in", None)
+    assert "members that `vmap` maps over" in layout.why("w", 5)
+    last = {"w": jnp.ones((3, 3, 1, 6, 2))}
+    shared = lambda p, x: jax.vmap(depthwise, (-1, None))(p["w"], x)
+    assert jp.find_layout(shared, last, x).roles("w", 5)[2:] == ("in", None, None)
+    own = lambda p, x: jax.vmap(depthwise)(p["w"], x)
+    layout = jp.find_layout(own, params, jnp.ones((2, 1, 5, 5, 6)))
+    assert layout.roles("w", 5) == ("group", "window", "window", "in", "out")

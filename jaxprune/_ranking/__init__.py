@@ -4,6 +4,7 @@ from jaxprune._ranking._keep import keep_largest as keep_largest
 from jaxprune._ranking._keep import shape_of_counts as shape_of_counts
 from jaxprune._ranking._lazy import Lazy as Lazy
 from jaxprune._ranking._lazy import is_lazy as is_lazy
+from jaxprune._ranking._lazy import named_leaves as named_leaves
 from jaxprune._ranking._lazy import read as read
 from jaxprune._ranking._lazy import stored as stored
 from jaxprune._ranking._order import order_key as order_key
@@ -30,6 +31,7 @@ __all__ = (
     "is_lazy",
     "keep_largest",
     "least",
+    "named_leaves",
     "order_key",
     "read",
     "shape_of_counts",

@@ -12,8 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from jaxprune._mesh import names_of
-from jaxprune._ranking._lazy import is_lazy, stored
-from jaxprune._tree import is_hole, slots
+from jaxprune._ranking._lazy import is_lazy, named_leaves, stored
 
 MOST_PLACES = 2**32 - 1  # that a uint32 numbers
 
@@ -100,8 +99,7 @@ def shards(
                 "rank over, as well."
             )
         return [Shard()] * len(jax.tree.leaves(units, is_leaf=is_lazy))
-    found = slots(units, lambda x: is_hole(x) or is_lazy(x))
-    leaves = [(slot.path, slot.leaf) for slot in found if not is_hole(slot.leaf)]
+    leaves = [(slot.path, slot.leaf) for slot in named_leaves(units)]
     names = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
     _check_names(names, user)
     if specs is None:

@@ -91,7 +91,7 @@ def _size(units: jax.Array | Lazy, layers: tuple[int, ...]) -> Whole:
     shape = shape_of_counts(units.shape, layers)
     if not shape:
         return in_words(units.size)
-    each = in_words(units.size // math.prod(shape))
+    each = in_words(units.size // max(math.prod(shape), 1))
     return Whole(np.full(shape, each.high), np.full(shape, each.low))
 
 

@@ -1,6 +1,7 @@
 """Where parameters meet data, and what the place makes of each of their axes."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -148,6 +149,12 @@ def _outputs(at: Site, factors: Factors, groups: int) -> Placed:
     real = [factor for factor in factors if factor.axes]
     if len({factor.axes for factor in real}) < 2:
         return [(factors, "out", NOBODY)]
+    single = at.shape(1)[at.params["dimension_numbers"].rhs_spec[1]] == 1  # input of each group
+    if is_mapped(at) and single and groups < math.prod(factor.size for factor in real):
+        # A depthwise kernel that `vmap` maps over has its members inside of its groups, where one
+        # of several outputs a group has outputs; members with one input have them outside.
+        why = Note("members that `vmap` maps over, or outputs of the groups of {}", at)
+        return [((factor,), None, why) for factor in real]
     placed: list[tuple[Factors, Role, Note]] = [((real[-1],), "out", NOBODY)]
     for factor in real[:-1]:
         grouped = groups > 1 and groups % factor.size == 0

@@ -84,14 +84,11 @@ def erk(
     check_sparsity(sparsity, "erk")
     part, known = _covered(params, where, layout, "erk")
     leaves = leaves_with_path(part)
-    layers = [known.layers(path, leaf.ndim) if known else () for path, leaf in leaves]
-    lengths = [
-        [leaf.shape[i] for i in axes] for (_, leaf), axes in zip(leaves, layers, strict=True)
-    ]
+    lengths = [_lengths(known, path, leaf.shape) for path, leaf in leaves]
     shapes = [
-        tuple(n for i, n in enumerate(leaf.shape) if i not in axes)
-        for (_, leaf), axes in zip(leaves, layers, strict=True)
-        for _ in range(math.prod(leaf.shape[i] for i in axes))
+        known.of_layer(path, leaf.shape) if known else tuple(leaf.shape)
+        for (path, leaf), layers in zip(leaves, lengths, strict=True)
+        for _ in range(math.prod(layers))
     ]
     sizes = np.array([math.prod(shape) for shape in shapes], float)
     total = sizes.sum()
@@ -116,6 +113,11 @@ def erk(
     numbers = [[next(each) for _ in range(math.prod(n))] for n in lengths]
     found = [_as_leaf(s, n) for s, n in zip(numbers, lengths, strict=True)]
     return jax.tree.unflatten(jax.tree.structure(part), found)
+
+
+def _lengths(layout: Layout | None, path: str, shape: tuple[int, ...]) -> list[int]:
+    """How many layers a stack has along each axis of them."""
+    return [shape[i] for i in layout.layers(path, len(shape))] if layout else []
 
 
 def _as_leaf(numbers: list[float], lengths: list[int]) -> float | np.ndarray:

@@ -18,11 +18,12 @@ from jaxprune._ranking import (
     floor,
     in_words,
     is_lazy,
+    named_leaves,
     read,
     shape_of_counts,
     where,
 )
-from jaxprune._tree import Keys, is_hole, leaves_by_keys, list_paths, slots
+from jaxprune._tree import Keys, leaves_by_keys, list_paths
 from jaxprune.typing import Params, Pattern, Sparsity, Units, Where
 
 MOST_UNITS = 2**31 - 1  # that an int32 counts; beyond it counts are ``Whole``
@@ -160,7 +161,7 @@ def one_each(units: Units, sparsity: Sparsity, user: str) -> list[Any]:
     """List the sparsity of each leaf of ``units``, in order, from a number or a tree of them."""
     if not is_tree(sparsity):
         return [sparsity] * len(leaves_of(units))
-    wanted = [slot.keys for slot in _named(units)]
+    wanted = [slot.keys for slot in named_leaves(units)]
     given: dict[Keys, Any] = leaves_by_keys(sparsity)
     missing = ["/".join(keys) for keys in wanted if keys not in given]
     extra = ["/".join(keys) for keys in given if keys not in wanted]
@@ -173,11 +174,6 @@ def one_each(units: Units, sparsity: Sparsity, user: str) -> list[Any]:
             f"`jp.scopes.uniform`, `erk` or `custom` and the same `where`.{layers}"
         )
     return [given[keys] for keys in wanted]
-
-
-def _named(units: Units) -> list[Any]:
-    found = slots(units, lambda x: is_hole(x) or is_lazy(x))
-    return [slot for slot in found if not is_hole(slot.leaf)]
 
 
 def each_layer(
@@ -193,7 +189,7 @@ def each_layer(
       ValueError: an array of sparsities of another length than there are layers.
     """
     shapes, numbers, wrong = [], [], []
-    for slot, s in zip(_named(units), sparsities, strict=True):
+    for slot, s in zip(named_leaves(units), sparsities, strict=True):
         rank = slot.leaf.ndim
         layers = () if layout is None else layout.layers(slot.path, rank)
         shapes.append(shape_of_counts(slot.leaf.shape, layers))
@@ -241,7 +237,7 @@ def in_order(parts: Sequence[Shard], units: Units, layout: Layout | None) -> lis
     if layout is None:
         return list(parts)
     found = []
-    for part, slot in zip(parts, _named(units), strict=True):
+    for part, slot in zip(parts, named_leaves(units), strict=True):
         first = layout.layers(slot.path, slot.leaf.ndim)
         lie_so = first == tuple(range(len(first)))
         found.append(part if lie_so else dataclasses.replace(part, first=first))

@@ -4,8 +4,8 @@ import math
 
 from jaxprune._axes import describe, ways_out
 from jaxprune._layout import Layout
-from jaxprune._ranking import is_lazy, keep_largest, shape_of_counts
-from jaxprune._tree import is_hole, leaves_with_path, prunable, slots
+from jaxprune._ranking import keep_largest, named_leaves, shape_of_counts
+from jaxprune._tree import leaves_with_path, prunable
 from jaxprune.scopes._count import (
     Counts,
     counted_by,
@@ -27,8 +27,7 @@ def _apart(layout: Layout | None, path: str, rank: int) -> tuple[int, ...]:
 
 def _shapes(units: Units, layout: Layout | None) -> list[tuple[tuple[int, ...], int]]:
     """For each leaf the shape of its counts, and how many units an output has."""
-    found = slots(units, lambda x: is_hole(x) or is_lazy(x))
-    leaves = [(slot.path, slot.leaf) for slot in found if not is_hole(slot.leaf)]
+    leaves = [(slot.path, slot.leaf) for slot in named_leaves(units)]
     shapes = [shape_of_counts(x.shape, _apart(layout, path, x.ndim)) for path, x in leaves]
     sizes = [x.size // max(math.prod(s), 1) for (_, x), s in zip(leaves, shapes, strict=True)]
     return list(zip(shapes, sizes, strict=True))

@@ -220,6 +220,9 @@ def test_a_stack_of_no_layers_has_nothing_to_lose():
     for scope in (*SCOPES.values(), keep_more_of_small):
         masks = jp.find_masks(params, 0.5, scope=scope, layout=layout)
         assert masks["w"].shape == (0, 8, 4) and masks["v"].sum() in (16, 24)
+    tx = jp.dynamic.rigl(optax.sgd(0.1), sparsity=0.5, begin=0, end=2, every=1, layout=layout)
+    ragged = {**params, "v": jnp.arange(32.0).reshape(8, 4)}
+    assert trained(tx, ragged, ragged, 2)[1]["v"].sum() == 16
 
 
 @pytest.mark.parametrize("name", ["uniform", "erk", "custom"])

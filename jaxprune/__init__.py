@@ -23,6 +23,7 @@ from jaxprune._group import Group as Group
 from jaxprune._group import Member as Member
 from jaxprune._groups import Groups as Groups
 from jaxprune._imp import imp as imp
+from jaxprune._keep import Keep as Keep
 from jaxprune._layout import Layout as Layout
 from jaxprune._level import Level as Level
 from jaxprune._level import next_level as next_level
@@ -71,6 +72,7 @@ __all__ = (
     "Cut",
     "Group",
     "Groups",
+    "Keep",
     "Layout",
     "Level",
     "Member",

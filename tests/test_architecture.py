@@ -53,6 +53,7 @@ LAYERS = (
         "_amount",
         "_find",
         "_make",
+        "_keep",
         "_looks",
         "_report",
     ),

@@ -31,6 +31,11 @@ class Windows:
     def __repr__(self) -> str:
         return f"windows({self.m})" if self.axis == -2 else f"windows({self.m}, axis={self.axis!r})"
 
+    @property
+    def window(self) -> int:
+        """How many neighbours along the inputs of a matrix `[inputs, outputs]` compete."""
+        return self.m if self.axis in ("in", -2, 0) else 1
+
     def bind(self, params: Params, *, where: Where, layout: Layout | None = None) -> "Windows":
         """Settle it on params: along which axis of each leaf the windows lie."""
         part = dict(leaves_with_path(prunable(params, where=where)))
@@ -122,8 +127,7 @@ class Windows:
                     f"of {self.m}, but its shape is {u.shape}."
                 )
 
-        if isinstance(self.axis, str) and self.layout is None:
-            check_named(None, {}, (self.axis,), repr(self), single=True)
+        check_named(self.layout, {}, (self.axis,), repr(self), single=True)
         map_with_path(visit, units)
         if bad:
             raise ValueError(" ".join(bad) + " Exclude it with `where`, or choose another `axis`.")

@@ -6,6 +6,7 @@ from jaxprune import dynamic as dynamic
 from jaxprune import export as export
 from jaxprune import graph as graph
 from jaxprune import layouts as layouts
+from jaxprune import methods as methods
 from jaxprune import patterns as patterns
 from jaxprune import schedules as schedules
 from jaxprune import scopes as scopes
@@ -63,6 +64,7 @@ from jaxprune.graph import count_flops as count_flops
 from jaxprune.graph import find_blocks as find_blocks
 from jaxprune.graph import find_groups as find_groups
 from jaxprune.graph import find_layout as find_layout
+from jaxprune.methods import refit as refit
 from jaxprune.typing import elementwise as elementwise
 
 __version__ = "0.1.0"
@@ -114,12 +116,14 @@ __all__ = (
     "make_masks",
     "masks_from_zeros",
     "masks_within_budget",
+    "methods",
     "next_level",
     "overlap",
     "pack",
     "patterns",
     "prunable",
     "prune",
+    "refit",
     "schedules",
     "scopes",
     "shrink",

@@ -6,9 +6,13 @@
 #
 #     scores [inputs, outputs]  ->  mask, True for what stays
 #
-# SparseGPT decides a block of inputs at a time. So that the blocks together lose exactly what the
-# matrix should, block by block goes what the inputs up to its end lose, less what is gone already.
+# SparseGPT decides a block of inputs at a time. So that the blocks together keep exactly what the
+# matrix should, each keeps what the inputs up to its end have to, less what those before it have:
+# a share of all that stays, as large as its share of what is alive.
+#
+#     7 of 10 inputs stay, blocks of 4, 4 and 2: floor(2.8), floor(5.6) - 2, 7 - 5 = 2, 3, 2
 
+import bisect
 import dataclasses
 from typing import Any
 
@@ -25,9 +29,10 @@ from jaxprune._where import everything
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
-from jaxprune.typing import Pattern, Scope
+from jaxprune.typing import Params, Pattern, Scope
 
 _LAYOUT = Layout({"w": ("in", "out")})
+_MOST = 24  # no unit has 2**24 inputs, unless it has all
 
 
 @jax.tree_util.register_dataclass
@@ -43,6 +48,7 @@ class Keep:
       within: mask `[inputs, outputs]` of what is not gone already, or None.
       parts: pattern and scope, settled on the matrix.
       inputs: rows of the matrix.
+      unit: how many inputs are removed together; None where always all are.
 
     Example:
       >>> import jax.numpy as jnp
@@ -56,6 +62,7 @@ class Keep:
     within: jax.Array | None
     parts: Parts = dataclasses.field(metadata={"static": True})
     inputs: int = dataclasses.field(metadata={"static": True})
+    unit: int | None = dataclasses.field(default=1, metadata={"static": True})
 
     @classmethod
     def of(
@@ -85,35 +92,55 @@ class Keep:
         parts.check(sparsity, exact=True)
         like = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
         bound = parts.bind(like)
+        unit = _inputs_of_a_unit(bound, shape[1])
         if not bound.can_count:
-            return cls(sparsity, within, bound, shape[0])
+            return cls(sparsity, within, bound, shape[0], unit)
         counts = bound.counts(jax.eval_shape(bound.pool, like), sparsity)
         integers = jax.tree.map(lambda k: np.asarray(k, np.int32), counts)
-        return cls(integers, within, bound, shape[0])
+        return cls(integers, within, bound, shape[0], unit)
 
     @property
     def window(self) -> int | None:
-        """How many neighbours along the inputs compete: 4 for 2:4; None where all of them do."""
-        return declared(self.parts.scope, "window")
+        """How many neighbouring inputs compete: 4 for 2:4; None where all of them do."""
+        units = declared(self.parts.scope, "window")
+        return units * self.unit if units and self.unit else None
 
     def __call__(self, scores: jax.Array) -> jax.Array:
         """Give the mask of a whole matrix of scores `[inputs, outputs]`."""
         return self._select(scores, self.amount, self.within)
 
     def block(self, scores: jax.Array, start: jax.Array | int) -> jax.Array:
-        """Give the mask of some inputs `[n, outputs]` of the matrix, from ``start`` on."""
-        within = self.within
+        """Give the mask of some inputs `[n, outputs]` of the matrix, from ``start`` on.
+
+        Blocks begin where units and windows do. Those that make up the matrix together keep what
+        the whole of it does, if its scope counts beforehand; else each loses the same fraction.
+        """
+        within, amount = self.within, self.amount
         if within is not None:
             within = lax.dynamic_slice_in_dim(within, start, scores.shape[0])
-        amount = self.amount
         if self.parts.can_count and self.window is None:
-            units = jax.eval_shape(self.parts.pool, {"w": scores})["w"].shape[0]
-            each = scores.shape[0] // max(units, 1)  # inputs of a unit
-            first, total = start // each, self.inputs // each
-            amount = jax.tree.map(
-                lambda k: _up_to(k, first + units, total) - _up_to(k, first, total), amount
-            )
+            size = self.unit or self.inputs
+            first, last = start // size, (start + scores.shape[0] + size - 1) // size
+            whole = jax.ShapeDtypeStruct((self.inputs, scores.shape[1]), jnp.float32)
+            amount = jax.tree.map(lambda k: self._share(k, first, last, {"w": whole}), amount)
         return self._select(scores, amount, within)
+
+    def _share(self, kept: jax.Array, first: Any, last: Any, like: Params) -> jax.Array:
+        """Of what competitions keep, `[]` or `[1, outputs]`, what falls to some rows of units."""
+        rows, columns = jax.eval_shape(self.parts.pool, like)["w"].shape
+        if self.within is None:
+            each = columns // kept.size
+            return _part(kept, last * each, rows * each) - _part(kept, first * each, rows * each)
+        alive = self.parts.alive(like, {"w": self.within})["w"].astype(jnp.int32)
+        axes = (0, 1) if kept.ndim == 0 else (0,)
+
+        def count(end: Any) -> jax.Array:  # of the units alive in the rows before one
+            before = jnp.arange(rows)[:, None] < end
+            return jnp.sum(jnp.where(before, alive, 0), axes).reshape(kept.shape)
+
+        total = count(rows)
+        kept = jnp.minimum(kept, total)
+        return _part(kept, count(last), total) - _part(kept, count(first), total)
 
     def _select(self, scores: jax.Array, amount: Any, within: jax.Array | None) -> jax.Array:
         earlier = None if within is None else {"w": within}
@@ -122,7 +149,31 @@ class Keep:
         return jnp.broadcast_to(masks["w"], scores.shape)
 
 
-def _up_to(kept: jax.Array, rows: jax.Array | int, total: int) -> jax.Array:
-    """Of what a matrix of ``total`` rows keeps, what its first rows do: in whole numbers."""
-    whole, rest = kept // total, kept % total
-    return whole * rows + (rest * rows) // total
+def _part(kept: jax.Array, some: Any, total: Any) -> jax.Array:
+    """Give `floor(kept * some / total)` for `kept, some <= total`: long division, bit by bit.
+
+    The product may be larger than any integer here, what is left of it at each bit is not.
+    """
+    total = jnp.maximum(total, 1)
+
+    def bit(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        found, left = state
+        left = 2 * left + jnp.where((some >> (29 - i)) & 1, kept, 0)
+        return 2 * found + left // total, left % total
+
+    zero = jnp.zeros(jnp.shape(kept), jnp.int32)
+    return lax.fori_loop(0, 30, bit, (zero, zero))[0]
+
+
+def _inputs_of_a_unit(parts: Parts, outputs: int) -> int | None:
+    """Find how many inputs a unit has by asking for the units of ever more; None if always all."""
+
+    def units(inputs: int) -> int:
+        like = {"w": jax.ShapeDtypeStruct((inputs, outputs), jnp.float32)}
+        return int(jax.eval_shape(parts.pool, like)["w"].shape[0])
+
+    last = next((n for n in (2**i for i in range(1, _MOST)) if units(n) > 1), None)
+    if last is None:
+        return None
+    # The largest of which one unit has all inputs, somewhere from half as many on.
+    return bisect.bisect_left(range(last), 2, lo=last // 2, key=units) - 1

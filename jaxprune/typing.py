@@ -15,12 +15,14 @@ __all__ = (
     "CrossLeaf",
     "DType",
     "ElementwiseCriterion",
+    "Keeping",
     "Layout",
     "Lazy",
     "LazyScope",
     "Leaf",
     "Masks",
     "MemoryCriterion",
+    "Method",
     "Params",
     "Pattern",
     "Phased",
@@ -232,6 +234,34 @@ class Phased(Schedule, Protocol):
 
     def before(self, step: ArrayLike) -> Any:
         """Give the step of the last event before one at ``step``: has sparsity fallen since?"""
+
+
+class Keeping(Protocol):
+    """Says what stays of a matrix: pattern, scope and sparsity put together. A function does.
+
+    It may have more, as ``jp.Keep`` has: ``block(scores, start)``, the mask of some inputs only,
+    from ``start`` on; ``window``, how many neighbouring inputs compete, None where all do; and
+    ``unit``, how many inputs are removed together, None where always all are.
+    """
+
+    def __call__(self, scores: jax.Array, /) -> jax.Array:
+        """Give a bool mask of scores `[inputs, outputs]`, True for what stays."""
+
+
+class Method(Protocol):
+    """Prunes one matrix by what its inputs are like. A plain function does.
+
+    It may say ``per_output = True``: where nobody names a scope, the inputs of each output compete;
+    and ``diagonal = True``: of the Gram matrix its diagonal `[inputs]` suffices.
+    """
+
+    def __call__(
+        self, w: jax.Array, gram: jax.Array, /, *, keep: Keeping
+    ) -> tuple[jax.Array, jax.Array]:
+        """Give new weights and mask `[inputs, outputs]` of a matrix `w` of that shape.
+
+        ``gram`` is inputs^T inputs over all rows of data, `[inputs, inputs]`.
+        """
 
 
 F = TypeVar("F", bound=Callable[..., Any])

@@ -14,7 +14,7 @@ import jaxprune as jp
 ROOT = Path(jp.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 CORE = {"jax", "optax", "numpy", "jaxprune", *sys.stdlib_module_names}
-PARTS = ("criteria", "patterns", "scopes", "schedules")
+PARTS = ("criteria", "patterns", "scopes", "schedules", "methods")
 # What a module may use beyond the core: extras inside its functions, files.
 EXTRAS = {"checkpoint": {"orbax"}}
 FILES_ARE_ITS_BUSINESS = {"_atomic", "checkpoint", "export"}
@@ -119,7 +119,7 @@ def test_a_file_imports_only_from_the_layers_above_it(file):
 
 
 def names_of_parts(tree):
-    """What a file imports from the four folders."""
+    """What a file imports from the folders of parts."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module.split(".")[1:2] in [[p] for p in PARTS]:
             yield from (alias.asname or alias.name for alias in node.names)
@@ -274,6 +274,6 @@ def test_every_public_name_is_documented_with_an_example(name, value):
 
 
 def test_names_are_listed_in_order_and_once():
-    families = (jp.criteria, jp.patterns, jp.scopes, jp.schedules)
+    families = (jp.criteria, jp.patterns, jp.scopes, jp.schedules, jp.methods)
     for module in (jp, jp.checkpoint, jp.dynamic, jp.export, jp.graph, *families):
         assert list(module.__all__) == sorted(set(module.__all__))

@@ -165,6 +165,14 @@ def _one_each(value: Any, part: Params, n: int) -> list[Any]:
 def _check_scores(scores: Scores, part: Params, criterion: Criterion) -> None:
     want = [(path, jnp.shape(leaf)) for path, leaf in leaves_with_path(part)]
     got = [(path, jnp.shape(leaf)) for path, leaf in leaves_with_path(scores)]
+    named = {path for path, _ in got}
+    unscored = [path for path, _ in want if path not in named]
+    if unscored and got == [(path, shape) for path, shape in want if path in named]:
+        raise ValueError(
+            f"The criterion `{criterion_name(criterion)}` gives no scores for "
+            f"{list_paths(unscored)}: its evidence is None there. Leave these out with "
+            "`where=jp.exclude(...)`, or pass evidence for all that is prunable."
+        )
     if got != want:
         raise ValueError(
             f"The criterion `{criterion_name(criterion)}` returned scores {got}, but the prunable "

@@ -1,4 +1,4 @@
-"""Tests of uniform, erk and custom: how a total is shared out among the leaves."""
+"""Tests of uniform, erk, custom and owl: how a total is shared out among the leaves."""
 
 import jax
 import jax.numpy as jnp
@@ -120,3 +120,74 @@ def test_allocations_refuse_trees_without_a_prunable_leaf():
             make({"bias": jnp.zeros(3)}, 0.5)
     with pytest.raises(ValueError, match="No leaf of `params` is prunable"):
         scopes.custom({"bias": jnp.zeros(3)}, {"bias": 0.5})
+
+
+# Scores of which the layers have 0, 1, 2 and 10 outliers of a hundred.
+OUTLIERS = {
+    name: jnp.ones(100).at[:n].set(1000.0).reshape(10, 10)
+    for name, n in (("none", 0), ("one", 1), ("two", 2), ("ten", 10))
+}
+
+
+def test_owl_keeps_layers_denser_in_proportion_to_their_outliers():
+    tree = scopes.owl(OUTLIERS, 0.5)
+    # Shares 0, 0.01, 0.02 and 0.1 are -0.0325, -0.0225, -0.0125 and 0.0675 from their mean.
+    away = {name: round(0.08 * share / 0.0675, 2) for name, share in (
+        ("none", 0.0325), ("one", 0.0225), ("two", 0.0125), ("ten", -0.0675)
+    )}  # fmt: skip
+    assert tree == {name: pytest.approx(0.5 + a, abs=0.01) for name, a in away.items()}
+    assert tree["ten"] == 0.42
+
+
+def test_owl_gives_layers_without_outliers_the_same():
+    assert scopes.owl({"a": jnp.ones((2, 5)), "b": jnp.ones((5, 2))}, 0.5) == {"a": 0.5, "b": 0.5}
+
+
+score_shapes = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=5)
+
+
+@settings(max_examples=12, deadline=None)
+@given(shapes=score_shapes, sparsity=st.floats(0.0, 1.0), seed=st.integers(0, 99))
+def test_owl_total_is_exact_and_no_layer_is_further_from_the_mean(shapes, sparsity, seed):
+    draw = np.random.default_rng(seed).pareto
+    scores = {str(i): draw(1.0, shape).astype(np.float32) for i, shape in enumerate(shapes)}
+    tree = scopes.owl(scores, sparsity, threshold=2.0, deviation=0.2)
+    total = sum(s.size for s in scores.values())
+    assert sum(removed(tree, scores).values()) == round(sparsity * total)
+    for name, s in scores.items():
+        assert not s.size or abs(tree[name] - sparsity) <= 0.2 + 1 / s.size
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_owl_of_norms_counts_the_weights_that_a_layout_knows(full):
+    params = {"a": jnp.ones((3, 8, 8)), "b": jnp.ones((8, 3)), "c": jnp.ones((3, 3))}
+
+    def fn(params, x):
+        x = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, params["a"])[0]
+        return x @ params["b"] @ params["c"]
+
+    layout = jp.find_layout(fn, params, jnp.ones((2, 8)))
+    norms = {"a": jnp.ones((3, 8, 1)).at[1, 0].set(99.0), "b": jnp.ones((8, 1)), "c": None}
+    over = lambda n, w: jnp.broadcast_to(n, w.shape) if full else n
+    norms = {name: None if n is None else over(n, params[name]) for name, n in norms.items()}
+    tree = scopes.owl(norms, 0.5, layout=layout)
+    assert tree["a"].shape == (3,) and tree["a"][1] == pytest.approx(0.42, abs=0.01)
+    assert tree["a"][0] == tree["a"][2] > 0.5 and tree["c"] is None
+    part = {**params, "c": None}
+    masks = jp.find_masks(part, tree, layout=layout.at(part))
+    assert jp.sparsity(masks, part) == 0.5
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"threshold": 0.0}, r"`owl\(threshold=0.0\)`.*multiple"),
+        ({"deviation": 1.5}, r"`owl\(deviation=1.5\)` is outside"),
+        ({"where": jp.exclude(".*")}, "No leaf of `params` is prunable"),
+    ],
+)
+def test_owl_refuses_settings_of_which_nothing_comes(settings, words):
+    with pytest.raises(ValueError, match=words):
+        scopes.owl(OUTLIERS, 0.5, **settings)
+    with pytest.raises(ValueError, match=r"`owl` got .*outside \[0, 1\]"):
+        scopes.owl(OUTLIERS, 1.5)

@@ -37,7 +37,14 @@ def evidence_for(params, key):
     """All that any criterion asks for; the loss and the flow are sums over the weights."""
     ones = jax.tree.map(jnp.ones_like, params)
     functions = {"loss_fn": square_loss, "apply_fn": scale, "batch": jnp.ones(())}
-    return {"grads": ones, "key": key, "state": ones, "params_init": ones, **functions}
+    return {
+        "grads": ones,
+        "key": key,
+        "state": ones,
+        "params_init": ones,
+        "norms": ones,
+        **functions,
+    }
 
 
 # Each against its formula.
@@ -115,6 +122,12 @@ def test_magnitude_increase_is_the_growth_of_the_size():
 
 
 # LAMP
+
+
+def test_wanda_is_the_size_times_the_norm_of_the_input():
+    norms = {"w": jnp.array([[4.0], [1.0]])}
+    scores = criteria.wanda({"w": jnp.array([[1.0, -2.0], [3.0, 4.0]])}, norms=norms)
+    assert scores["w"].tolist() == [[4.0, 8.0], [3.0, 4.0]]
 
 
 def test_lamp_is_the_share_among_the_weights_that_are_as_large():
@@ -490,6 +503,7 @@ NEEDS = [
     (criteria.synflow, "apply_fn", {"batch": 0.0}),
     (criteria.synflow, "batch", {"apply_fn": scale}),
     (criteria.magnitude_increase, "params_init", {}),
+    (criteria.wanda, "norms", {}),
 ]
 
 
@@ -523,6 +537,7 @@ TREES_OF_EVIDENCE = [
     (criteria.fisher, "grads"),
     (criteria.fisher, "second_moment"),
     (criteria.magnitude_increase, "params_init"),
+    (criteria.wanda, "norms"),
     (criteria.movement, "state"),
     (FISHER_EMA, "state"),
 ]

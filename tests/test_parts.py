@@ -191,6 +191,7 @@ EVIDENCE = {
     "fisher": {"second_moment": jax.tree.map(jnp.square, GRADS)},
     "magnitude_increase": {"params_init": GRADS},
     "movement": {"state": GRADS},
+    "wanda": {"norms": jax.tree.map(lambda w: jnp.abs(w[..., :1]) + 1, GRADS)},
 }
 
 

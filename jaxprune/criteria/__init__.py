@@ -11,6 +11,7 @@ from jaxprune.criteria._random import random as random
 from jaxprune.criteria._snip import snip as snip
 from jaxprune.criteria._synflow import synflow as synflow
 from jaxprune.criteria._taylor import taylor as taylor
+from jaxprune.criteria._wanda import wanda as wanda
 
 __all__ = (
     "fisher",
@@ -24,4 +25,5 @@ __all__ = (
     "snip",
     "synflow",
     "taylor",
+    "wanda",
 )

@@ -7,6 +7,17 @@ from jaxprune.scopes._allocation import uniform as uniform
 from jaxprune.scopes._isomorphic import isomorphic as isomorphic
 from jaxprune.scopes._leaf import per_leaf as per_leaf
 from jaxprune.scopes._output import per_output as per_output
+from jaxprune.scopes._owl import owl as owl
 from jaxprune.scopes._windows import windows as windows
 
-__all__ = ("across", "custom", "erk", "isomorphic", "per_leaf", "per_output", "uniform", "windows")
+__all__ = (
+    "across",
+    "custom",
+    "erk",
+    "isomorphic",
+    "owl",
+    "per_leaf",
+    "per_output",
+    "uniform",
+    "windows",
+)

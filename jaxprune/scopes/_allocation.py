@@ -84,7 +84,7 @@ def erk(
     check_sparsity(sparsity, "erk")
     part, known = _covered(params, where, layout, "erk")
     leaves = leaves_with_path(part)
-    lengths = [_lengths(known, path, leaf.shape) for path, leaf in leaves]
+    lengths = [lengths_of(known, path, leaf.shape) for path, leaf in leaves]
     shapes = [
         known.of_layer(path, leaf.shape) if known else tuple(leaf.shape)
         for (path, leaf), layers in zip(leaves, lengths, strict=True)
@@ -105,26 +105,40 @@ def erk(
             break
         dense |= too_dense
     wanted = np.where(dense, sizes, np.clip(raw * scale * sizes, 0.0, sizes))
-    kept = np.floor(wanted)
+    gone = sizes - whole_counts(wanted, sizes, goal)
+    return jax.tree.unflatten(jax.tree.structure(part), as_leaves(gone, sizes, lengths))
+
+
+def whole_counts(wanted: np.ndarray, sizes: np.ndarray, goal: float) -> np.ndarray:
+    """Round what each layer should have, `[n]` up to its size, so that the total is the goal."""
+    counts = np.floor(wanted)
     # Largest remainders first, until the total is what was asked for.
-    order = np.argsort(-(wanted - kept) + (kept >= sizes), kind="stable")
-    kept[order[: round(goal - kept.sum())]] += 1
-    each = iter([float((n - k) / n) if n else 0.0 for n, k in zip(sizes, kept, strict=True)])
-    numbers = [[next(each) for _ in range(math.prod(n))] for n in lengths]
-    found = [_as_leaf(s, n) for s, n in zip(numbers, lengths, strict=True)]
-    return jax.tree.unflatten(jax.tree.structure(part), found)
+    order = np.argsort(-(wanted - counts) + (counts >= sizes), kind="stable")
+    counts[order[: round(goal - counts.sum())]] += 1
+    return counts
 
 
-def _lengths(layout: Layout | None, path: str, shape: tuple[int, ...]) -> list[int]:
+def lengths_of(layout: Layout | None, path: str, shape: tuple[int, ...]) -> list[int]:
     """How many layers a stack has along each axis of them."""
     return [shape[i] for i in layout.layers(path, len(shape))] if layout else []
 
 
-def _as_leaf(numbers: list[float], lengths: list[int]) -> float | np.ndarray:
-    """The sparsities of the layers of a leaf: one number where they are equal."""
-    if len(set(numbers)) <= 1:
-        return numbers[0] if numbers else 0.0
-    return np.array(numbers).reshape(lengths)
+def as_leaves(
+    gone: np.ndarray, sizes: np.ndarray, lengths: list[list[int]]
+) -> list[float | np.ndarray]:
+    """Give for each leaf its sparsity, or those of its layers where they differ.
+
+    Args:
+      gone: weights to remove of each layer, leaf after leaf, `[n]`.
+      sizes: of the layers, `[n]`.
+      lengths: of each leaf how many layers it has along each axis of them.
+    """
+    each = iter([float(k / n) if n else 0.0 for k, n in zip(gone, sizes, strict=True)])
+    numbers = [[next(each) for _ in range(math.prod(n))] for n in lengths]
+    return [
+        (s[0] if s else 0.0) if len(set(s)) <= 1 else np.array(s).reshape(n)
+        for s, n in zip(numbers, lengths, strict=True)
+    ]
 
 
 def _covered(

@@ -11,6 +11,7 @@ import optax
 from flax import nnx, struct
 from flax.core import FrozenDict
 
+import jaxprune as jp
 from jaxprune import criteria, patterns, schedules, scopes
 
 # The slow, obvious score of one leaf, up to a factor for all leaves: from weights, gradients, key
@@ -29,6 +30,7 @@ CRITERIA = {
     "movement": lambda w, g, key, i, moved: moved,
     "snip": lambda w, g, key, i: np.abs(w * (slope(w) + BATCH * w)),
     "synflow": lambda w, g, key, i: np.abs(w) * np.abs(slope(w)),
+    "wanda": lambda w, g, key, i: np.abs(w) * norms(w),
 }
 
 # How a memory takes one step, leaf by leaf; it starts from zero.
@@ -40,7 +42,7 @@ MEMORIES = {
 # Criteria that differ from others in nothing that a pattern sees: one will do in the fast suite.
 ONE_PATTERN = (
     *("fisher", "fisher_ema", "grasp", "lamp"),
-    *("magnitude_increase", "movement", "snip", "synflow"),
+    *("magnitude_increase", "movement", "snip", "synflow", "wanda"),
 )
 
 
@@ -77,6 +79,11 @@ def start(w):
     return draw(w, 2, 8)
 
 
+def norms(w):
+    """One for each input: of the rank of the leaf, 1 along its outputs."""
+    return np.abs(draw(w[..., :1], 3, 8)) + np.asarray(0.125, w.dtype)
+
+
 def loss_fn(params, batch):
     return sum(jnp.sum(slope(w) * w + batch * w * w / 2) for w in jax.tree.leaves(params))
 
@@ -92,6 +99,7 @@ def evidence():
         "apply_fn": apply_fn,
         "batch": jnp.float32(BATCH),
         "params_init": jax.tree.map(start, small_params()),
+        "norms": jax.tree.map(norms, small_params()),
     }
 
 
@@ -110,8 +118,11 @@ SCOPES = {
     "uniform": scopes.uniform,
     "erk": scopes.erk,
     "custom": lambda params, sparsity: scopes.custom(params, {"a/.*": sparsity}, default=0.25),
+    "owl": lambda params, sparsity: scopes.owl(
+        jax.tree.map(jnp.abs, params), sparsity, threshold=1.5, where=jp.is_matrix
+    ),
 }
-ALLOCATIONS = ("uniform", "erk", "custom")
+ALLOCATIONS = ("uniform", "erk", "custom", "owl")
 
 # How each schedule is built from a final sparsity, over the updates 1 to 5 of six.
 SCHEDULES = {

@@ -24,7 +24,7 @@ def draw(seed):
 
 def evidence_of(criterion):
     """Arrays like the weights for all that a criterion may ask for by keyword."""
-    offered = {"grads": 1, "state": 2, "second_moment": 3, "params_init": 4}
+    offered = {"grads": 1, "state": 2, "second_moment": 3, "params_init": 4, "norms": 5}
     names = inspect.signature(criterion).parameters
     return {name: draw(seed) for name, seed in offered.items() if name in names}
 
@@ -42,7 +42,7 @@ def test_a_piece_scores_as_it_does_in_the_leaf(name):
 
 def test_what_is_not_elementwise_is_not_marked():
     assert {"lamp", "random", "snip", "synflow", "grasp"}.isdisjoint(MARKED)
-    assert {"magnitude", "taylor", "fisher", "movement", "fisher_ema"} <= set(MARKED)
+    assert {"magnitude", "taylor", "fisher", "movement", "fisher_ema", "wanda"} <= set(MARKED)
 
 
 def test_a_criterion_that_is_marked_and_gives_another_shape_is_refused_by_path():

@@ -72,6 +72,7 @@ def evidence(params, grads):
         "loss_fn": lambda p, batch: tables.loss_fn(apart(p), batch),
         "apply_fn": lambda p, batch: tables.apply_fn(apart(p), batch),
         "params_init": jax.tree.map(lambda w: w / 2, params),
+        "norms": jax.tree.map(lambda w: 1 + jnp.mean(jnp.abs(w), -1, keepdims=True), params),
     }
 
 
@@ -225,13 +226,18 @@ def test_a_stack_of_no_layers_has_nothing_to_lose():
     assert trained(tx, ragged, ragged, 2)[1]["v"].sum() == 16
 
 
-@pytest.mark.parametrize("name", ["uniform", "erk", "custom"])
+@pytest.mark.parametrize("name", ["uniform", "erk", "custom", "owl"])
 def test_allocations(name):
     if name == "custom":
         rules = {"h/a[1]": 0.9, r"h/b\[[01]\]": 0.2, "head": 0.25}
         apart = {"h/a/1": 0.9, "h/b/[01]": 0.2, "head": 0.25}
         allocate = lambda p, layout: scopes.custom(
             p, rules if layout is LAYOUT else apart, default=0.5, layout=layout
+        )
+    elif name == "owl":
+        settings = {"threshold": 2.0, "where": jp.is_matrix}
+        allocate = lambda p, layout: scopes.owl(
+            jax.tree.map(jnp.square, p), 0.75, layout=layout, **settings
         )
     else:
         allocate = lambda p, layout: getattr(scopes, name)(p, 0.9, layout=layout)

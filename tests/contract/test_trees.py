@@ -73,7 +73,8 @@ def test_allocations_mirror_every_kind_of_tree(kind, name):
         with pytest.raises(ValueError, match="`custom` got several leaves at 'a/kernel'"):
             allocate(params, {".*": 0.5})
         return
-    tree = allocate(params, {".*kernel|.*": 0.5} if name == "custom" else 0.5)
+    asked = {".*kernel|.*": 0.5} if name == "custom" else 0.5
+    tree = allocate(params, asked, where=jp.is_matrix)
     assert structure(tree) == structure(params)
     sparsities = laws.leaves(tree)
     for path, mask in laws.leaves(jp.find_masks(params, tree)).items():
@@ -208,6 +209,7 @@ def test_every_criterion_takes_whole_callable_modules_as_evidence(name):
         criterion=make_criterion(name),
         grads=eqx.filter_grad(loss_fn)(model, jnp.ones((2, 8))),
         params_init=module(),
+        norms=eqx.filter(module(), eqx.is_array),
         key=jax.random.key(0),
         loss_fn=loss_fn,
         apply_fn=lambda model, x: jax.vmap(model)(x),

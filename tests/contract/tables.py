@@ -119,7 +119,7 @@ SCOPES = {
     "erk": scopes.erk,
     "custom": lambda params, sparsity: scopes.custom(params, {"a/.*": sparsity}, default=0.25),
     "owl": lambda params, sparsity: scopes.owl(
-        jax.tree.map(jnp.abs, params), sparsity, threshold=1.5, where=jp.is_matrix
+        jax.tree.map(jnp.abs, params), sparsity, threshold=1.5, deviation=0.125, where=jp.is_matrix
     ),
 }
 ALLOCATIONS = ("uniform", "erk", "custom", "owl")

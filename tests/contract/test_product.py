@@ -45,7 +45,7 @@ QUICK = [
 MEETINGS = {
     "magnitude": (
         *(("Weights", "per_leaf"), ("Channels", "across"), ("Blocks", "windows")),
-        *(("Weights", "uniform"), ("Channels", "erk"), ("Blocks", "custom")),
+        *(("Weights", "uniform"), ("Channels", "erk"), ("Blocks", "custom"), ("Weights", "owl")),
         ("Blocks", "per_output"),
     ),
     "taylor": (

@@ -11,6 +11,7 @@ import jaxprune as jp
 from jaxprune import methods, patterns, scopes
 from tests.helpers import slow_keep
 
+SHAPE = (32, 8)  # of most, so that they share programs
 SGPT = functools.partial(methods.sparsegpt, block=16)
 REFIT = functools.partial(methods.sparsegpt, block=16, refit=True)
 METHODS = {
@@ -20,6 +21,8 @@ METHODS = {
     "sparsegpt refit": REFIT,
     "admm": methods.admm,
 }
+APART = ("ria", "sparsegpt refit", "admm")  # all code of the others is in these or is trivial
+CHANGING = ("sparsegpt refit", "admm")
 
 
 def draw(inputs, outputs, rows=200, seed=0):
@@ -156,76 +159,73 @@ def test_sparsegpt_is_optimal_brain_surgery_input_after_input(kind):
 
 
 def test_methods_that_change_weights_are_better_in_this_order():
-    w, gram = draw(96, 24, rows=2000)
-    keep = jp.Keep.of((96, 24), 0.6)
+    w, gram = draw(*SHAPE, rows=2000)
+    keep = jp.Keep.of(SHAPE, 0.6)
     names = ("admm", "sparsegpt refit", "sparsegpt", "wanda")
     losses = [loss(run(METHODS[name], w, gram, keep)[0], w, gram) for name in names]
     assert losses == sorted(losses)
-    assert losses[0] < 0.95 * losses[1] and losses[2] < 0.6 * losses[3]
-    masked = run(methods.wanda, w, gram, keep)[1]
-    assert loss(jp.refit(w, masked, gram), w, gram) < 0.6 * losses[3]
+    assert losses[0] < 0.9 * losses[1] < 0.8 * losses[2] < 0.7 * losses[3]
 
 
 def test_admm_makes_up_for_whole_inputs():
-    w, gram = draw(64, 24, rows=40)
-    keep = jp.Keep.of((64, 24), 0.25, pattern=patterns.Channels("in", reduce="norm"))
+    w, gram = draw(*SHAPE, rows=20)
+    keep = jp.Keep.of(SHAPE, 0.25, pattern=patterns.Channels("in", reduce="norm"))
     new, mask = run(methods.admm, w, gram, keep)
     whole = np.asarray(mask).all(1)
-    assert (np.asarray(mask) == whole[:, None]).all() and whole.sum() == 48
+    assert (np.asarray(mask) == whole[:, None]).all() and whole.sum() == 24
     plain = run(methods.wanda, w, gram, keep)[0]
     assert loss(new, w, gram) < 0.05 * loss(plain, w, gram)
 
 
 # What holds for all of them.
 
-EVERY_KEEP = {
-    **KINDS,
+PATTERNS = {
     "blocks": {"pattern": patterns.Blocks((16, 16))},
     "blocks per output": {"pattern": patterns.Blocks((4, 2)), "scope": scopes.per_output},
     "blocks 2:4": {"pattern": patterns.Blocks((2, 3)), "scope": scopes.windows(4)},
     "inputs": {"pattern": patterns.Channels("in")},
     "outputs": {"pattern": patterns.Channels("out")},
 }
+EVERY_KEEP = {**KINDS, **PATTERNS}
 
 
-@pytest.mark.parametrize("kind", EVERY_KEEP)
-def test_masks_of_every_kind_have_the_counts_of_their_pattern_and_scope(kind):
-    shape = (40, 24)
+@pytest.mark.parametrize(
+    "name, kind",
+    [
+        *(("sparsegpt", kind) for kind in PATTERNS if kind != "outputs"),
+        *(("admm", kind) for kind in ("per output", "blocks", "blocks 2:4", "inputs", "outputs")),
+    ],
+)
+def test_masks_of_every_kind_have_the_counts_of_their_pattern_and_scope(name, kind):
+    shape = (32, 24)
     w, gram = draw(*shape)
     keep = jp.Keep.of(shape, 0.5, **EVERY_KEEP[kind])
     parts = keep.parts
     alive = lambda mask: np.asarray(parts.alive({"w": w}, {"w": mask})["w"])
-    for name, method in METHODS.items():
-        if kind == "outputs" and name.startswith("sparsegpt"):
-            continue
-        if name in ("wanda", "sparsegpt refit") and kind not in ("weights", "2:4"):
-            continue  # as `ria` and `sparsegpt`
-        new, mask = run(method, w, gram, keep)
-        units = alive(mask)
-        assert np.isfinite(new).all() and (np.asarray(new)[~np.asarray(mask)] == 0).all()
-        np.testing.assert_array_equal(  # units go whole
-            mask, np.broadcast_to(parts.expand({"w": units}, like={"w": w})["w"], shape)
-        )
-        assert units.sum() == alive(keep(jnp.abs(w))).sum()
-        if kind.endswith("per output"):
-            assert (units.sum(0) == len(units) // 2).all()
+    new, mask = run(METHODS[name], w, gram, keep)
+    units = alive(mask)
+    assert np.isfinite(new).all() and (np.asarray(new)[~np.asarray(mask)] == 0).all()
+    whole = parts.expand({"w": units}, like={"w": w})["w"]
+    np.testing.assert_array_equal(mask, np.broadcast_to(whole, shape))  # units go whole
+    assert units.sum() == alive(keep(jnp.abs(w))).sum()
+    if kind.endswith("per output"):
+        assert (units.sum(0) == len(units) // 2).all()
 
 
-@pytest.mark.parametrize("shape, sparsity", [((200, 30), 0.7), ((577, 3), 0.6), ((129, 5), 0.33)])
-def test_counts_are_exact_at_sizes_that_no_block_divides(shape, sparsity):
-    w, gram = draw(*shape)
-    total = w.size - round(sparsity * w.size)
-    assert run(methods.sparsegpt, w, gram, jp.Keep.of(shape, sparsity))[1].sum() == total
-    each = jp.Keep.of(shape, sparsity, scope=scopes.per_output)
-    kept = run(methods.sparsegpt, w, gram, each)[1].sum(0)
-    assert (kept == shape[0] - round(sparsity * shape[0])).all()
+def test_counts_are_exact_at_sizes_that_no_block_divides():
+    w, gram = draw(200, 30)
+    mask = run(methods.sparsegpt, w, gram, jp.Keep.of((200, 30), 0.7))[1]
+    assert mask.sum() == 6000 - 4200
+    w, gram = draw(577, 3)
+    each = jp.Keep.of((577, 3), 0.6, scope=scopes.per_output)
+    assert run(methods.sparsegpt, w, gram, each)[1].sum(0).tolist() == [577 - 346] * 3
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", APART)
 def test_experts_are_pruned_as_each_would_be(name):
-    each = [draw(24, 8, seed=seed) for seed in range(3)]
+    each = [draw(*SHAPE, seed=seed) for seed in range(3)]
     w, gram = (jnp.stack(some) for some in zip(*each, strict=True))
-    keep = jp.Keep.of((24, 8), 0.5)
+    keep = jp.Keep.of(SHAPE, 0.5)
     new, masks = jax.jit(jax.vmap(lambda w, g: METHODS[name](w, g, keep=keep)))(w, gram)
     for i in range(3):
         one, mask = run(METHODS[name], w[i], gram[i], keep)
@@ -233,11 +233,12 @@ def test_experts_are_pruned_as_each_would_be(name):
         np.testing.assert_allclose(new[i], one, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", CHANGING)
 def test_half_precision_weights_are_pruned_in_float32(name):
-    w, gram = draw(24, 8)
+    w, gram = draw(*SHAPE)
     half = w.astype(jnp.bfloat16)
-    keep = jp.Keep.of((24, 8), 0.5)
+    keep = jp.Keep.of(SHAPE, 0.5)
+    assert methods.wanda(half, gram, keep=keep)[0].dtype == jnp.bfloat16
     new, mask = run(METHODS[name], half, gram, keep)
     want, want_mask = run(METHODS[name], half.astype(jnp.float32), gram, keep)
     assert new.dtype == jnp.bfloat16
@@ -245,40 +246,40 @@ def test_half_precision_weights_are_pruned_in_float32(name):
     np.testing.assert_array_equal(new, want.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize("name", ["sparsegpt", "sparsegpt refit", "admm"])
+@pytest.mark.parametrize("name", CHANGING)
 def test_an_input_that_is_always_zero_has_no_say_and_no_weights(name):
-    w, gram = draw(24, 8)
-    dead = jnp.arange(24) % 5 == 3
+    w, gram = draw(*SHAPE)
+    dead = jnp.arange(32) % 5 == 3
     gram = jnp.where(dead[:, None] | dead[None], 0.0, gram)
-    new, mask = run(METHODS[name], w, gram, jp.Keep.of((24, 8), 0.5))
+    new, mask = run(METHODS[name], w, gram, jp.Keep.of(SHAPE, 0.5))
     assert np.isfinite(new).all() and (new[dead] == 0).all()
-    assert loss(new, w, gram) < 0.5 and mask.sum() == 96
-    assert (run(METHODS[name], w, 0 * gram, jp.Keep.of((24, 8), 0.5))[0] == 0).all()
+    assert loss(new, w, gram) < 0.5 and mask.sum() == 128
+    assert (run(METHODS[name], w, 0 * gram, jp.Keep.of(SHAPE, 0.5))[0] == 0).all()
 
 
-@pytest.mark.parametrize("name", METHODS)
-@pytest.mark.parametrize("shape", [(1, 6), (6, 1), (1, 1)])
+@pytest.mark.parametrize("name", CHANGING)
+@pytest.mark.parametrize("shape", [(1, 6), (6, 1)])
 def test_one_input_or_one_output_will_do(name, shape):
     w, gram = draw(*shape)
     new, mask = run(METHODS[name], w, gram, jp.Keep.of(shape, 0.5))
     assert np.isfinite(new).all() and mask.sum() == w.size - round(0.5 * w.size)
 
 
-@pytest.mark.parametrize("name", ["sparsegpt", "sparsegpt refit", "admm"])
+@pytest.mark.parametrize("name", CHANGING)
 def test_fewer_rows_than_inputs_are_made_up_for_by_damping(name):
-    w, gram = draw(48, 6, rows=10)
-    new, _ = run(METHODS[name], w, gram, jp.Keep.of((48, 6), 0.5))
-    plain, _ = run(methods.wanda, w, gram, jp.Keep.of((48, 6), 0.5))
-    assert loss(new, w, gram) < 0.1 * loss(plain, w, gram)
+    w, gram = draw(*SHAPE, rows=10)
+    new, _ = run(METHODS[name], w, gram, jp.Keep.of(SHAPE, 0.5))
+    plain, _ = run(methods.wanda, w, gram, jp.Keep.of(SHAPE, 0.5))
+    assert loss(new, w, gram) < 0.2 * loss(plain, w, gram)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", ["ria", "sparsegpt refit"])
 def test_what_is_masked_already_stays_removed(name):
-    w, gram = draw(40, 8)
-    first = jnp.arange(40)[:, None] >= jnp.array([20] * 4 + [0] * 4)[None]  # 80 of 320 are gone
-    keep = jp.Keep.of((40, 8), 0.5, within=first)
+    w, gram = draw(*SHAPE)
+    first = jnp.arange(32)[:, None] >= jnp.array([16] * 4 + [0] * 4)[None]  # 64 of 256 are gone
+    keep = jp.Keep.of(SHAPE, 0.5, within=first)
     new, mask = run(METHODS[name], w, gram, keep)
-    assert not (mask & ~first).any() and mask.sum() == 160
+    assert not (mask & ~first).any() and mask.sum() == 128
     assert (np.asarray(new)[~np.asarray(first)] == 0).all()
 
 
@@ -290,11 +291,12 @@ def test_any_function_of_scores_will_do():
         asked.append(scores.shape)
         return scores > jnp.mean(scores)
 
-    for method in METHODS.values():
-        new, mask = method(w, gram, keep=above_the_mean)
+    for name in APART:
+        method = functools.partial(METHODS[name], keep=above_the_mean)
+        new, mask = jax.jit(method)(w, gram)
         assert np.isfinite(new).all() and 0 < mask.sum() < w.size
         assert (np.asarray(new)[~np.asarray(mask)] == 0).all()
-    # The two of SparseGPT ask block by block, a whole one and the rest.
+    # SparseGPT asks block by block, a whole one and the rest.
     assert set(asked) == {(40, 8), (16, 8), (8, 8)}
 
 

@@ -24,6 +24,7 @@ from jax import lax
 from jaxprune._errors import check_sparsity
 from jaxprune._find import select
 from jaxprune._layout import Layout
+from jaxprune._masks import check_masks
 from jaxprune._parts import Parts, declared
 from jaxprune._where import everything
 from jaxprune.criteria import magnitude
@@ -81,7 +82,7 @@ class Keep:
           sparsity: fraction of units to remove.
           pattern: what is removed together.
           scope: who competes with whom; ``per_leaf`` ranks the whole matrix.
-          within: bool mask `[inputs, outputs]`; what it removes stays removed.
+          within: bool mask `[inputs, outputs]`, each axis full or 1; what it removes stays removed.
 
         Raises:
           ValueError: the sparsity is outside [0, 1], or a part does not fit the matrix or the
@@ -91,6 +92,8 @@ class Keep:
         parts = Parts("prune_trained", magnitude, pattern, scope, everything, _LAYOUT)
         parts.check(sparsity, exact=True)
         like = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}
+        if within is not None:  # whole, so that blocks can be cut out of it
+            within = jnp.broadcast_to(check_masks({"w": within}, like, "within")["w"], shape)
         bound = parts.bind(like)
         unit = _inputs_of_a_unit(bound, shape[1])
         if not bound.can_count:

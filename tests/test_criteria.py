@@ -689,3 +689,55 @@ def test_lamp_refuses_leaves_whose_places_overflow():
     huge = {"w": jax.ShapeDtypeStruct((2**16, 2**15), jnp.bfloat16)}
     with pytest.raises(NotImplementedError, match=r"\(65536, 32768\).*no int32.*erk"):
         jax.eval_shape(jp.criteria.lamp, huge)
+
+
+STACKS = {
+    "up": jnp.asarray(RNG.normal(size=(3, 8, 6)), jnp.float32),
+    "bias": jnp.zeros((3, 6)),
+    "conv": jnp.asarray(RNG.normal(size=(3, 3, 4, 6)), jnp.bfloat16),
+}
+NORMS = {
+    "up": jnp.asarray(RNG.uniform(1, 9, size=(3, 8, 1)), jnp.float32),
+    "bias": None,
+    "conv": jnp.asarray(RNG.uniform(1, 9, size=(1, 1, 4, 1)), jnp.float32),
+}
+ROLES = jp.Layout({"up": ("layer", "in", "out"), "conv": ("window", "window", "in", "out")})
+
+
+@pytest.mark.parametrize("layout", [None, ROLES], ids=["plain", "layout"])
+@pytest.mark.parametrize("scope", [scopes.across, scopes.per_output, scopes.windows(2)], ids=str)
+def test_norms_that_broadcast_rank_as_whole_ones_do(scope, layout):
+    where = jp.exclude("bias")
+    settings = {"where": where, "layout": layout, "scope": scope}
+    found = jp.find_masks(STACKS, 0.5, criterion=criteria.wanda, norms=NORMS, **settings)
+
+    @jp.elementwise
+    def slow(params, *, norms, **_):
+        return jax.tree.map(lambda w, n: jnp.abs(w.astype(jnp.float32)) * n, params, norms)
+
+    part = jp.prunable(STACKS, where=where)
+    whole = jax.tree.map(lambda w, n: jnp.broadcast_to(n, w.shape), part, NORMS)
+    want = jp.find_masks(STACKS, 0.5, criterion=slow, norms=whole, **settings)
+    assert_trees_equal(found, want)
+    scores = criteria.wanda(STACKS, norms=NORMS)
+    assert scores["bias"] is None
+    assert_trees_equal(jp.make_masks(scores, 0.5, layout=layout, scope=scope), want)
+    tx = jp.prune(
+        optax.sgd(0.1), schedule=schedules.constant(0.5), criterion=criteria.wanda, **settings
+    )
+    _, state = jax.jit(tx.update)(STACKS, tx.init(STACKS), STACKS, norms=NORMS)
+    assert_trees_equal(jp.get_masks(state), want)
+
+
+@pytest.mark.parametrize(
+    "norms, words",
+    [
+        ({"conv": jnp.ones((3, 3, 5, 1))}, r"'conv' has shape \(3, 3, 5, 1\), in the params"),
+        ({"up": jnp.ones((8, 1))}, r"'up' has shape \(8, 1\).*\(3, 8, 6\)\. Pass.*input_stats"),
+        ({"up": None}, r"`wanda` gives no scores for 'up': its evidence is None there\. Leave"),
+    ],
+)
+def test_norms_that_do_not_broadcast_are_refused_by_path(norms, words):
+    where = jp.exclude("bias")
+    with pytest.raises(ValueError, match=words):
+        jp.find_masks(STACKS, 0.5, criterion=criteria.wanda, norms={**NORMS, **norms}, where=where)

@@ -39,6 +39,7 @@ from jaxprune._masks import sparsity as sparsity
 from jaxprune._masks import unpack as unpack
 from jaxprune._prune import hold as hold
 from jaxprune._prune import prune as prune
+from jaxprune._prune_trained import prune_trained as prune_trained
 from jaxprune._report import Overlap as Overlap
 from jaxprune._report import Summary as Summary
 from jaxprune._report import overlap as overlap
@@ -124,6 +125,7 @@ __all__ = (
     "prunable",
     "prune",
     "refit",
+    "prune_trained",
     "schedules",
     "scopes",
     "shrink",

@@ -102,6 +102,16 @@ class Keep:
         integers = jax.tree.map(lambda k: np.asarray(k, np.int32), counts)
         return cls(integers, within, bound, shape[0], unit)
 
+    def among(self, within: jax.Array) -> "Keep":
+        """The same among what an earlier mask `[..., inputs, outputs]` has left."""
+        return dataclasses.replace(self, within=within)
+
+    @property
+    def axes(self) -> "Keep":
+        """What of it ``jax.vmap`` maps over, for groups of matrices: earlier masks alone."""
+        mapped: Any = None if self.within is None else 0
+        return dataclasses.replace(self, amount=None, within=mapped)
+
     @property
     def window(self) -> int | None:
         """How many neighbouring inputs compete: 4 for 2:4; None where all of them do."""

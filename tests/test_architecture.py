@@ -16,7 +16,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 CORE = {"jax", "optax", "numpy", "jaxprune", *sys.stdlib_module_names}
 PARTS = ("criteria", "patterns", "scopes", "schedules", "methods")
 # What a module may use beyond the core: extras inside its functions, files.
-EXTRAS = {"checkpoint": {"orbax"}}
+EXTRAS = {"checkpoint": {"orbax"}, "_progress": {"tqdm"}}
 FILES_ARE_ITS_BUSINESS = {"_atomic", "checkpoint", "export"}
 # From top to bottom; a file imports from above, and within its layer from what is listed before.
 LAYERS = (
@@ -80,6 +80,7 @@ LAYERS = (
         "_budget",
         "_distill",
     ),
+    ("_batches", "_progress", "_calibrate", "_traced", "_prune_trained"),
     (
         "_level",
         "_imp",

@@ -1,0 +1,398 @@
+"""The walk over a program on calibration data, which changes weights where they meet it."""
+
+# A network is pruned from its inputs on, each weight on what those before it make now:
+#
+#     run all batches up to a stop          activations of one stretch are what lies in memory
+#     sum the Gram matrix of the inputs     one for weights that meet the same data: q, k, v
+#     visit the weights: (w, gram) -> (w, mask)
+#     go on from there, on the new weights
+#
+# What is used several times (shared layers, loops over time) is seen whole before it changes: its
+# stretch is run for the sums alone, and then again. With `dense` a second world goes along, in
+# which nothing was changed.
+
+import dataclasses
+import functools
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxprune.graph._collect import Measure, evaluate_loop, read_view, stretch
+from jaxprune.graph._frames import Value
+from jaxprune.graph._line import Line, Ref
+from jaxprune.graph._linear import Part, View
+from jaxprune.graph._product import Product
+from jaxprune.graph._products import Place, Stop, Weight
+
+Chunks: TypeAlias = list[Value]  # of one value that of each batch
+Changed: TypeAlias = tuple[jax.Array, jax.Array]  # the new matrix, and its mask
+
+
+class Visit(NamedTuple):
+    """What is known of a weight when the walk has reached it.
+
+    Attributes:
+      weight: where it is used.
+      matrix: `[groups?, inputs, outputs]`, as it is now.
+      sums: the Gram matrix of its inputs, `[groups?, inputs, inputs]`, or the diagonal of that.
+      cross: inputs times what the dense model makes of it, `[inputs, outputs]`, if that was asked
+        for and there is such a thing.
+      rows: how many rows of inputs there were; None inside of loops.
+    """
+
+    weight: Weight
+    matrix: jax.Array
+    sums: jax.Array
+    cross: jax.Array | None
+    rows: int | None
+
+
+@dataclasses.dataclass
+class World:
+    """Values of a program on all batches, with weights as they are in it.
+
+    Attributes:
+      flows: of what depends on data, the values that somebody will still read.
+      changed: parameters, or layers of them, that are not what they were.
+      masks: of those what stays, likewise.
+    """
+
+    flows: dict[Ref, Chunks]
+    changed: dict[Part, jax.Array] = dataclasses.field(default_factory=dict)
+    masks: dict[Part, jax.Array] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Walk:
+    """A program, its data, and how far one is.
+
+    Attributes:
+      line: the program.
+      leaves: its parameters, as they were.
+      worlds: that in which weights are changed; and the dense one, if it is wanted.
+      measure: what is summed where weights meet data.
+      last: the last step that reads a value.
+      fixed: values that depend on no data.
+      start: the first step that has not been evaluated.
+      compiled: programs of stretches and sums, by form.
+    """
+
+    line: Line
+    leaves: Sequence[jax.Array]
+    worlds: list[World]
+    measure: Measure
+    last: dict[Ref, int]
+    fixed: dict[Ref, Value]
+    start: int = 0
+    compiled: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def batches(self) -> int:
+        """How many there are."""
+        return max((len(x) for x in self.worlds[0].flows.values()), default=0)
+
+    def part(self, world: World, part: Part) -> jax.Array:
+        """A parameter, or a layer of it, as it is now."""
+        if part in world.changed:
+            return world.changed[part]
+        x = self.leaves[part.leaf]
+        depth = len(part.layer)
+        if any(p.leaf == part.leaf and p.layer[:depth] == part.layer for p in world.changed):
+            n = x.shape[depth]
+            rows = [self.part(world, part._replace(layer=(*part.layer, i))) for i in range(n)]
+            return jnp.stack(rows)
+        return x[part.layer] if part.layer else x
+
+    def read(self, world: World, ref: Ref, chunk: int) -> Value:
+        """A value, in one batch."""
+        if ref in self.line.views:
+            return read_view(self.line.views[ref], lambda p: self.part(world, p))
+        if ref in self.line.known:
+            return self.line.known[ref]
+        return self.fixed[ref] if ref in self.fixed else world.flows[ref][chunk]
+
+    def run(self, start: int, stop: int, world: World, *, free: bool = True) -> None:
+        """Evaluate steps on all batches; of what they make keep what is read later."""
+        line, moving = self.line, []
+        for step in line.steps[start:stop]:
+            if (step.outs and step.outs[0] in line.data) or (step.at and step.at.eqn.effects):
+                moving.append(step)
+            elif not all(o in self.fixed for o in step.outs):
+                values = [self.read(world, i, 0) for i in step.ins]
+                self.fixed.update(zip(step.outs, step.run(*values), strict=True))
+        made = {o for step in moving for o in step.outs}
+        ins = list(dict.fromkeys(i for step in moving for i in step.ins if i not in made))
+        outs = [o for step in moving for o in step.outs if self.last.get(o, -1) >= stop]
+        flowing = [i for i in ins if i in world.flows]
+        still = {i: self.read(world, i, 0) for i in ins if i not in world.flows}
+        done = [r for r in world.flows if free and self.last.get(r, -1) < stop]
+        compiled = stretch(moving, ins, outs, self.compiled)
+        results: dict[Ref, Chunks] = {o: [] for o in outs}
+        for chunk in range(self.batches if moving else 0):
+            here = {i: world.flows[i][chunk] for i in flowing}
+            for r in done:  # read for the last time: one batch goes as the next comes
+                world.flows[r][chunk] = None
+            found = compiled(*(here[i] if i in here else still[i] for i in ins))
+            for o, value in zip(outs, found, strict=True):
+                results[o].append(value)
+        jax.block_until_ready(list(results.values()))
+        for r in done:
+            del world.flows[r]
+        world.flows.update(results)
+        if free:
+            self.fixed = {r: v for r, v in self.fixed.items() if self.last.get(r, -1) >= stop}
+
+    def sums(self, place: Place, world: World, chunks: Sequence[int]) -> jax.Array:
+        """What is measured at a place outside of loops, over some batches."""
+        form = ("sums", place.product.of_data, place.product.kind)
+        if form not in self.compiled:
+            product = place.product
+            self.compiled[form] = jax.jit(lambda *data: self.measure(product, *data))
+        measure = self.compiled[form]
+        total = None
+        for chunk in chunks:
+            one = measure(*(self.read(world, r, chunk) for r in place.data))
+            total = one if total is None else _add(total, one)
+        return jax.block_until_ready(total)
+
+    def loop_sums(self, number: int, world: World, chunks: Sequence[int]) -> list[jax.Array]:
+        """What is measured at all places of a loop, over its rounds and some batches."""
+        step = self.line.steps[number]
+        form = ("loop", step.form, tuple(tuple(sorted(line.views)) for line in step.loops))
+        if form not in self.compiled:
+            self.compiled[form] = jax.jit(
+                lambda *values: evaluate_loop(step, values, self.measure).sums
+            )
+        total: list[jax.Array] | None = None
+        for chunk in chunks:
+            found = self.compiled[form](*(self.read(world, i, chunk) for i in step.ins))
+            total = found if total is None else list(map(_add, total, found))
+        return jax.block_until_ready(total or [])
+
+    def rows(self, weight: Weight) -> int | None:
+        """How many rows of inputs a weight has met; None where a loop makes them."""
+        found = 0
+        for place in weight.places:
+            if place.inside is not None:
+                return None
+            x = self.line.types[place.data[0]]
+            spec = jax.eval_shape(place.product.rows, jax.ShapeDtypeStruct(x.shape, x.dtype))
+            found += spec.shape[-2] * self.batches
+        return found
+
+    def leaf(self, leaf: int) -> jax.Array:
+        """A parameter as it has become."""
+        return self.part(self.worlds[0], Part(leaf))
+
+    def mask(self, leaf: int, index: tuple[int, ...] = ()) -> jax.Array:
+        """What stays of a parameter, or of a layer of it; all of what nobody changed."""
+        masks, shape = self.worlds[0].masks, self.leaves[leaf].shape[len(index) :]
+        if (part := Part(leaf, index)) in masks:
+            return masks[part]
+        deeper = any(p.leaf == leaf and p.layer[: len(index)] == index for p in masks)
+        if not deeper:
+            return jnp.ones(shape, bool)
+        return jnp.stack([self.mask(leaf, (*index, i)) for i in range(shape[0])])
+
+    def outputs(self) -> list[list[Value]]:
+        """Of each batch the results, once all weights have been changed."""
+        world = self.worlds[0]
+        self.run(self.start, len(self.line.steps), world)
+        return [[self.read(world, o, c) for o in self.line.outs] for c in range(self.batches)]
+
+    def _measured(self, number: int, place: Place, world: World, chunks: Sequence[int]) -> Any:
+        if place.inside is not None:
+            return self.loop_sums(number, world, chunks)
+        return self.sums(place, world, chunks)
+
+    def gather(self, stop: Stop, name: Callable[[Weight], str]) -> dict[Weight, jax.Array]:
+        """What is measured of the weights of a stop, in the world that changes."""
+        found: dict[Weight, jax.Array] = {}
+        world = self.worlds[0]
+        if stop.end > stop.step:  # seen whole first, on values of their own
+            world = dataclasses.replace(world, flows=dict(world.flows))
+        kept: dict[Hashable, Any] = {}
+        before = stop.step
+        for number, weight, place in _in_order(stop.weights):
+            if stop.end > stop.step:
+                self.run(before, number, world, free=False)
+                before = number
+            loop = place.inside is not None
+            key = (number,) if loop else (place.data, place.product.of_data)
+            if key not in kept:
+                every = range(self.batches)
+                kept[key] = self._measured(number, place, world, every)
+                if not _finite(kept[key]):
+                    each = (self._measured(number, place, world, [c]) for c in every)
+                    bad = next((c for c, one in enumerate(each) if not _finite(one)), 0)
+                    raise ValueError(
+                        f"The data that {name(weight)!r} multiplies is not finite in batch {bad}. "
+                        "Is that batch in order? A network that overflows in its dtype does so "
+                        "here, too."
+                    )
+            mine = kept[key][place.order] if loop else kept[key]
+            found[weight] = mine if weight not in found else found[weight] + mine
+        return found
+
+    def cross(self, place: Place) -> jax.Array | None:
+        """Inputs now times what the dense model makes of its own, `[groups?, inputs, outputs]`.
+
+        Where the product goes into a residual stream, what the stream lacks belongs to it.
+        """
+        if len(self.worlds) < 2 or place.inside is not None or place.product.kind == "ragged":
+            return None
+        now, dense = self.worlds
+        stream = residual(self.line, place)
+        if stream is not None and (stream not in now.flows or stream not in dense.flows):
+            stream = None
+        w = place.product.matrix(read_view(place.view, lambda p: self.part(dense, p)))
+        form = ("cross", place.product, stream is None)
+        if form not in self.compiled:
+            self.compiled[form] = jax.jit(functools.partial(_cross, place.product))
+        total = None
+        for chunk in range(self.batches):
+            gap = [dense.flows[stream][chunk], now.flows[stream][chunk]] if stream else []
+            x, x_dense = (world.flows[place.data[0]][chunk] for world in self.worlds)
+            one = self.compiled[form](x, x_dense, w, *gap)
+            total = one if total is None else _add(total, one)
+        return total
+
+    def change(self, weight: Weight, old: jax.Array, changed: Changed) -> None:
+        """Put a new matrix and its mask where the weight is from; what is kept stays as it was."""
+        world, (view, product) = self.worlds[0], (weight.view, weight.product)
+        parts = [self.part(world, p) for p in view.parts]
+        form = ("change", view.moves, product)
+        if form not in self.compiled:
+            self.compiled[form] = jax.jit(functools.partial(_written, view, product))
+        for p, (value, mask) in zip(
+            view.parts, self.compiled[form](parts, old, changed), strict=True
+        ):
+            world.changed[p] = value
+            world.masks[p] = mask & world.masks[p] if p in world.masks else mask
+
+
+_add = jax.jit(jnp.add, donate_argnums=0)
+
+
+def _finite(sums: Any) -> bool:
+    return all(bool(jnp.isfinite(jnp.sum(x))) for x in jax.tree.leaves(sums))
+
+
+def _in_order(weights: Sequence[Weight]) -> list[tuple[int, Weight, Place]]:
+    each = [(place.step, weight, place) for weight in weights for place in weight.places]
+    return sorted(each, key=lambda item: item[0])
+
+
+def _cross(
+    product: Product, x: jax.Array, x_dense: jax.Array, w: jax.Array, *gap: jax.Array
+) -> jax.Array:
+    rows, theirs = (product.rows(each).astype(jnp.float32) for each in (x, x_dense))
+    exact = lax.Precision.HIGHEST
+    made = jnp.matmul(theirs, w.astype(jnp.float32), precision=exact)
+    if gap:
+        made = made + (gap[0] - gap[1]).astype(jnp.float32).reshape(made.shape)
+    return jnp.einsum("...ni,...no->...io", rows, made, precision=exact)
+
+
+def _written(
+    view: View, product: Product, parts: Sequence[jax.Array], old: jax.Array, changed: Changed
+) -> list[Changed]:
+    """For each part its new value, and its mask."""
+    new, mask = changed
+    mask = jnp.broadcast_to(mask, new.shape)
+    values = [product.weight(x) for x in (new, new != old, mask)]
+    found = []
+    for part, (shown, (value, moved, stays)) in zip(
+        parts, view.scatter(parts, values), strict=True
+    ):
+        kept = (stays > 0.5) | ~shown
+        now = jnp.where(moved > 0.5, value.astype(part.dtype), part)
+        found.append((jnp.where(kept, now, jnp.zeros((), part.dtype)), kept))
+    return found
+
+
+def residual(line: Line, place: Place) -> Ref | None:
+    """The stream that the product is added to, if that is all that is done with it.
+
+    A bias may come between.
+    """
+    step = line.steps[place.step]
+    if place.side != 1 or place.product.kind != "dot" or place.product.groups:
+        return None
+    out = step.outs[0]
+    while True:
+        users = [s for s in line.steps if out in s.ins]
+        if len(users) != 1 or out in line.outs or len(users[0].ins) != 2:
+            return None
+        add = users[0]
+        if add.at is None or add.at.primitive not in ("add", "add_any"):
+            return None
+        other = next(i for i in add.ins if i != out)
+        if other in line.data:
+            same = line.types[other].shape == line.types[out].shape
+            return other if same else None
+        out = add.outs[0]
+
+
+def walk_of(
+    line: Line,
+    leaves: Sequence[jax.Array],
+    batches: Sequence[Sequence[Value]],
+    *,
+    measure: Measure = Product.gram,
+    dense: bool = False,
+    outputs: bool = False,
+) -> Walk:
+    """Start a walk.
+
+    Args:
+      line: the program; its inputs are the leaves, and then those of a batch.
+      leaves: the parameters.
+      batches: arrays of each of them.
+      measure: what is summed where weights meet data.
+      dense: whether a world goes along in which nothing is changed.
+      outputs: whether results are wanted in the end.
+    """
+    last: dict[Ref, int] = {}
+    for number, step in enumerate(line.steps):
+        last.update(dict.fromkeys(step.ins, number))
+    if outputs:
+        last.update(dict.fromkeys(line.outs, len(line.steps)))
+    refs = line.ins[len(leaves) :]
+    flows = lambda: {r: [b[i] for b in batches] for i, r in enumerate(refs)}  # noqa: E731
+    worlds = [World(flows()) for _ in range(2 if dense else 1)]
+    return Walk(line, leaves, worlds, measure, last, {})
+
+
+def calibrate(
+    walk: Walk,
+    stops: Sequence[Stop],
+    visit: Callable[[Visit], Changed | None],
+    *,
+    name: Callable[[Weight], str] = str,
+    progress: Callable[[Sequence[Stop]], Iterator[Stop]] = iter,
+) -> None:
+    """Walk from stop to stop, and let ``visit`` change the weights there.
+
+    Raises:
+      ValueError: data that a weight meets is not finite; ``name`` says what the weight is called.
+    """
+    start = 0
+    for stop in progress(stops):
+        for world in walk.worlds:
+            walk.run(start, stop.step, world)
+        start = stop.step
+        sums = walk.gather(stop, name)
+        for weight in stop.weights:
+            alone = len(weight.places) == 1 and stop.end == stop.step
+            matrix = weight.product.matrix(
+                read_view(weight.view, lambda p: walk.part(walk.worlds[0], p))
+            )
+            cross = walk.cross(weight.places[0]) if alone else None
+            changed = visit(Visit(weight, matrix, sums[weight], cross, walk.rows(weight)))
+            if changed is not None:
+                walk.change(weight, matrix, changed)
+    walk.start = start

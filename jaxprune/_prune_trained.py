@@ -1,0 +1,327 @@
+"""A trained network pruned in one pass over calibration data, layer after layer."""
+
+import functools
+import math
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxprune._advice import PruneWarning
+from jaxprune._batches import Batches, read_batches
+from jaxprune._calibrate import Changed, Visit, Walk, calibrate, walk_of
+from jaxprune._errors import check_sparsity, short
+from jaxprune._help import readable
+from jaxprune._keep import Keep
+from jaxprune._layout import Layout
+from jaxprune._masks import apply_masks, check_masks
+from jaxprune._numbers import is_tree, plain
+from jaxprune._parts import declared
+from jaxprune._progress import bar
+from jaxprune._traced import Traced, left_alone, names, trace
+from jaxprune._tree import align, is_matrix, leaves_by_path, list_paths, prunable
+from jaxprune._where import by_default
+from jaxprune.graph._collect import read_view
+from jaxprune.graph._linear import Part
+from jaxprune.graph._products import Weight, stops_of
+from jaxprune.patterns import Weights
+from jaxprune.scopes import per_leaf, per_output
+from jaxprune.typing import Masks, Method, Params, Pattern, Scope, Sparsity, Where
+
+
+@readable
+def prune_trained(
+    fn: Callable[..., Any],
+    params: Params,
+    batches: Batches,
+    sparsity: Sparsity,
+    *,
+    method: Method,
+    pattern: Pattern = Weights(),
+    scope: Scope | None = None,
+    where: Where = is_matrix,
+    within: Masks | None = None,
+    layout: Layout | None = None,
+    targets: Literal["pruned", "dense"] = "pruned",
+    progress: bool = True,
+) -> tuple[Params, Masks]:
+    """Prune a trained network in one pass over calibration data, without training.
+
+    Walks through ``fn(params, *batch)`` from its inputs on. Wherever a weight multiplies data it
+    sums the Gram matrix of the inputs, as the layers before it, pruned already, make them now; the
+    method finds mask and new values for the weight, and the walk goes on. That works on any
+    traceable function: dots and convolutions of any spelling, weights that are rearranged first,
+    stacks of layers under ``scan``, weights that are shared or used in every round of a loop over
+    time, which are seen whole before they change. No batch is run twice but for those, and what
+    lies in memory are the activations of one stretch and a Gram matrix or two.
+
+    A weight is pruned as the matrix `[inputs, outputs]` that it is in its product (of a convolution
+    the inputs are the places of its window, the channels innermost). Pattern, scope and sparsity
+    speak of that matrix: each is a competition of its own, and loses exactly
+    ``round(sparsity * n)`` of its units. So does each group, as experts are, and each layer.
+
+    Args:
+      fn: function of params and inputs, in inference mode.
+      params: the whole tree of variables. It is not changed.
+      batches: a list of tuples of inputs, or of single arrays, all of one shape; or a function that
+        gives a fresh iterator of them. 100,000 rows of data do for most networks.
+      sparsity: fraction to remove: a number, or a tree of numbers, as ``jp.scopes.erk`` or
+        ``jp.scopes.owl`` make; of stacks arrays `[layers]`.
+      method: ``jp.methods.wanda``, ``ria``, ``sparsegpt``, ``admm``, or a function of one's own:
+        ``(w [inputs, outputs], gram [inputs, inputs], *, keep) -> (w, mask)``.
+      pattern: what is removed together.
+      scope: who competes with whom; ``jp.scopes.windows(4)`` at 0.5 gives 2:4. By default that of
+        the method: ``per_output`` for Wanda, the whole matrix for the others.
+      where: which leaves are wanted; by default kernels, by their use.
+      within: earlier masks; what they remove stays removed.
+      layout: what each axis means; found from ``fn`` unless it is given.
+      targets: ``"pruned"`` lets a weight make of its inputs what it made of them; with ``"dense"``
+        it is to make up for what the layers before it have lost: what the dense network has there,
+        in the residual stream where it adds to one. One more forward pass.
+      progress: show a bar, if ``tqdm`` is installed.
+
+    Returns:
+      New params, in which what is removed is exactly zero, and masks like ``params``: None where a
+      leaf was left alone, elsewhere a bool array of the leaf's shape.
+
+    Raises:
+      TypeError: batches are an iterator that is gone once it has been read, or ``fn`` is no
+        function.
+      ValueError: batches are not alike, no weight that is wanted multiplies data, a sparsity
+        leaves nothing, a part does not fit a matrix, or activations are not finite: it says at
+        which weight, and in which batch.
+
+    Warns:
+      PruneWarning: leaves that are wanted but left alone, with the reason (they are looked up, too,
+        or go through a norm), fewer rows of data than inputs, random numbers in ``fn``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> import jaxprune as jp
+      >>> net = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
+      >>> keys = jax.random.split(jax.random.key(0), 3)
+      >>> params = {n: jax.random.normal(k, (8, 8)) for n, k in zip(("up", "down"), keys)}
+      >>> data = [jax.random.normal(keys[2], (64, 8))]
+      >>> params, masks = prune_trained(net, params, data, 0.5, method=jp.methods.sparsegpt)
+      >>> float(jp.sparsity(masks, params))
+      0.5
+
+    References:
+      Frantar and Alistarh, `SparseGPT <https://arxiv.org/abs/2301.00774>`_, 2023; Sun et al.,
+      `Wanda <https://arxiv.org/abs/2306.11695>`_, 2024.
+    """
+    user = "prune_trained"
+    _check_settings(method, targets, sparsity)
+    data = read_batches(batches, user)
+    traced = trace(fn, params, data, where=where, layout=layout, user=prune_trained)
+    part = prunable(params, where=traced.where)
+    earlier = None if within is None else check_masks(within, part, "within")
+    if earlier is not None:
+        traced = traced.on(apply_masks(params, earlier))
+    scope = scope or (per_output if declared(method, "per_output") else per_leaf)
+    of = functools.partial(Keep.of, pattern=pattern, scope=scope)
+    keeps = _keeps(traced, _by_leaf(part, sparsity), of, earlier)
+    dense = targets == "dense"
+    walk = walk_of(traced.line, traced.leaves, data.arrays, dense=dense)
+    _warn(traced, walk, by_default(where))
+    compiled = _compiled(method)
+
+    def visit(at: Visit) -> Changed:
+        w = at.matrix if at.cross is None else _moved(at.matrix, at.sums, at.cross)
+        new, mask = compiled(w, at.sums, keeps[at.weight])
+        return _checked(at, new, mask, traced, method)
+
+    stops = stops_of(traced.weights, lambda _: True)
+    calibrate(walk, stops, visit, name=traced.name, progress=bar(user, shown=progress))
+    return _results(traced, walk, params)
+
+
+# Settings.
+
+
+def _check_settings(method: Any, targets: Any, sparsity: Sparsity) -> None:
+    if not callable(method):
+        raise TypeError(
+            f"`prune_trained` got method={short(method)}. Pass `jp.methods.sparsegpt` or another, "
+            "or a function `(w, gram, *, keep) -> (w, mask)`."
+        )
+    if targets not in ("pruned", "dense"):
+        raise ValueError(
+            f"`prune_trained` got targets={targets!r}. Use 'pruned', or 'dense' to make up for "
+            "what earlier layers have lost."
+        )
+    check_sparsity(sparsity)
+    if any(np.max(np.asarray(s), initial=0) >= 1 for s in jax.tree.leaves(plain(sparsity))):
+        raise ValueError(
+            "`prune_trained` got a sparsity of 1, which leaves nothing of a weight. Use less, or "
+            "leave the layer out by `jp.find_blocks` and `jp.shrink`."
+        )
+
+
+def _keeps(
+    traced: Traced, numbers: dict[str, Any], of: Callable[..., Keep], within: Masks | None
+) -> dict[Weight, Keep]:
+    """What stays of each weight: pattern, scope and its own sparsity put together.
+
+    ``numbers`` are the sparsities of leaves, ``of`` makes what keeps of a shape and a sparsity.
+    """
+    of = functools.lru_cache(maxsize=None)(of)
+    alive = None if within is None else leaves_by_path(within, "prune_trained")
+    found, wrong = {}, []
+    for weight in traced.weights:
+        try:
+            shape = jax.eval_shape(weight.product.matrix, _shape(weight)).shape[-2:]
+            keep = of(shape, _of_weight(traced, weight, numbers))
+        except ValueError as error:
+            wrong.append((traced.name(weight), str(error)))
+            continue
+        found[weight] = keep if alive is None else keep.among(_alive(traced, weight, alive))
+    if wrong:
+        raise ValueError(
+            f"`prune_trained` takes {wrong[0][0]!r} as a matrix `w` of inputs and outputs: "
+            f"{wrong[0][1]}{_and_others([name for name, _ in wrong[1:]])}"
+        )
+    return found
+
+
+def _and_others(paths: list[str]) -> str:
+    return f" The same holds for {names(paths)}." if paths else ""
+
+
+def _shape(weight: Weight) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(weight.product.shape, jnp.float32)
+
+
+def _by_leaf(part: Params, sparsity: Sparsity) -> dict[str, Any]:
+    """The sparsity of each leaf that is wanted, from a number or a tree."""
+    wanted = leaves_by_path(part, "prune_trained")
+    if not is_tree(sparsity):
+        return dict.fromkeys(wanted, plain(sparsity))
+    mirrored = align(sparsity, part)
+    if mirrored is None:
+        raise ValueError(
+            "`prune_trained` got a tree of sparsities that does not mirror the leaves that are "
+            f"wanted, {list_paths(list(wanted))}. Make it with `jp.scopes.uniform`, `erk`, `owl` "
+            "or `custom` and the same `where` and `layout`."
+        )
+    return leaves_by_path(plain(mirrored), "prune_trained")
+
+
+def _of_weight(traced: Traced, weight: Weight, numbers: dict[str, Any]) -> float:
+    """The sparsity of one matrix; it has one."""
+    found = []
+    for part in weight.view.parts:
+        number = np.asarray(numbers[traced.paths[part.leaf]])
+        if number.ndim > len(part.layer):
+            raise ValueError(
+                f"it got sparsities of shape {number.shape} for layers that it does not have. Pass "
+                "one number."
+            )
+        found.append(float(number[part.layer[: number.ndim]]))
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"it is made of leaves of different sparsities, {sorted(set(found))}. Pass one number "
+            "for them."
+        )
+    return found[0]
+
+
+def _alive(traced: Traced, weight: Weight, within: dict[str, Any]) -> jax.Array:
+    """What earlier masks have left of a weight, as a matrix."""
+
+    def part(p: Part) -> jax.Array:
+        leaf, mask = traced.leaves[p.leaf], within[traced.paths[p.leaf]]
+        whole = jnp.broadcast_to(mask, leaf.shape)
+        return whole[p.layer].astype(leaf.dtype)
+
+    return weight.product.matrix(read_view(weight.view, part)) != 0
+
+
+# At a weight.
+
+
+def _compiled(method: Method) -> Callable[..., Changed]:
+    """The method compiled; groups are pruned side by side, each as a matrix of its own."""
+
+    def one(w: jax.Array, gram: jax.Array, keep: Keep) -> Changed:
+        return method(w, gram, keep=keep)
+
+    @jax.jit
+    def run(w: jax.Array, gram: jax.Array, keep: Keep) -> Changed:
+        return (
+            one(w, gram, keep) if w.ndim == 2 else jax.vmap(one, (0, 0, keep.axes))(w, gram, keep)
+        )
+
+    return run
+
+
+@jax.jit
+def _moved(w: jax.Array, gram: jax.Array, cross: jax.Array) -> jax.Array:
+    """The weight that comes closest to what the dense network makes, and not far from itself.
+
+    Least squares with a pull to ``w``, of the strength that methods damp with: 0.01 of the mean of
+    the diagonal.
+    """
+    n = gram.shape[-1]
+    mean = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / n
+    pull = jnp.maximum(0.01 * mean, jnp.finfo(gram.dtype).tiny)
+    solve = functools.partial(jax.scipy.linalg.solve, assume_a="pos")
+    for _ in range(gram.ndim - 2):
+        solve = jax.vmap(solve)
+    eye = jnp.eye(n, dtype=gram.dtype)
+    return solve(gram + pull * eye, cross + pull * w.astype(gram.dtype)).astype(w.dtype)
+
+
+def _checked(at: Visit, new: Any, mask: Any, traced: Traced, method: Method) -> Changed:
+    """What a method gave, with nothing left of what it removes; refuse what is no such thing."""
+    name, shape = getattr(method, "__name__", short(method)), at.matrix.shape
+    kinds = jnp.shape(new), jnp.shape(mask), getattr(mask, "dtype", None)
+    if kinds[0] != shape or kinds[2] != jnp.bool_ or kinds[1] != shape:
+        raise ValueError(
+            f"The method `{name}` gave {kinds[0]} and a mask of {kinds[1]} {kinds[2]} for "
+            f"{traced.name(at.weight)!r}. It should give new values and a bool mask of {shape}."
+        )
+    if not bool(jnp.isfinite(new).all()):
+        raise ValueError(
+            f"The method `{name}` gave values that are not finite for {traced.name(at.weight)!r}. "
+            "Is its Gram matrix singular? More damping helps, or more rows of data."
+        )
+    return new.astype(at.matrix.dtype), mask
+
+
+# Before and after.
+
+
+def _warn(traced: Traced, walk: Walk, default: bool) -> None:
+    """One warning for all that one should know before."""
+    lines = []
+    if alone := left_alone(traced, by_default=default):
+        lines.append(f"it leaves alone:{alone}")
+    few = {}
+    for weight in traced.weights:
+        product, rows = weight.product, walk.rows(weight)
+        n = math.prod(product.shape[i] for i in product.inputs)
+        if rows is not None and rows < n:
+            few[traced.name(weight)] = f"{rows} rows for {n} inputs"
+    if few:
+        first = next(iter(few.values()))
+        lines.append(
+            f"there are fewer rows of data than inputs at {names(list(few))} ({first}), so that "
+            "damping decides a part: pass more batches"
+        )
+    if drawn := traced.draws():
+        lines.append(f"`fn` draws random numbers in {drawn}: pass it in inference mode")
+    if lines:
+        listed = "".join(f"\n- {line}" for line in lines)
+        warnings.warn(f"`prune_trained`:{listed}", PruneWarning, stacklevel=3)
+
+
+def _results(traced: Traced, walk: Walk, params: Params) -> tuple[Params, Masks]:
+    """New params and masks, each leaf where its old one lies."""
+    leaves = sorted({leaf for weight in traced.weights for leaf in weight.leaves})
+    new = {leaf: walk.leaf(leaf) for leaf in leaves}
+    masks = {leaf: walk.mask(leaf) for leaf in leaves}
+    return traced.replaced(params, new), traced.tree(params, masks)

@@ -1,0 +1,149 @@
+"""A function on calibration data: its program in a line, and which weights are to be visited."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxprune._batches import Calibration
+from jaxprune._layout import Layout, check_layout
+from jaxprune._tree import is_array, leaves_with_path, list_paths, map_with_path, prunable
+from jaxprune._where import with_layout
+from jaxprune.graph._frames import all_frames
+from jaxprune.graph._layout import layout_of
+from jaxprune.graph._line import Line, line_of
+from jaxprune.graph._linear import Part, View
+from jaxprune.graph._network import Network, check_call, network
+from jaxprune.graph._products import Weight, find_products
+from jaxprune.graph._site import Site
+from jaxprune.typing import Leaf, Params, Where
+
+_DRAWS = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")
+
+
+class Traced(NamedTuple):
+    """A function whose weights are visited where they multiply data.
+
+    Attributes:
+      net: the program and its frames.
+      line: the same as one line.
+      weights: what may be changed, in order, of those that are wanted.
+      layout: what each axis means.
+      where: which leaves are wanted.
+      leaves: all parameters.
+      paths: what they are called.
+      reasons: why leaves that are wanted are left alone.
+    """
+
+    net: Network
+    line: Line
+    weights: list[Weight]
+    layout: Layout
+    where: Where
+    leaves: list[Leaf]
+    paths: list[str]
+    reasons: dict[str, str]
+
+    def name(self, weight: Weight) -> str:
+        """What a weight is called: its parameters, and of stacks the layers."""
+        each = (
+            self.paths[part.leaf] + "".join(f"[{i}]" for i in part.layer)
+            for part in weight.view.parts
+        )
+        return " and ".join(dict.fromkeys(each))
+
+    def on(self, params: Params) -> "Traced":
+        """The same for other values of the params."""
+        leaves = [leaf for _, leaf in leaves_with_path(params) if is_array(leaf)]
+        return self._replace(leaves=leaves)
+
+    def draws(self) -> str:
+        """The first place where random numbers are drawn; nothing if none are."""
+        for frame in all_frames(self.net.frame):
+            for number, eqn in enumerate(frame.jaxpr.eqns):
+                if eqn.primitive.name in _DRAWS:
+                    return Site(self.net.analysis, frame, number, eqn).name()
+        return ""
+
+    def replaced(self, params: Params, found: dict[int, Any]) -> Params:
+        """The params with other leaves in some places, sharded as they were."""
+        by_path = {self.paths[leaf]: x for leaf, x in found.items()}
+
+        def one(path: str, leaf: Leaf) -> Leaf:
+            if path not in by_path:
+                return leaf
+            sharding = getattr(leaf, "sharding", None)
+            return by_path[path] if sharding is None else jax.device_put(by_path[path], sharding)
+
+        return map_with_path(one, params)
+
+    def tree(self, params: Params, found: dict[int, Any]) -> Params:
+        """A tree like the params of what was found for leaves, None elsewhere."""
+        by_path = {self.paths[leaf]: x for leaf, x in found.items()}
+        return map_with_path(lambda path, _: by_path.get(path), params)
+
+
+def trace(
+    fn: Callable[..., Any],
+    params: Params,
+    data: Calibration,
+    *,
+    where: Where,
+    layout: Layout | None,
+    user: Callable[..., Any],
+) -> Traced:
+    """Trace a function for batches, and find the weights that are wanted and can be changed.
+
+    Raises:
+      ValueError: no weight that is wanted multiplies data, or the layout is that of another tree.
+    """
+    check_call(fn, {}, user)
+    check_layout(user.__name__, layout)
+    inputs = data.inputs()
+    net = network(fn, params, inputs, {}, exact=False, complain=False, solved=False)
+    n = len(net.paths)
+    views = [View((Part(i),)) if i < n else None for i in range(len(net.frame.inputs))]
+    line = line_of(net.analysis, net.frame, views)
+    found = find_products(line, net.shapes)
+    known = layout_of(net) if layout is None else layout.on(params, user.__name__)
+    where = with_layout(where, known)
+    wanted = {path for path, _ in leaves_with_path(prunable(params, where=where))}
+    weights = [w for w in found.weights if all(net.paths[leaf] in wanted for leaf in w.leaves)]
+    covered = {net.paths[leaf] for w in weights for leaf in w.leaves}
+    beside = "it goes into one product with a leaf that `where` refuses"
+    reasons = {
+        path: found.reasons.get(leaf, beside)
+        for leaf, path in enumerate(net.paths)
+        if path in wanted - covered
+    }
+    if not weights:
+        told = "; ".join(f"{path!r}: {why}" for path, why in list(reasons.items())[:6])
+        raise ValueError(
+            f"`{user.__name__}` found no weight that could be pruned where it multiplies data: "
+            f"{told}. Pass the function that multiplies them, or choose others with `where`."
+        )
+    leaves = [leaf for _, leaf in leaves_with_path(params) if is_array(leaf)]
+    return Traced(net, line, weights, known, where, leaves, net.paths, reasons)
+
+
+def tied(traced: Traced) -> dict[str, str]:
+    """Leaves that multiply data and are looked up as well, which by default nobody wants."""
+    told = {}
+    for path, uses in traced.layout.items():
+        kinds = {use.kind for use in uses}
+        if path not in traced.reasons and "embedding" in kinds and kinds & {"matmul", "conv"}:
+            told[path] = " and as ".join(map(str, uses))
+    return told
+
+
+def left_alone(traced: Traced, *, by_default: bool) -> str:
+    """Say which leaves are left alone that one might expect to be pruned; nothing if none is."""
+    lines = [f"{path!r}: {why}" for path, why in traced.reasons.items()]
+    if by_default:
+        lines += [f"{path!r}: it is used as {uses}" for path, uses in tied(traced).items()]
+    return "".join(f"\n- {line}" for line in lines)
+
+
+def names(weights: Sequence[str]) -> str:
+    """Some names for a message."""
+    return list_paths(list(weights), 6)

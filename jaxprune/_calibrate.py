@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune.graph._behind import Bias, residual
 from jaxprune.graph._collect import Measure, evaluate_loop, read_view, stretch
 from jaxprune.graph._frames import Value
 from jaxprune.graph._line import Line, Ref
@@ -260,6 +261,18 @@ class Walk:
             total = one if total is None else _add(total, one)
         return total
 
+    def shift(self, bias: Bias, by: jax.Array) -> None:
+        """Add a vector `[outputs]` to a bias."""
+        world, view = self.worlds[0], bias.view
+        parts = [self.part(world, p) for p in view.parts]
+        old = read_view(view, lambda p: self.part(world, p))
+        new = (old.astype(jnp.float32) + by.reshape(old.shape)).astype(old.dtype)
+        for p, part, each in zip(view.parts, parts, view.scatter(parts, [new]), strict=True):
+            world.changed[p] = jnp.where(each.shown, each.values[0].astype(part.dtype), part)
+        if bias.step is not None and bias.step.outs[0] in self.fixed:
+            values = [self.read(world, i, 0) for i in bias.step.ins]
+            self.fixed.update(zip(bias.step.outs, bias.step.run(*values), strict=True))
+
     def change(self, weight: Weight, old: jax.Array, changed: Changed) -> None:
         """Put a new matrix and its mask where the weight is from; what is kept stays as it was."""
         world, (view, product) = self.worlds[0], (weight.view, weight.product)
@@ -312,29 +325,6 @@ def _written(
         now = jnp.where(moved > 0.5, value.astype(part.dtype), part)
         found.append((jnp.where(kept, now, jnp.zeros((), part.dtype)), kept))
     return found
-
-
-def residual(line: Line, place: Place) -> Ref | None:
-    """The stream that the product is added to, if that is all that is done with it.
-
-    A bias may come between.
-    """
-    step = line.steps[place.step]
-    if place.side != 1 or place.product.kind != "dot" or place.product.groups:
-        return None
-    out = step.outs[0]
-    while True:
-        users = [s for s in line.steps if out in s.ins]
-        if len(users) != 1 or out in line.outs or len(users[0].ins) != 2:
-            return None
-        add = users[0]
-        if add.at is None or add.at.primitive not in ("add", "add_any"):
-            return None
-        other = next(i for i in add.ins if i != out)
-        if other in line.data:
-            same = line.types[other].shape == line.types[out].shape
-            return other if same else None
-        out = add.outs[0]
 
 
 def walk_of(

@@ -21,11 +21,11 @@ from jaxprune._masks import apply_masks, check_masks
 from jaxprune._numbers import is_tree, plain
 from jaxprune._parts import declared
 from jaxprune._progress import bar
-from jaxprune._traced import Traced, left_alone, names, trace
+from jaxprune._prune_units import prune_units
+from jaxprune._solve import moved, solver
+from jaxprune._traced import Call, Traced, alive_in, left_alone, names, trace
 from jaxprune._tree import align, is_matrix, leaves_by_path, list_paths, prunable
 from jaxprune._where import by_default
-from jaxprune.graph._collect import read_view
-from jaxprune.graph._linear import Part
 from jaxprune.graph._products import Weight, stops_of
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf, per_output
@@ -57,6 +57,10 @@ def prune_trained(
     stacks of layers under ``scan``, weights that are shared or used in every round of a loop over
     time, which are seen whole before they change. No batch is run twice but for those, and what
     lies in memory are the activations of one stretch and a Gram matrix or two.
+
+    With ``jp.patterns.Coupled(groups)`` whole units go, neurons and heads: they are chosen where a
+    weight reads them, the rest of that weight is refit to make up for them, and a bias behind it
+    takes over their means. ``jp.shrink`` makes the network smaller then.
 
     A weight is pruned as the matrix `[inputs, outputs]` that it is in its product (of a convolution
     the inputs are the places of its window, the channels innermost). Pattern, scope and sparsity
@@ -115,8 +119,21 @@ def prune_trained(
     """
     user = "prune_trained"
     _check_settings(method, targets, sparsity)
-    data = read_batches(batches, user)
-    traced = trace(fn, params, data, where=where, layout=layout, user=prune_trained)
+    data, shown = read_batches(batches, user), bar(user, shown=progress)
+    call = Call(fn, params, data, layout, prune_trained)
+    if declared(pattern, "owns"):
+        settled = pattern.bind(params, where=where)  # type: ignore[attr-defined]
+        return prune_units(
+            call,
+            settled,
+            scope or per_leaf,
+            sparsity,
+            method,
+            dense=targets == "dense",
+            within=within,
+            progress=shown,
+        )
+    traced = trace(call, where)
     part = prunable(params, where=traced.where)
     earlier = None if within is None else check_masks(within, part, "within")
     if earlier is not None:
@@ -124,19 +141,19 @@ def prune_trained(
     scope = scope or (per_output if declared(method, "per_output") else per_leaf)
     of = functools.partial(Keep.of, pattern=pattern, scope=scope)
     keeps = _keeps(traced, _by_leaf(part, sparsity), of, earlier)
-    dense = targets == "dense"
-    walk = walk_of(traced.line, traced.leaves, data.arrays, dense=dense)
+    walk = walk_of(traced.line, traced.leaves, data.arrays, dense=targets == "dense")
     _warn(traced, walk, by_default(where))
-    compiled = _compiled(method)
+    solve = solver(method, traced.name)
 
     def visit(at: Visit) -> Changed:
-        w = at.matrix if at.cross is None else _moved(at.matrix, at.sums, at.cross)
-        new, mask = compiled(w, at.sums, keeps[at.weight])
-        return _checked(at, new, mask, traced, method)
+        w = at.matrix if at.cross is None else moved(at.matrix, at.sums, at.cross)
+        return solve(at, w, at.sums, keeps[at.weight])
 
     stops = stops_of(traced.weights, lambda _: True)
-    calibrate(walk, stops, visit, name=traced.name, progress=bar(user, shown=progress))
-    return _results(traced, walk, params)
+    calibrate(walk, stops, visit, name=traced.name, progress=shown)
+    leaves = sorted({leaf for weight in traced.weights for leaf in weight.leaves})
+    masks = {leaf: walk.mask(leaf) for leaf in leaves}
+    return traced.results(params, walk), traced.tree(params, masks)
 
 
 # Settings.
@@ -178,7 +195,7 @@ def _keeps(
         except ValueError as error:
             wrong.append((traced.name(weight), str(error)))
             continue
-        found[weight] = keep if alive is None else keep.among(_alive(traced, weight, alive))
+        found[weight] = keep if alive is None else keep.among(alive_in(traced, weight, alive))
     if wrong:
         raise ValueError(
             f"`prune_trained` takes {wrong[0][0]!r} as a matrix `w` of inputs and outputs: "
@@ -229,72 +246,6 @@ def _of_weight(traced: Traced, weight: Weight, numbers: dict[str, Any]) -> float
     return found[0]
 
 
-def _alive(traced: Traced, weight: Weight, within: dict[str, Any]) -> jax.Array:
-    """What earlier masks have left of a weight, as a matrix."""
-
-    def part(p: Part) -> jax.Array:
-        leaf, mask = traced.leaves[p.leaf], within[traced.paths[p.leaf]]
-        whole = jnp.broadcast_to(mask, leaf.shape)
-        return whole[p.layer].astype(leaf.dtype)
-
-    return weight.product.matrix(read_view(weight.view, part)) != 0
-
-
-# At a weight.
-
-
-def _compiled(method: Method) -> Callable[..., Changed]:
-    """The method compiled; groups are pruned side by side, each as a matrix of its own."""
-
-    def one(w: jax.Array, gram: jax.Array, keep: Keep) -> Changed:
-        return method(w, gram, keep=keep)
-
-    @jax.jit
-    def run(w: jax.Array, gram: jax.Array, keep: Keep) -> Changed:
-        return (
-            one(w, gram, keep) if w.ndim == 2 else jax.vmap(one, (0, 0, keep.axes))(w, gram, keep)
-        )
-
-    return run
-
-
-@jax.jit
-def _moved(w: jax.Array, gram: jax.Array, cross: jax.Array) -> jax.Array:
-    """The weight that comes closest to what the dense network makes, and not far from itself.
-
-    Least squares with a pull to ``w``, of the strength that methods damp with: 0.01 of the mean of
-    the diagonal.
-    """
-    n = gram.shape[-1]
-    mean = jnp.trace(gram, axis1=-2, axis2=-1)[..., None, None] / n
-    pull = jnp.maximum(0.01 * mean, jnp.finfo(gram.dtype).tiny)
-    solve = functools.partial(jax.scipy.linalg.solve, assume_a="pos")
-    for _ in range(gram.ndim - 2):
-        solve = jax.vmap(solve)
-    eye = jnp.eye(n, dtype=gram.dtype)
-    return solve(gram + pull * eye, cross + pull * w.astype(gram.dtype)).astype(w.dtype)
-
-
-def _checked(at: Visit, new: Any, mask: Any, traced: Traced, method: Method) -> Changed:
-    """What a method gave, with nothing left of what it removes; refuse what is no such thing."""
-    name, shape = getattr(method, "__name__", short(method)), at.matrix.shape
-    kinds = jnp.shape(new), jnp.shape(mask), getattr(mask, "dtype", None)
-    if kinds[0] != shape or kinds[2] != jnp.bool_ or kinds[1] != shape:
-        raise ValueError(
-            f"The method `{name}` gave {kinds[0]} and a mask of {kinds[1]} {kinds[2]} for "
-            f"{traced.name(at.weight)!r}. It should give new values and a bool mask of {shape}."
-        )
-    if not bool(jnp.isfinite(new).all()):
-        raise ValueError(
-            f"The method `{name}` gave values that are not finite for {traced.name(at.weight)!r}. "
-            "Is its Gram matrix singular? More damping helps, or more rows of data."
-        )
-    return new.astype(at.matrix.dtype), mask
-
-
-# Before and after.
-
-
 def _warn(traced: Traced, walk: Walk, default: bool) -> None:
     """One warning for all that one should know before."""
     lines = []
@@ -317,11 +268,3 @@ def _warn(traced: Traced, walk: Walk, default: bool) -> None:
     if lines:
         listed = "".join(f"\n- {line}" for line in lines)
         warnings.warn(f"`prune_trained`:{listed}", PruneWarning, stacklevel=3)
-
-
-def _results(traced: Traced, walk: Walk, params: Params) -> tuple[Params, Masks]:
-    """New params and masks, each leaf where its old one lies."""
-    leaves = sorted({leaf for weight in traced.weights for leaf in weight.leaves})
-    new = {leaf: walk.leaf(leaf) for leaf in leaves}
-    masks = {leaf: walk.mask(leaf) for leaf in leaves}
-    return traced.replaced(params, new), traced.tree(params, masks)

@@ -4,11 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune._batches import Calibration
+from jaxprune._calibrate import Walk
 from jaxprune._layout import Layout, check_layout
 from jaxprune._tree import is_array, leaves_with_path, list_paths, map_with_path, prunable
 from jaxprune._where import with_layout
+from jaxprune.graph._collect import read_view
 from jaxprune.graph._frames import all_frames
 from jaxprune.graph._layout import layout_of
 from jaxprune.graph._line import Line, line_of
@@ -65,9 +68,10 @@ class Traced(NamedTuple):
                     return Site(self.net.analysis, frame, number, eqn).name()
         return ""
 
-    def replaced(self, params: Params, found: dict[int, Any]) -> Params:
-        """The params with other leaves in some places, sharded as they were."""
-        by_path = {self.paths[leaf]: x for leaf, x in found.items()}
+    def results(self, params: Params, walk: Walk) -> Params:
+        """The params as a walk has changed them, each leaf sharded as it was."""
+        leaves = {part.leaf for part in walk.worlds[0].changed}
+        by_path = {self.paths[leaf]: walk.leaf(leaf) for leaf in leaves}
 
         def one(path: str, leaf: Leaf) -> Leaf:
             if path not in by_path:
@@ -83,29 +87,41 @@ class Traced(NamedTuple):
         return map_with_path(lambda path, _: by_path.get(path), params)
 
 
-def trace(
-    fn: Callable[..., Any],
-    params: Params,
-    data: Calibration,
-    *,
-    where: Where,
-    layout: Layout | None,
-    user: Callable[..., Any],
-) -> Traced:
+class Call(NamedTuple):
+    """What is traced.
+
+    Attributes:
+      fn: function of params and inputs.
+      params: the whole tree.
+      data: its inputs.
+      layout: what each axis means, if somebody said so.
+      user: the public function that was given all that, for messages.
+    """
+
+    fn: Callable[..., Any]
+    params: Params
+    data: Calibration
+    layout: Layout | None
+    user: Callable[..., Any]
+
+
+def trace(call: Call, where: Where) -> Traced:
     """Trace a function for batches, and find the weights that are wanted and can be changed.
 
     Raises:
       ValueError: no weight that is wanted multiplies data, or the layout is that of another tree.
     """
-    check_call(fn, {}, user)
-    check_layout(user.__name__, layout)
-    inputs = data.inputs()
-    net = network(fn, params, inputs, {}, exact=False, complain=False, solved=False)
+    params, user = call.params, call.user.__name__
+    check_call(call.fn, {}, call.user)
+    check_layout(user, call.layout)
+    net = network(
+        call.fn, params, call.data.inputs(), {}, exact=False, complain=False, solved=False
+    )
     n = len(net.paths)
     views = [View((Part(i),)) if i < n else None for i in range(len(net.frame.inputs))]
     line = line_of(net.analysis, net.frame, views)
     found = find_products(line, net.shapes)
-    known = layout_of(net) if layout is None else layout.on(params, user.__name__)
+    known = layout_of(net) if call.layout is None else call.layout.on(params, user)
     where = with_layout(where, known)
     wanted = {path for path, _ in leaves_with_path(prunable(params, where=where))}
     weights = [w for w in found.weights if all(net.paths[leaf] in wanted for leaf in w.leaves)]
@@ -119,11 +135,22 @@ def trace(
     if not weights:
         told = "; ".join(f"{path!r}: {why}" for path, why in list(reasons.items())[:6])
         raise ValueError(
-            f"`{user.__name__}` found no weight that could be pruned where it multiplies data: "
-            f"{told}. Pass the function that multiplies them, or choose others with `where`."
+            f"`{user}` found no weight that could be pruned where it multiplies data: {told}. Pass "
+            "the function that multiplies them, or choose others with `where`."
         )
     leaves = [leaf for _, leaf in leaves_with_path(params) if is_array(leaf)]
     return Traced(net, line, weights, known, where, leaves, net.paths, reasons)
+
+
+def alive_in(traced: Traced, weight: Weight, within: dict[str, Any]) -> jax.Array:
+    """What earlier masks have left of a weight, as a matrix."""
+
+    def part(p: Part) -> jax.Array:
+        leaf, mask = traced.leaves[p.leaf], within[traced.paths[p.leaf]]
+        whole = jnp.broadcast_to(mask, leaf.shape)
+        return whole[p.layer].astype(leaf.dtype)
+
+    return weight.product.matrix(read_view(weight.view, part)) != 0
 
 
 def tied(traced: Traced) -> dict[str, str]:

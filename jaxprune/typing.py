@@ -211,23 +211,6 @@ class Choosy(Scope, Protocol):
         """
 
 
-class Method(Protocol):
-    """Prunes one matrix, given what its inputs are like. A plain function does.
-
-    It may have an attribute ``per_output`` that is true: by default each output is then ranked by
-    itself, and not the whole matrix.
-    """
-
-    def __call__(
-        self, w: jax.Array, gram: jax.Array, *, keep: Callable[[jax.Array], jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        """Give new values and a bool mask like ``w`` `[inputs, outputs]`.
-
-        ``gram`` `[inputs, inputs]`, float32, is the sum of the outer products of all inputs;
-        ``keep`` says what stays of scores like ``w``, and is a ``jp.Keep``.
-        """
-
-
 class Schedule(Protocol):
     """Says how much and when, in one object, so that the two cannot disagree."""
 

@@ -80,7 +80,7 @@ LAYERS = (
         "_budget",
         "_distill",
     ),
-    ("_batches", "_progress", "_calibrate", "_traced", "_prune_trained"),
+    ("_batches", "_progress", "_calibrate", "_traced", "_solve", "_prune_units", "_prune_trained"),
     (
         "_level",
         "_imp",

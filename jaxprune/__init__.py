@@ -24,6 +24,7 @@ from jaxprune._group import Group as Group
 from jaxprune._group import Member as Member
 from jaxprune._groups import Groups as Groups
 from jaxprune._imp import imp as imp
+from jaxprune._input_stats import input_stats as input_stats
 from jaxprune._keep import Keep as Keep
 from jaxprune._layout import Layout as Layout
 from jaxprune._level import Level as Level
@@ -112,6 +113,7 @@ __all__ = (
     "graph",
     "hold",
     "imp",
+    "input_stats",
     "is_matrix",
     "layouts",
     "make_masks",
@@ -124,8 +126,8 @@ __all__ = (
     "patterns",
     "prunable",
     "prune",
-    "refit",
     "prune_trained",
+    "refit",
     "schedules",
     "scopes",
     "shrink",

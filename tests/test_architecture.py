@@ -80,7 +80,16 @@ LAYERS = (
         "_budget",
         "_distill",
     ),
-    ("_batches", "_progress", "_calibrate", "_traced", "_solve", "_prune_units", "_prune_trained"),
+    (
+        "_batches",
+        "_progress",
+        "_calibrate",
+        "_traced",
+        "_solve",
+        "_prune_units",
+        "_prune_trained",
+        "_input_stats",
+    ),
     (
         "_level",
         "_imp",

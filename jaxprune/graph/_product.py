@@ -46,9 +46,8 @@ class Product(NamedTuple):
     @property
     def of_data(self) -> Hashable:
         """What of it the Gram matrix depends on, beside the data."""
-        window = tuple(self.shape[i] for i in self.inputs[:-1]) if self.kind == "conv" else ()
-        lead = self.shape[self.groups[0]] if self.kind == "ragged" else 0
-        return self.kind, self.data, self.params, window, lead
+        inputs = tuple(self.shape[i] for i in self.inputs)  # of a convolution its window, too
+        return self.kind, self.data, self.params, inputs
 
     @property
     def features(self) -> int:

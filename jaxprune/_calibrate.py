@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxprune._mesh import laid_as, plain_axes
 from jaxprune.graph._behind import Bias, residual
 from jaxprune.graph._collect import Measure, evaluate_loop, read_view, stretch
 from jaxprune.graph._frames import Value
@@ -107,6 +108,10 @@ class Walk:
             return jnp.stack(rows)
         return x[part.layer] if part.layer else x
 
+    def matrix(self, world: World, view: View, product: Product) -> jax.Array:
+        """A weight as it is now, `[groups?, inputs, outputs]`."""
+        return product.matrix(read_view(view, lambda p: plain_axes(self.part(world, p))))
+
     def read(self, world: World, ref: Ref, chunk: int) -> Value:
         """A value, in one batch."""
         if ref in self.line.views:
@@ -155,7 +160,7 @@ class Walk:
         measure = self.compiled[form]
         total = None
         for chunk in chunks:
-            one = measure(*(self.read(world, r, chunk) for r in place.data))
+            one = measure(*(plain_axes(self.read(world, r, chunk)) for r in place.data))
             total = one if total is None else _add(total, one)
         return jax.block_until_ready(total)
 
@@ -249,15 +254,15 @@ class Walk:
         stream = residual(self.line, place)
         if stream is not None and (stream not in now.flows or stream not in dense.flows):
             stream = None
-        w = place.product.matrix(read_view(place.view, lambda p: self.part(dense, p)))
+        w = self.matrix(dense, place.view, place.product)
         form = ("cross", place.product, stream is None)
         if form not in self.compiled:
             self.compiled[form] = jax.jit(functools.partial(_cross, place.product))
         total = None
         for chunk in range(self.batches):
             gap = [dense.flows[stream][chunk], now.flows[stream][chunk]] if stream else []
-            x, x_dense = (world.flows[place.data[0]][chunk] for world in self.worlds)
-            one = self.compiled[form](x, x_dense, w, *gap)
+            both = [world.flows[place.data[0]][chunk] for world in self.worlds]
+            one = self.compiled[form](*map(plain_axes, both), w, *map(plain_axes, gap))
             total = one if total is None else _add(total, one)
         return total
 
@@ -276,14 +281,14 @@ class Walk:
     def change(self, weight: Weight, old: jax.Array, changed: Changed) -> None:
         """Put a new matrix and its mask where the weight is from; what is kept stays as it was."""
         world, (view, product) = self.worlds[0], (weight.view, weight.product)
-        parts = [self.part(world, p) for p in view.parts]
+        parts = [plain_axes(self.part(world, p)) for p in view.parts]
         form = ("change", view.moves, product)
         if form not in self.compiled:
             self.compiled[form] = jax.jit(functools.partial(_written, view, product))
         for p, (value, mask) in zip(
             view.parts, self.compiled[form](parts, old, changed), strict=True
         ):
-            world.changed[p] = value
+            world.changed[p] = laid_as(value, self.part(world, p))
             world.masks[p] = mask & world.masks[p] if p in world.masks else mask
 
 
@@ -378,9 +383,7 @@ def calibrate(
         sums = walk.gather(stop, name)
         for weight in stop.weights:
             alone = len(weight.places) == 1 and stop.end == stop.step
-            matrix = weight.product.matrix(
-                read_view(weight.view, lambda p: walk.part(walk.worlds[0], p))
-            )
+            matrix = walk.matrix(walk.worlds[0], weight.view, weight.product)
             cross = walk.cross(weight.places[0]) if alone else None
             changed = visit(Visit(weight, matrix, sums[weight], cross, walk.rows(weight)))
             if changed is not None:

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxprune._tree import map_leaves
 from jaxprune.typing import Leaf, Masks, Tree
@@ -114,6 +114,42 @@ def is_explicit(tree: Tree) -> bool:
         isinstance(x, jax.Array) and jax.typeof(x).sharding.mesh.explicit_axes
         for x in jax.tree.leaves(tree)
     )
+
+
+def plain_axes(x: Leaf) -> Leaf:
+    """The same array on a mesh whose axes are left to the compiler; its shards stay where they are.
+
+    What is computed of it then needs no word on how results are sharded.
+    """
+    if isinstance(x, jax.core.Tracer) or not is_explicit(x):
+        return x
+    mesh = x.sharding.mesh
+    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
+    return jax.device_put(x, NamedSharding(auto, x.sharding.spec))
+
+
+def laid_as(x: jax.Array, like: Leaf) -> jax.Array:
+    """Shard an array as another one of its shape is; one that is nowhere in particular stays so."""
+    sharding = getattr(like, "sharding", None)
+    same = sharding is None or getattr(x, "sharding", None) == sharding
+    return x if same or isinstance(x, jax.core.Tracer) else jax.device_put(x, sharding)
+
+
+def over_last_axis(x: jax.Array) -> jax.Array:
+    """Shard an array along its last axis alone, over all devices that it is sharded over.
+
+    Each device then has whole columns of a matrix. Shards change places for it, and nothing is
+    gathered; an axis that cannot be divided evenly leaves the array as it is.
+    """
+    sharding = getattr(x, "sharding", None)
+    if isinstance(x, jax.core.Tracer) or not isinstance(sharding, NamedSharding):
+        return x
+    names = [name for entry in sharding.spec for name in names_of(entry)]
+    devices = math.prod(sharding.mesh.shape[name] for name in names)
+    if devices == 1 or x.shape[-1] % devices:
+        return x
+    spec = PartitionSpec(*[None] * (x.ndim - 1), tuple(names))
+    return jax.device_put(x, NamedSharding(sharding.mesh, spec))
 
 
 def _sharding(shape: tuple[int, ...], like: jax.Array) -> NamedSharding:

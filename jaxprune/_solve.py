@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxprune._calibrate import Changed, Visit
 from jaxprune._errors import short
 from jaxprune._keep import Keep
+from jaxprune._mesh import over_last_axis
 from jaxprune.typing import Method
 
 # (what is known of the weight, the weight, Gram matrix, what stays) -> new values, mask
@@ -33,7 +34,8 @@ def solver(method: Method, name: Callable[[Any], str]) -> Solve:
         return each(w, gram, keep)
 
     def solve(at: Visit, w: jax.Array, gram: jax.Array, keep: Keep) -> Changed:
-        new, mask = compiled(w, gram, keep)
+        # Columns are solved for where they lie.
+        new, mask = compiled(over_last_axis(w), gram, keep)
         _check(method, new, mask, w.shape, name(at.weight))
         return new.astype(w.dtype), mask
 

@@ -9,7 +9,15 @@ import jax.numpy as jnp
 from jaxprune._batches import Calibration
 from jaxprune._calibrate import Walk
 from jaxprune._layout import Layout, check_layout
-from jaxprune._tree import is_array, leaves_with_path, list_paths, map_with_path, prunable
+from jaxprune._mesh import laid_as
+from jaxprune._tree import (
+    is_array,
+    leaves_with_path,
+    list_paths,
+    map_leaves,
+    map_with_path,
+    prunable,
+)
 from jaxprune._where import with_layout
 from jaxprune.graph._collect import read_view
 from jaxprune.graph._frames import all_frames
@@ -69,22 +77,24 @@ class Traced(NamedTuple):
         return ""
 
     def results(self, params: Params, walk: Walk) -> Params:
-        """The params as a walk has changed them, each leaf sharded as it was."""
+        """The params as a walk has changed them."""
         leaves = {part.leaf for part in walk.worlds[0].changed}
-        by_path = {self.paths[leaf]: walk.leaf(leaf) for leaf in leaves}
-
-        def one(path: str, leaf: Leaf) -> Leaf:
-            if path not in by_path:
-                return leaf
-            sharding = getattr(leaf, "sharding", None)
-            return by_path[path] if sharding is None else jax.device_put(by_path[path], sharding)
-
-        return map_with_path(one, params)
+        return map_leaves(
+            lambda old, new: old if new is None else new,
+            params,
+            self.tree(params, {leaf: walk.leaf(leaf) for leaf in leaves}),
+        )
 
     def tree(self, params: Params, found: dict[int, Any]) -> Params:
-        """A tree like the params of what was found for leaves, None elsewhere."""
+        """A tree like the params of what was found for leaves, sharded as they are; else None."""
         by_path = {self.paths[leaf]: x for leaf, x in found.items()}
-        return map_with_path(lambda path, _: by_path.get(path), params)
+
+        def one(path: str, leaf: Leaf) -> Leaf:
+            x = by_path.get(path)
+            fits = x is not None and jnp.shape(x) == jnp.shape(leaf)
+            return laid_as(x, leaf) if fits else x  # type: ignore[arg-type]
+
+        return map_with_path(one, params)
 
 
 class Call(NamedTuple):

@@ -179,7 +179,12 @@ def _part(kept: jax.Array, some: Any, total: Any) -> jax.Array:
 
 
 def _inputs_of_a_unit(parts: Parts, outputs: int) -> int | None:
-    """Find how many inputs a unit has by asking for the units of ever more; None if always all."""
+    """Find how many inputs a unit has by asking for the units of ever more; None if always all.
+
+    Units that list what they own may own any inputs.
+    """
+    if parts.crosses_leaves:
+        return None
 
     def units(inputs: int) -> int:
         like = {"w": jax.ShapeDtypeStruct((inputs, outputs), jnp.float32)}

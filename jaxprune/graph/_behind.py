@@ -13,41 +13,65 @@ class Bias(NamedTuple):
     """A bias that is added to a product.
 
     Attributes:
+      ref: of the parameter.
       view: what it shows of the parameters.
       step: what repeats it over the rows, if it is a step of its own.
     """
 
+    ref: Ref
     view: View
     step: Step | None
 
 
 def bias_of(line: Line, place: Place) -> Bias | None:
-    """The bias of a product: a parameter that is added to its outputs, and read nowhere else."""
+    """The bias of a product: a parameter that is added to its outputs, and read nowhere else.
+
+    A residual stream may be added first.
+    """
     product = place.product
     if place.inside is not None or place.side != 1 or product.groups or product.kind == "ragged":
         return None
-    added = _added(line, line.steps[place.step].outs[0])
+    outputs = np.prod([product.shape[i] for i in product.outputs])
+    out = line.steps[place.step].outs[0]
+    while (added := _added(line, out)) is not None:
+        bias = _bias(line, added)
+        if bias is not None:
+            fits = np.prod(line.types[bias.ref].shape) == outputs
+            return bias if fits else None
+        if added not in line.data:
+            return None
+        out = _next(line, out)
+    return None
+
+
+def _bias(line: Line, added: Ref) -> Bias | None:
+    """What is added as a bias: a parameter, repeated over rows, that nothing else reads."""
     maker = next((s for s in line.steps if added in s.outs), None)
     shown = added if maker is None else _repeated(line, maker)
     if shown is None or shown not in line.views:
         return None
     view = line.views[shown]
     readers = [i for s in line.steps for i in s.ins if _meets(line, i, view)]
-    outputs = [product.shape[i] for i in product.outputs]
-    fits = np.prod(line.types[shown].shape) == np.prod(outputs)
     once = maker is None or sum(maker.outs[0] in s.ins for s in line.steps) == 1
-    return Bias(view, maker) if len(readers) == 1 and fits and once else None
+    return Bias(shown, view, maker) if len(readers) == 1 and once else None
 
 
 def _added(line: Line, out: Ref) -> Ref | None:
     """What is added to a value, if that is all that is done with it."""
+    add = _user(line, out)
+    if add is None or add.at is None or add.at.primitive not in ("add", "add_any"):
+        return None
+    return next((i for i in add.ins if i != out), None)
+
+
+def _user(line: Line, out: Ref) -> Step | None:
+    """The one step that reads a value; None if there are several."""
     users = [s for s in line.steps if out in s.ins]
-    if len(users) != 1 or out in line.outs or len(users[0].ins) != 2:
-        return None
-    add = users[0]
-    if add.at is None or add.at.primitive not in ("add", "add_any"):
-        return None
-    return next(i for i in add.ins if i != out)
+    return users[0] if len(users) == 1 and out not in line.outs else None
+
+
+def _next(line: Line, out: Ref) -> Ref:
+    return next(s for s in line.steps if out in s.ins).outs[0]
 
 
 def _repeated(line: Line, maker: Step) -> Ref | None:
@@ -76,5 +100,5 @@ def residual(line: Line, place: Place) -> Ref | None:
         if other in line.data:
             same = line.types[other].shape == line.types[out].shape
             return other if same else None
-        out = next(s for s in line.steps if out in s.ins).outs[0]
+        out = _next(line, out)
     return None

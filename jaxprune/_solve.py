@@ -25,21 +25,24 @@ def solver(method: Method, name: Callable[[Any], str]) -> Solve:
       name: what a weight is called, for messages.
     """
 
-    def one(w: jax.Array, gram: jax.Array, keep: Keep) -> Changed:
-        return method(w, gram, keep=keep)
-
-    @jax.jit
-    def compiled(w: jax.Array, gram: jax.Array, keep: Keep) -> Changed:
-        each = one if w.ndim == 2 else jax.vmap(one, (0, 0, keep.axes))
-        return each(w, gram, keep)
-
     def solve(at: Visit, w: jax.Array, gram: jax.Array, keep: Keep) -> Changed:
         # Columns are solved for where they lie.
-        new, mask = compiled(over_last_axis(w), gram, keep)
+        new, mask = _solved(over_last_axis(w), gram, keep, method=method)
         _check(method, new, mask, w.shape, name(at.weight))
         return new.astype(w.dtype), mask
 
     return solve
+
+
+@functools.partial(jax.jit, static_argnames="method")
+def _solved(w: jax.Array, gram: jax.Array, keep: Keep, *, method: Method) -> Changed:
+    """One program for a method and a shape, whatever the sparsity."""
+
+    def one(w: jax.Array, gram: jax.Array, keep: Keep) -> Changed:
+        return method(w, gram, keep=keep)
+
+    each = one if w.ndim == 2 else jax.vmap(one, (0, 0, keep.axes))
+    return each(w, gram, keep)
 
 
 @jax.jit

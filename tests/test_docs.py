@@ -15,6 +15,7 @@ PAGE = ROOT / "docs" / "from_jaxpruner.md"
 CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
 DEVICES = ROOT / "docs" / "devices.md"
 LAYOUTS = ROOT / "docs" / "layouts.md"
+TRAINED = ROOT / "docs" / "post_training.md"
 
 
 def snippets(lines):
@@ -85,6 +86,13 @@ def test_what_the_page_of_layouts_shows_runs(capsys):
     shown = LAYOUTS.read_text().split("```text\n")[1:]
     printed = capsys.readouterr().out
     assert all(block.split("```")[0] in printed for block in shown)
+
+
+def test_what_the_page_of_trained_networks_shows_runs():
+    names, found = {}, list(snippets(TRAINED.read_text().splitlines(keepends=True)))
+    for snippet in found:
+        run(names, *snippet, TRAINED)
+    assert len(found) >= 8 and jp.sparsity(names["masks"], names["pruned"]) == 0.25
 
 
 def test_what_the_readme_shows_of_layouts_runs():

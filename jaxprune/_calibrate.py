@@ -57,11 +57,13 @@ class World:
     """Values of a program on all batches, with weights as they are in it.
 
     Attributes:
+      leaves: the parameters, as they were.
       flows: of what depends on data, the values that somebody will still read.
       changed: parameters, or layers of them, that are not what they were.
       masks: of those what stays, likewise.
     """
 
+    leaves: Sequence[jax.Array]
     flows: dict[Ref, Chunks]
     changed: dict[Part, jax.Array] = dataclasses.field(default_factory=dict)
     masks: dict[Part, jax.Array] = dataclasses.field(default_factory=dict)
@@ -73,7 +75,6 @@ class Walk:
 
     Attributes:
       line: the program.
-      leaves: its parameters, as they were.
       worlds: that in which weights are changed; and the dense one, if it is wanted.
       measure: what is summed where weights meet data.
       last: the last step that reads a value.
@@ -83,7 +84,6 @@ class Walk:
     """
 
     line: Line
-    leaves: Sequence[jax.Array]
     worlds: list[World]
     measure: Measure
     last: dict[Ref, int]
@@ -100,7 +100,7 @@ class Walk:
         """A parameter, or a layer of it, as it is now."""
         if part in world.changed:
             return world.changed[part]
-        x = self.leaves[part.leaf]
+        x = world.leaves[part.leaf]
         depth = len(part.layer)
         if any(p.leaf == part.leaf and p.layer[:depth] == part.layer for p in world.changed):
             n = x.shape[depth]
@@ -195,7 +195,8 @@ class Walk:
 
     def mask(self, leaf: int, index: tuple[int, ...] = ()) -> jax.Array:
         """What stays of a parameter, or of a layer of it; all of what nobody changed."""
-        masks, shape = self.worlds[0].masks, self.leaves[leaf].shape[len(index) :]
+        world = self.worlds[0]
+        masks, shape = world.masks, world.leaves[leaf].shape[len(index) :]
         if (part := Part(leaf, index)) in masks:
             return masks[part]
         deeper = any(p.leaf == leaf and p.layer[: len(index)] == index for p in masks)
@@ -338,7 +339,7 @@ def walk_of(
     batches: Sequence[Sequence[Value]],
     *,
     measure: Measure = Product.gram,
-    dense: bool = False,
+    dense: Sequence[jax.Array] | None = None,
     outputs: bool = False,
 ) -> Walk:
     """Start a walk.
@@ -348,7 +349,7 @@ def walk_of(
       leaves: the parameters.
       batches: arrays of each of them.
       measure: what is summed where weights meet data.
-      dense: whether a world goes along in which nothing is changed.
+      dense: parameters of a world that goes along, in which nothing is changed.
       outputs: whether results are wanted in the end.
     """
     last: dict[Ref, int] = {}
@@ -358,8 +359,8 @@ def walk_of(
         last.update(dict.fromkeys(line.outs, len(line.steps)))
     refs = line.ins[len(leaves) :]
     flows = lambda: {r: [b[i] for b in batches] for i, r in enumerate(refs)}  # noqa: E731
-    worlds = [World(flows()) for _ in range(2 if dense else 1)]
-    return Walk(line, leaves, worlds, measure, last, {})
+    worlds = [World(each, flows()) for each in (leaves, dense) if each is not None]
+    return Walk(line, worlds, measure, last, {})
 
 
 def calibrate(

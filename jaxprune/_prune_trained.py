@@ -80,11 +80,12 @@ def prune_trained(
       scope: who competes with whom; ``jp.scopes.windows(4)`` at 0.5 gives 2:4. By default that of
         the method: ``per_output`` for Wanda, the whole matrix for the others.
       where: which leaves are wanted; by default kernels, by their use.
-      within: earlier masks; what they remove stays removed.
+      within: earlier masks, of these leaves or of any; what they remove stays removed.
       layout: what each axis means; found from ``fn`` unless it is given.
       targets: ``"pruned"`` lets a weight make of its inputs what it made of them; with ``"dense"``
         it is to make up for what the layers before it have lost: what the dense network has there,
-        in the residual stream where it adds to one. One more forward pass.
+        in the residual stream where it adds to one. One more forward pass. With a sparsity of 0
+        and ``within`` it makes up for what earlier masks have removed, such as whole blocks.
       progress: show a bar, if ``tqdm`` is installed.
 
     Returns:
@@ -134,14 +135,16 @@ def prune_trained(
             progress=shown,
         )
     traced = trace(call, where)
-    part = prunable(params, where=traced.where)
-    earlier = None if within is None else check_masks(within, part, "within")
+    part, whole = prunable(params, where=traced.where), traced.leaves
+    earlier = None if within is None else check_masks(within, params, "within")
     if earlier is not None:
-        traced = traced.on(apply_masks(params, earlier))
+        params = apply_masks(params, earlier)
+        traced = traced.on(params)
     scope = scope or (per_output if declared(method, "per_output") else per_leaf)
     of = functools.partial(Keep.of, pattern=pattern, scope=scope)
     keeps = _keeps(traced, _by_leaf(part, sparsity), of, earlier)
-    walk = walk_of(traced.line, traced.leaves, data.arrays, dense=targets == "dense")
+    dense = whole if targets == "dense" else None
+    walk = walk_of(traced.line, traced.leaves, data.arrays, dense=dense)
     _warn(traced, walk, by_default(where))
     solve = solver(method, traced.name)
 

@@ -201,14 +201,14 @@ def prune_units(
     """
     params = call.params
     traced = trace(call, pattern.owns)
-    earlier = None
+    earlier, whole = None, traced.leaves if dense else None
     if within is not None:
-        earlier = check_masks(within, prunable(params, where=pattern.owns), "within")
+        earlier = check_masks(within, params, "within")
         params = apply_masks(params, earlier)
         traced = traced.on(params)
     jobs = jobs_of(traced, pattern, scope, sparsity, earlier)
     _warn(jobs, pattern.groups)
-    walk = walk_of(traced.line, traced.leaves, call.data.arrays, measure=moments, dense=dense)
+    walk = walk_of(traced.line, traced.leaves, call.data.arrays, measure=moments, dense=whole)
     solve = solver(method, traced.name)
     kept: dict[str, np.ndarray] = {}
 
@@ -228,11 +228,11 @@ def prune_units(
 
     stops = stops_of(list(jobs.by_weight), lambda _: True)
     calibrate(walk, stops, visit, name=traced.name, progress=progress)
-    whole = {g.name: jnp.ones(g.size, bool) for g in pattern.groups}
-    units = whole | {name: jnp.asarray(stays) for name, stays in kept.items()}
+    all_units = {g.name: jnp.ones(g.size, bool) for g in pattern.groups}
+    units = all_units | {name: jnp.asarray(stays) for name, stays in kept.items()}
     masks = pattern.expand(units, like=prunable(params, where=pattern.owns))
     if earlier is not None:
-        masks = map_leaves(jnp.logical_and, masks, earlier)
+        masks = map_leaves(lambda new, old: new if old is None else new & old, masks, earlier)
     return apply_masks(traced.results(params, walk), masks), masks
 
 

@@ -156,7 +156,8 @@ def alive_in(traced: Traced, weight: Weight, within: dict[str, Any]) -> jax.Arra
     """What earlier masks have left of a weight, as a matrix."""
 
     def part(p: Part) -> jax.Array:
-        leaf, mask = traced.leaves[p.leaf], within[traced.paths[p.leaf]]
+        leaf = traced.leaves[p.leaf]
+        mask = within.get(traced.paths[p.leaf], True)  # nothing is said of it: all of it is there
         whole = jnp.broadcast_to(mask, leaf.shape)
         return whole[p.layer].astype(leaf.dtype)
 

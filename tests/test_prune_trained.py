@@ -423,3 +423,17 @@ def test_a_weight_is_not_gathered_to_be_solved_for():
         solve = jax.jit(lambda w, gram, keep: method(w, gram, keep=keep))  # noqa: B023
         text = solve.lower(columns, gram, keep).compile().as_text()
         assert "all-gather" not in text and "all-to-all" not in text
+
+
+def test_what_follows_makes_up_for_a_block_that_was_dropped():
+    fn = lambda p, x: lax.scan(lambda h, w: (h + jnp.tanh(h @ w["up"]) @ w["down"], None), x, p)[0]
+    params = {"up": normal(0, 4, 8, 16), "down": normal(1, 4, 16, 8)}
+    blocks = jp.find_blocks(fn, params, DATA[0])
+    pattern = jp.patterns.Coupled(blocks)
+    masks = jp.find_masks(params, 0.25, pattern=pattern, scope=jp.scopes.across)
+    dropped = jp.apply_masks(params, masks)
+    healed, all_of_it = prune(fn, params, DATA, 0.0, method=wanda, within=masks, targets="dense")
+    assert error(healed, fn, params) < 0.5 * error(dropped, fn, params)
+    assert jp.sparsity(all_of_it, params) == jp.sparsity(masks, params) == 0.25
+    small, cut = jp.shrink(fn, healed, masks)
+    np.testing.assert_allclose(small(cut, ROWS), fn(healed, ROWS), atol=1e-5)

@@ -102,7 +102,7 @@ def assert_walks_exactly(fn, params, *inputs, tolerance=2e-5):
             np.testing.assert_allclose(energy(visit), total, rtol=max(10 * tolerance, 1e-4))
     walk = got.walk
     for part, value in walk.worlds[0].changed.items():
-        np.testing.assert_array_equal(value, walk.leaves[part.leaf][part.layer])
+        np.testing.assert_array_equal(value, walk.worlds[0].leaves[part.leaf][part.layer])
     return got
 
 

@@ -163,7 +163,7 @@ class Keep:
 
 
 def _part(kept: jax.Array, some: Any, total: Any) -> jax.Array:
-    """Give `floor(kept * some / total)` for `kept, some <= total`: long division, bit by bit.
+    """Give `floor(kept * some / total)`, neither above `total < 2**29`: long division, bit by bit.
 
     The product may be larger than any integer here, what is left of it at each bit is not.
     """

@@ -26,6 +26,7 @@ from jaxprune._solve import moved, solver
 from jaxprune._traced import Call, Traced, alive_in, left_alone, names, trace
 from jaxprune._tree import align, is_matrix, leaves_by_path, list_paths, prunable
 from jaxprune._where import by_default
+from jaxprune.graph._product import Product
 from jaxprune.graph._products import Weight, stops_of
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf, per_output
@@ -144,7 +145,9 @@ def prune_trained(
     of = functools.partial(Keep.of, pattern=pattern, scope=scope)
     keeps = _keeps(traced, _by_leaf(part, sparsity), of, earlier)
     dense = whole if targets == "dense" else None
-    walk = walk_of(traced.line, traced.leaves, data.arrays, dense=dense)
+    short = declared(method, "diagonal") and dense is None
+    measure = Product.squares if short else Product.gram
+    walk = walk_of(traced.line, traced.leaves, data.arrays, measure=measure, dense=dense)
     _warn(traced, walk, by_default(where))
     solve = solver(method, traced.name)
 

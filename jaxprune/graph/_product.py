@@ -20,7 +20,7 @@ from jax import lax
 from jaxprune.graph._form import form_of
 from jaxprune.graph._site import Site
 
-_HALVES = 256  # columns from which on a Gram matrix is put together from those of halves
+_HALVES = 1024  # columns from which on a Gram matrix is put together from those of halves
 
 
 class Product(NamedTuple):

@@ -13,7 +13,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable, Iterator, Sequence
+import math
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
@@ -59,12 +60,14 @@ class World:
     Attributes:
       leaves: the parameters, as they were.
       flows: of what depends on data, the values that somebody will still read.
+      fixed: of what does not, likewise.
       changed: parameters, or layers of them, that are not what they were.
       masks: of those what stays, likewise.
     """
 
     leaves: Sequence[jax.Array]
     flows: dict[Ref, Chunks]
+    fixed: dict[Ref, Value] = dataclasses.field(default_factory=dict)
     changed: dict[Part, jax.Array] = dataclasses.field(default_factory=dict)
     masks: dict[Part, jax.Array] = dataclasses.field(default_factory=dict)
 
@@ -78,7 +81,6 @@ class Walk:
       worlds: that in which weights are changed; and the dense one, if it is wanted.
       measure: what is summed where weights meet data.
       last: the last step that reads a value.
-      fixed: values that depend on no data.
       start: the first step that has not been evaluated.
       compiled: programs of stretches and sums, by form.
     """
@@ -87,7 +89,6 @@ class Walk:
     worlds: list[World]
     measure: Measure
     last: dict[Ref, int]
-    fixed: dict[Ref, Value]
     start: int = 0
     compiled: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
 
@@ -118,7 +119,7 @@ class Walk:
             return read_view(self.line.views[ref], lambda p: self.part(world, p))
         if ref in self.line.known:
             return self.line.known[ref]
-        return self.fixed[ref] if ref in self.fixed else world.flows[ref][chunk]
+        return world.fixed[ref] if ref in world.fixed else world.flows[ref][chunk]
 
     def run(self, start: int, stop: int, world: World, *, free: bool = True) -> None:
         """Evaluate steps on all batches; of what they make keep what is read later."""
@@ -126,9 +127,9 @@ class Walk:
         for step in line.steps[start:stop]:
             if (step.outs and step.outs[0] in line.data) or (step.at and step.at.eqn.effects):
                 moving.append(step)
-            elif not all(o in self.fixed for o in step.outs):
+            elif not all(o in world.fixed for o in step.outs):
                 values = [self.read(world, i, 0) for i in step.ins]
-                self.fixed.update(zip(step.outs, step.run(*values), strict=True))
+                world.fixed.update(zip(step.outs, step.run(*values), strict=True))
         made = {o for step in moving for o in step.outs}
         ins = list(dict.fromkeys(i for step in moving for i in step.ins if i not in made))
         outs = [o for step in moving for o in step.outs if self.last.get(o, -1) >= stop]
@@ -149,7 +150,7 @@ class Walk:
             del world.flows[r]
         world.flows.update(results)
         if free:
-            self.fixed = {r: v for r, v in self.fixed.items() if self.last.get(r, -1) >= stop}
+            world.fixed = {r: v for r, v in world.fixed.items() if self.last.get(r, -1) >= stop}
 
     def sums(self, place: Place, world: World, chunks: Sequence[int]) -> jax.Array:
         """What is measured at a place outside of loops, over some batches."""
@@ -244,26 +245,49 @@ class Walk:
             found[weight] = mine if weight not in found else found[weight] + mine
         return found
 
-    def cross(self, place: Place) -> jax.Array | None:
+    def cross(self, place: Place, outputs: int, kept: dict[Hashable, Any]) -> jax.Array | None:
         """Inputs now times what the dense model makes of its own, `[groups?, inputs, outputs]`.
 
         Where the product goes into a residual stream, what the stream lacks belongs to it.
+
+        Args:
+          place: the product.
+          outputs: how many there are at this stop of the same data.
+          kept: inputs now times dense inputs, by what they are of: of this stop.
         """
-        if len(self.worlds) < 2 or place.inside is not None or place.product.kind == "ragged":
+        product = place.product
+        if len(self.worlds) < 2 or place.inside is not None or product.kind == "ragged":
             return None
         now, dense = self.worlds
         stream = residual(self.line, place)
         if stream is not None and (stream not in now.flows or stream not in dense.flows):
             stream = None
-        w = self.matrix(dense, place.view, place.product)
-        form = ("cross", place.product, stream is None)
+        w = self.matrix(dense, place.view, product).astype(jnp.float32)
+        both = [[plain_axes(x) for x in world.flows[place.data[0]]] for world in self.worlds]
+        gap = [None] * self.batches if stream is None else self._gap(stream)
+        if w.shape[-2] > 2 * outputs:  # through the outputs it takes fewer operations
+            return self._total("cross", product, zip(*both, gap, strict=True), w)
+        key = (place.data, product.of_data)
+        if key not in kept:
+            kept[key] = self._total("inputs", product, zip(*both, strict=True))
+        made = jnp.matmul(kept[key], w, precision=lax.Precision.HIGHEST)
+        if stream is None:
+            return made
+        return made + self._total("gap", product, zip(both[0], gap, strict=True))
+
+    def _gap(self, stream: Ref) -> list[jax.Array]:
+        """What a stream lacks in each batch."""
+        now, dense = (world.flows[stream] for world in self.worlds)
+        return [plain_axes(a) - plain_axes(b) for a, b in zip(dense, now, strict=True)]
+
+    def _total(self, name: str, product: Product, chunks: Iterable[Any], *more: jax.Array) -> Any:
+        """Sum something over all batches."""
+        form = (name, product)
         if form not in self.compiled:
-            self.compiled[form] = jax.jit(functools.partial(_cross, place.product))
+            self.compiled[form] = jax.jit(functools.partial(_SUMS[name], product))
         total = None
-        for chunk in range(self.batches):
-            gap = [dense.flows[stream][chunk], now.flows[stream][chunk]] if stream else []
-            both = [world.flows[place.data[0]][chunk] for world in self.worlds]
-            one = self.compiled[form](*map(plain_axes, both), w, *map(plain_axes, gap))
+        for chunk in chunks:
+            one = self.compiled[form](*chunk, *more)
             total = one if total is None else _add(total, one)
         return total
 
@@ -275,9 +299,9 @@ class Walk:
         new = (old.astype(jnp.float32) + by.reshape(old.shape)).astype(old.dtype)
         for p, part, each in zip(view.parts, parts, view.scatter(parts, [new]), strict=True):
             world.changed[p] = jnp.where(each.shown, each.values[0].astype(part.dtype), part)
-        if bias.step is not None and bias.step.outs[0] in self.fixed:
+        if bias.step is not None and bias.step.outs[0] in world.fixed:
             values = [self.read(world, i, 0) for i in bias.step.ins]
-            self.fixed.update(zip(bias.step.outs, bias.step.run(*values), strict=True))
+            world.fixed.update(zip(bias.step.outs, bias.step.run(*values), strict=True))
 
     def change(self, weight: Weight, old: jax.Array, changed: Changed) -> None:
         """Put a new matrix and its mask where the weight is from; what is kept stays as it was."""
@@ -305,15 +329,31 @@ def _in_order(weights: Sequence[Weight]) -> list[tuple[int, Weight, Place]]:
     return sorted(each, key=lambda item: item[0])
 
 
+def _inner(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.einsum("...ni,...no->...io", a, b, precision=lax.Precision.HIGHEST)
+
+
 def _cross(
-    product: Product, x: jax.Array, x_dense: jax.Array, w: jax.Array, *gap: jax.Array
+    product: Product, x: jax.Array, theirs: jax.Array, gap: jax.Array | None, w: jax.Array
 ) -> jax.Array:
-    rows, theirs = (product.rows(each).astype(jnp.float32) for each in (x, x_dense))
-    exact = lax.Precision.HIGHEST
-    made = jnp.matmul(theirs, w.astype(jnp.float32), precision=exact)
-    if gap:
-        made = made + (gap[0] - gap[1]).astype(jnp.float32).reshape(made.shape)
-    return jnp.einsum("...ni,...no->...io", rows, made, precision=exact)
+    """Inputs^T times what the dense model makes of its own, and a gap."""
+    rows, dense = (product.rows(each).astype(jnp.float32) for each in (x, theirs))
+    made = jnp.matmul(dense, w, precision=lax.Precision.HIGHEST)
+    return _inner(rows, made if gap is None else made + gap.reshape(made.shape))
+
+
+def _inputs(product: Product, x: jax.Array, theirs: jax.Array) -> jax.Array:
+    """Inputs^T times dense inputs."""
+    return _inner(*(product.rows(each).astype(jnp.float32) for each in (x, theirs)))
+
+
+def _to_gap(product: Product, x: jax.Array, gap: jax.Array) -> jax.Array:
+    """Inputs^T times a gap."""
+    rows = product.rows(x).astype(jnp.float32)
+    return _inner(rows, gap.astype(jnp.float32).reshape(rows.shape[0], -1))
+
+
+_SUMS: dict[str, Callable[..., jax.Array]] = {"cross": _cross, "inputs": _inputs, "gap": _to_gap}
 
 
 def _written(
@@ -331,6 +371,10 @@ def _written(
         now = jnp.where(moved > 0.5, value.astype(part.dtype), part)
         found.append((jnp.where(kept, now, jnp.zeros((), part.dtype)), kept))
     return found
+
+
+def _outputs(product: Product) -> int:
+    return math.prod(product.shape[i] for i in product.outputs)
 
 
 def walk_of(
@@ -360,7 +404,7 @@ def walk_of(
     refs = line.ins[len(leaves) :]
     flows = lambda: {r: [b[i] for b in batches] for i, r in enumerate(refs)}  # noqa: E731
     worlds = [World(each, flows()) for each in (leaves, dense) if each is not None]
-    return Walk(line, worlds, measure, last, {})
+    return Walk(line, worlds, measure, last)
 
 
 def calibrate(
@@ -382,10 +426,12 @@ def calibrate(
             walk.run(start, stop.step, world)
         start = stop.step
         sums = walk.gather(stop, name)
+        kept: dict[Hashable, Any] = {}
+        outputs = sum(_outputs(weight.product) for weight in stop.weights)
         for weight in stop.weights:
             alone = len(weight.places) == 1 and stop.end == stop.step
             matrix = walk.matrix(walk.worlds[0], weight.view, weight.product)
-            cross = walk.cross(weight.places[0]) if alone else None
+            cross = walk.cross(weight.places[0], outputs, kept) if alone else None
             changed = visit(Visit(weight, matrix, sums[weight], cross, walk.rows(weight)))
             if changed is not None:
                 walk.change(weight, matrix, changed)

@@ -73,8 +73,12 @@ def test_every_method_counts_exactly_and_leaves_params_alone(method):
 
 
 def test_compensation_is_better_than_none_and_dense_targets_are_better_still():
-    deep = {"w": normal(3, 4, 8, 8) * 1.5, "o": normal(4, 8, 3)}
-    fn = lambda p, x: lax.scan(lambda h, w: (h + jnp.tanh(h @ w), None), x, p["w"])[0] @ p["o"]
+    deep = {"w": normal(3, 4, 8, 8) * 1.5, "c": normal(5, 4, 8), "o": normal(4, 8, 3)}
+
+    def fn(p, x):
+        layer = lambda h, q: (h + jnp.tanh(h @ q["w"] + q["c"][None]), None)
+        return lax.scan(layer, x, {"w": p["w"], "c": p["c"]})[0] @ p["o"]
+
     of = lambda method, **more: error(
         prune(fn, deep, DATA, 0.6, method=method, **more)[0], fn, deep
     )

@@ -81,6 +81,7 @@ class Walk:
       worlds: that in which weights are changed; and the dense one, if it is wanted.
       measure: what is summed where weights meet data.
       last: the last step that reads a value.
+      batches: how many there are.
       start: the first step that has not been evaluated.
       compiled: programs of stretches and sums, by form.
     """
@@ -89,13 +90,9 @@ class Walk:
     worlds: list[World]
     measure: Measure
     last: dict[Ref, int]
+    batches: int
     start: int = 0
     compiled: dict[Hashable, Any] = dataclasses.field(default_factory=dict)
-
-    @property
-    def batches(self) -> int:
-        """How many there are."""
-        return max((len(x) for x in self.worlds[0].flows.values()), default=0)
 
     def part(self, world: World, part: Part) -> jax.Array:
         """A parameter, or a layer of it, as it is now."""
@@ -404,7 +401,7 @@ def walk_of(
     refs = line.ins[len(leaves) :]
     flows = lambda: {r: [b[i] for b in batches] for i, r in enumerate(refs)}  # noqa: E731
     worlds = [World(each, flows()) for each in (leaves, dense) if each is not None]
-    return Walk(line, worlds, measure, last)
+    return Walk(line, worlds, measure, last, len(batches))
 
 
 def calibrate(

@@ -52,7 +52,7 @@ def read_batches(batches: Batches, user: str) -> Calibration:
     for number, (arrays, other) in enumerate(split):
         got = [_kind(x) for x in arrays]
         if other != static or got != wanted:
-            differs = "holds something else" if got == wanted else f"has {_listed(got)}"
+            differs = "holds other flags or numbers" if got == wanted else f"has {_listed(got)}"
             raise ValueError(
                 f"`{user}` got batches that are not alike: batch {number} {differs}, where batch 0 "
                 f"has {_listed(wanted)}. Leave out the last one if it is smaller, or pad it."

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxprune._mesh import laid_as, plain_axes
+from jaxprune._mesh import laid_as, on_its_mesh, plain_axes, plain_mesh
 from jaxprune.graph._behind import Bias, residual
 from jaxprune.graph._collect import Measure, evaluate_loop, read_view, stretch
 from jaxprune.graph._frames import Value
@@ -103,8 +103,10 @@ class Walk:
         if any(p.leaf == part.leaf and p.layer[:depth] == part.layer for p in world.changed):
             n = x.shape[depth]
             rows = [self.part(world, part._replace(layer=(*part.layer, i))) for i in range(n)]
-            return jnp.stack(rows)
-        return x[part.layer] if part.layer else x
+            with on_its_mesh(rows[0]):
+                return jnp.stack(rows)
+        with on_its_mesh(x):
+            return x[part.layer] if part.layer else x
 
     def matrix(self, world: World, view: View, product: Product) -> jax.Array:
         """A weight as it is now, `[groups?, inputs, outputs]`."""
@@ -133,7 +135,7 @@ class Walk:
         flowing = [i for i in ins if i in world.flows]
         still = {i: self.read(world, i, 0) for i in ins if i not in world.flows}
         done = [r for r in world.flows if free and self.last.get(r, -1) < stop]
-        compiled = stretch(moving, ins, outs, self.compiled)
+        compiled = stretch(moving, ins, outs, self.compiled, line.types)
         results: dict[Ref, Chunks] = {o: [] for o in outs}
         for chunk in range(self.batches if moving else 0):
             here = {i: world.flows[i][chunk] for i in flowing}
@@ -149,6 +151,7 @@ class Walk:
         if free:
             world.fixed = {r: v for r, v in world.fixed.items() if self.last.get(r, -1) >= stop}
 
+    @plain_mesh()
     def sums(self, place: Place, world: World, chunks: Sequence[int]) -> jax.Array:
         """What is measured at a place outside of loops, over some batches."""
         form = ("sums", place.product.of_data, place.product.kind)
@@ -174,7 +177,7 @@ class Walk:
         for chunk in chunks:
             found = self.compiled[form](*(self.read(world, i, chunk) for i in step.ins))
             total = found if total is None else list(map(_add, total, found))
-        return jax.block_until_ready(total or [])
+        return [plain_axes(x) for x in jax.block_until_ready(total or [])]
 
     def rows(self, weight: Weight) -> int | None:
         """How many rows of inputs a weight has met; None where a loop makes them."""
@@ -208,17 +211,26 @@ class Walk:
         self.run(self.start, len(self.line.steps), world)
         return [[self.read(world, o, c) for o in self.line.outs] for c in range(self.batches)]
 
-    def _measured(self, number: int, place: Place, world: World, chunks: Sequence[int]) -> Any:
-        if place.inside is not None:
-            return self.loop_sums(number, world, chunks)
-        return self.sums(place, world, chunks)
+    def _measured(self, number: int, place: Place, world: World, path: str) -> Any:
+        """What is measured over all batches, which has to be finite."""
+        inside = functools.partial(self.loop_sums, number, world)
+        measure = inside if place.inside is not None else functools.partial(self.sums, place, world)
+        every = range(self.batches)
+        found = measure(every)
+        if not _finite(found):
+            bad = next((chunk for chunk in every if not _finite(measure([chunk]))), 0)
+            raise ValueError(
+                f"The data that {path!r} multiplies is not finite in batch {bad}. Is that batch in "
+                "order? A network that overflows in its dtype does so here, too."
+            )
+        return found
 
     def gather(self, stop: Stop, name: Callable[[Weight], str]) -> dict[Weight, jax.Array]:
         """What is measured of the weights of a stop, in the world that changes."""
         found: dict[Weight, jax.Array] = {}
         world = self.worlds[0]
         if stop.end > stop.step:  # seen whole first, on values of their own
-            world = dataclasses.replace(world, flows=dict(world.flows))
+            world = dataclasses.replace(world, flows=dict(world.flows), fixed=dict(world.fixed))
         kept: dict[Hashable, Any] = {}
         before = stop.step
         for number, weight, place in _in_order(stop.weights):
@@ -228,18 +240,9 @@ class Walk:
             loop = place.inside is not None
             key = (number,) if loop else (place.data, place.product.of_data)
             if key not in kept:
-                every = range(self.batches)
-                kept[key] = self._measured(number, place, world, every)
-                if not _finite(kept[key]):
-                    each = (self._measured(number, place, world, [c]) for c in every)
-                    bad = next((c for c, one in enumerate(each) if not _finite(one)), 0)
-                    raise ValueError(
-                        f"The data that {name(weight)!r} multiplies is not finite in batch {bad}. "
-                        "Is that batch in order? A network that overflows in its dtype does so "
-                        "here, too."
-                    )
+                kept[key] = self._measured(number, place, world, name(weight))
             mine = kept[key][place.order] if loop else kept[key]
-            found[weight] = mine if weight not in found else found[weight] + mine
+            found[weight] = mine if weight not in found else _sum(found[weight], mine)
         return found
 
     def cross(self, place: Place, outputs: int, kept: dict[Hashable, Any]) -> jax.Array | None:
@@ -291,11 +294,12 @@ class Walk:
     def shift(self, bias: Bias, by: jax.Array) -> None:
         """Add a vector `[outputs]` to a bias."""
         world, view = self.worlds[0], bias.view
-        parts = [self.part(world, p) for p in view.parts]
-        old = read_view(view, lambda p: self.part(world, p))
+        parts = [plain_axes(self.part(world, p)) for p in view.parts]
+        old = view.read(*parts)
         new = (old.astype(jnp.float32) + by.reshape(old.shape)).astype(old.dtype)
         for p, part, each in zip(view.parts, parts, view.scatter(parts, [new]), strict=True):
-            world.changed[p] = jnp.where(each.shown, each.values[0].astype(part.dtype), part)
+            value = jnp.where(each.shown, each.values[0].astype(part.dtype), part)
+            world.changed[p] = laid_as(value, self.part(world, p))
         if bias.step is not None and bias.step.outs[0] in world.fixed:
             values = [self.read(world, i, 0) for i in bias.step.ins]
             world.fixed.update(zip(bias.step.outs, bias.step.run(*values), strict=True))
@@ -317,6 +321,12 @@ class Walk:
 _add = jax.jit(jnp.add, donate_argnums=0)
 
 
+@plain_mesh()
+def _sum(a: jax.Array, b: jax.Array) -> jax.Array:
+    return a + b
+
+
+@plain_mesh()
 def _finite(sums: Any) -> bool:
     return all(bool(jnp.isfinite(jnp.sum(x))) for x in jax.tree.leaves(sums))
 
@@ -425,11 +435,12 @@ def calibrate(
         sums = walk.gather(stop, name)
         kept: dict[Hashable, Any] = {}
         outputs = sum(_outputs(weight.product) for weight in stop.weights)
-        for weight in stop.weights:
-            alone = len(weight.places) == 1 and stop.end == stop.step
-            matrix = walk.matrix(walk.worlds[0], weight.view, weight.product)
-            cross = walk.cross(weight.places[0], outputs, kept) if alone else None
-            changed = visit(Visit(weight, matrix, sums[weight], cross, walk.rows(weight)))
-            if changed is not None:
-                walk.change(weight, matrix, changed)
+        with plain_mesh():
+            for weight in stop.weights:
+                alone = len(weight.places) == 1 and stop.end == stop.step
+                matrix = walk.matrix(walk.worlds[0], weight.view, weight.product)
+                cross = walk.cross(weight.places[0], outputs, kept) if alone else None
+                changed = visit(Visit(weight, matrix, sums[weight], cross, walk.rows(weight)))
+                if changed is not None:
+                    walk.change(weight, matrix, changed)
     walk.start = start

@@ -11,9 +11,11 @@ from jaxprune._batches import Batches, read_batches
 from jaxprune._calibrate import Visit, Walk, calibrate, walk_of
 from jaxprune._help import readable
 from jaxprune._layout import Layout
+from jaxprune._mesh import plain_mesh
 from jaxprune._progress import bar
 from jaxprune._traced import Call, Traced, trace
 from jaxprune._tree import is_matrix
+from jaxprune.graph._linear import Part
 from jaxprune.graph._product import Product
 from jaxprune.graph._products import Weight, stops_of
 from jaxprune.typing import Params, Tree, Where
@@ -79,24 +81,31 @@ def input_stats(
     shown = bar("input_stats", shown=progress)
     calibrate(walk, stops, visit, name=traced.name, progress=shown)
     read = _grams if gram else _norms
-    return traced.tree(params, read(traced, walk, found))
+    with plain_mesh():
+        return traced.tree(params, read(traced, walk, found))
 
 
 def _norms(traced: Traced, walk: Walk, found: dict[Weight, jax.Array]) -> dict[int, jax.Array]:
     """Of each leaf the norms that its entries multiply, with one index for all outputs."""
     world = walk.worlds[0]
     for weight, squares in found.items():
-        parts = [jnp.zeros(walk.part(world, p).shape, jnp.float32) for p in weight.view.parts]
         matrix = jax.eval_shape(
             weight.product.matrix, jax.ShapeDtypeStruct(weight.product.shape, jnp.float32)
         )
-        laid = jnp.broadcast_to(jnp.sqrt(squares)[..., None], matrix.shape)
-        each = weight.view.scatter(parts, [weight.product.weight(laid)])
-        for p, one in zip(weight.view.parts, each, strict=True):
+        norms = jnp.sqrt(squares)
+        number = jnp.arange(norms.size).reshape(*norms.shape, 1)  # of the input, as it is scattered
+        laid = weight.product.weight(jnp.broadcast_to(number, matrix.shape))
+        parts = [_like(traced, p) for p in weight.view.parts]
+        for p, one in zip(weight.view.parts, weight.view.scatter_numbers(parts, laid), strict=True):
             old = world.changed.get(p, jnp.zeros(one.shown.shape, jnp.float32))
-            world.changed[p] = jnp.where(one.shown, one.values[0], old)
+            world.changed[p] = jnp.where(one.shown, norms.ravel()[one.values[0]], old)
     leaves = {part.leaf for weight in found for part in weight.view.parts}
     return {leaf: _narrow(traced, leaf, walk.leaf(leaf)) for leaf in sorted(leaves)}
+
+
+def _like(traced: Traced, part: Part) -> jax.ShapeDtypeStruct:
+    leaf = traced.leaves[part.leaf]
+    return jax.ShapeDtypeStruct(leaf.shape[len(part.layer) :], leaf.dtype)
 
 
 def _narrow(traced: Traced, leaf: int, norms: jax.Array) -> jax.Array:

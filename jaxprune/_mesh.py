@@ -1,8 +1,9 @@
 """Where arrays lie on a mesh: masks with their weights, and explicit axes let go to rank."""
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -123,16 +124,40 @@ def plain_axes(x: Leaf) -> Leaf:
     """
     if isinstance(x, jax.core.Tracer) or not is_explicit(x):
         return x
-    mesh = x.sharding.mesh
-    auto = Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
-    return jax.device_put(x, NamedSharding(auto, x.sharding.spec))
+    return jax.device_put(x, NamedSharding(_auto(x.sharding.mesh), x.sharding.spec))
+
+
+@contextlib.contextmanager
+def plain_mesh() -> Iterator[None]:
+    """Leave the axes of a mesh that somebody has set to the compiler, as ``plain_axes`` does."""
+    mesh = jax.sharding.get_mesh()
+    if AxisType.Explicit not in mesh.axis_types:
+        yield
+        return
+    with jax.set_mesh(_auto(mesh)):
+        yield
+
+
+def on_its_mesh(x: Leaf) -> contextlib.AbstractContextManager[Any]:
+    """Set the mesh of an array whose axes are explicit, as its operations ask for."""
+    return jax.set_mesh(x.sharding.mesh) if is_explicit(x) else contextlib.nullcontext()
+
+
+def _auto(mesh: Mesh) -> Mesh:
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def laid_as(x: jax.Array, like: Leaf) -> jax.Array:
-    """Shard an array as another one of its shape is; one that is nowhere in particular stays so."""
+    """Shard an array as another one of its shape is.
+
+    One that is nowhere in particular stays so: it may meet what lies on any devices.
+    """
     sharding = getattr(like, "sharding", None)
-    same = sharding is None or getattr(x, "sharding", None) == sharding
-    return x if same or isinstance(x, jax.core.Tracer) else jax.device_put(x, sharding)
+    if sharding is None or isinstance(x, jax.core.Tracer) or x.sharding == sharding:
+        return x
+    if not like.committed:
+        return jnp.asarray(jax.device_get(x))
+    return jax.device_put(x, sharding)
 
 
 def over_last_axis(x: jax.Array) -> jax.Array:

@@ -18,13 +18,21 @@ from jaxprune._help import readable
 from jaxprune._keep import Keep
 from jaxprune._layout import Layout
 from jaxprune._masks import apply_masks, check_masks
+from jaxprune._mesh import plain_mesh
 from jaxprune._numbers import is_tree, plain
 from jaxprune._parts import declared
 from jaxprune._progress import bar
 from jaxprune._prune_units import prune_units
 from jaxprune._solve import moved, solver
 from jaxprune._traced import Call, Traced, alive_in, left_alone, names, trace
-from jaxprune._tree import align, is_matrix, leaves_by_path, list_paths, prunable
+from jaxprune._tree import (
+    align,
+    is_matrix,
+    leaves_by_path,
+    list_paths,
+    map_leaves,
+    prunable,
+)
 from jaxprune._where import by_default
 from jaxprune.graph._product import Product
 from jaxprune.graph._products import Weight, stops_of
@@ -90,8 +98,8 @@ def prune_trained(
       progress: show a bar, if ``tqdm`` is installed.
 
     Returns:
-      New params, in which what is removed is exactly zero, and masks like ``params``: None where a
-      leaf was left alone, elsewhere a bool array of the leaf's shape.
+      New params, in which what is removed is exactly zero, and masks like ``params``: a bool array
+      of the leaf's shape; where a leaf was left alone what ``within`` has of it, else None.
 
     Raises:
       TypeError: batches are an iterator that is gone once it has been read, or ``fn`` is no
@@ -158,8 +166,11 @@ def prune_trained(
     stops = stops_of(traced.weights, lambda _: True)
     calibrate(walk, stops, visit, name=traced.name, progress=shown)
     leaves = sorted({leaf for weight in traced.weights for leaf in weight.leaves})
-    masks = {leaf: walk.mask(leaf) for leaf in leaves}
-    return traced.results(params, walk), traced.tree(params, masks)
+    with plain_mesh():
+        masks = traced.tree(params, {leaf: walk.mask(leaf) for leaf in leaves})
+    if earlier is not None:  # what is left alone stays removed as it was
+        masks = map_leaves(lambda _, new, old: old if new is None else new, params, masks, earlier)
+    return traced.results(params, walk), masks
 
 
 # Settings.

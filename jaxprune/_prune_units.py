@@ -12,7 +12,7 @@
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,11 +30,10 @@ from jaxprune._solve import moved, solver
 from jaxprune._traced import Call, Traced, alive_in, trace
 from jaxprune._tree import leaves_by_path, map_leaves, prunable
 from jaxprune.graph._behind import bias_of
-from jaxprune.graph._collect import read_view
 from jaxprune.graph._frames import Value
 from jaxprune.graph._linear import Part
 from jaxprune.graph._product import Product, gram_of
-from jaxprune.graph._products import Weight, stops_of
+from jaxprune.graph._products import Weight, operands, stops_of
 from jaxprune.typing import Masks, Method, Params, Scope, Sparsity
 
 
@@ -82,7 +81,7 @@ def jobs_of(
     reasons: dict[str, str] = {}
     for group in pattern.groups:
         readers = _readers(traced, group)
-        if why := _why_not(group, readers, found):
+        if why := _why_not(group, readers, found) or _read_elsewhere(traced, group, readers):
             reasons[group.name] = why
             continue
         number = float(plain(sparsity if numbers is None else numbers[group.name]))
@@ -106,6 +105,31 @@ def _why_not(group: Group, readers: dict[Weight, Any], taken: dict[Weight, Job])
         return f"{len(readers)} products read its units, and each would choose others"
     if any(len(w.places) > 1 or w.places[0].inside is not None for w in readers):
         return "a loop reads its units, or they are read at several places"
+    return ""
+
+
+def _read_elsewhere(traced: Traced, group: Group, readers: Mapping[Weight, Any]) -> str:
+    """Say what else reads the units of a group: with them it would change what is behind it.
+
+    Units are read where a value has them and nothing that is made of it does: sums over them, as
+    in a norm, and products.
+    """
+    coupling, line = traced.net.analysis.coupling, traced.line
+    axes = dict(zip(traced.paths, traced.net.axes, strict=True))
+    mine = [(axes[m.path][m.axis], np.unique(m.indices)) for m in group.members]
+    ids = [axis.ids[indices] for axis, indices in mine if axis is not None]
+    roots = np.unique(coupling.units(np.concatenate(ids or [np.zeros(0, int)]))[1])
+    has = lambda of: any(  # noqa: E731
+        a is not None and np.isin(coupling.units(a.ids)[1], roots).any() for a in of
+    )
+    fine = {place.step for weight in readers for place in weight.places}
+    for number, step in enumerate(line.steps):
+        if step.at is None or number in fine:
+            continue
+        moving = [step.at.ins[i] for i, ref in operands(line, step) if ref in line.data]
+        made = [step.at.frame.of(v) for v in step.at.eqn.outvars]
+        if any(map(has, moving)) and not any(map(has, made)):
+            return f"{step.at.name()} reads its units as well"
     return ""
 
 
@@ -134,21 +158,21 @@ def _layer_of(weight: Weight, leaf: int, member: Member, group: Group) -> int | 
 def _units_of_rows(traced: Traced, weight: Weight, leaf: int, member: Member) -> np.ndarray | None:
     """Which unit each row `[inputs]` of a weight belongs to, -1 for none; None if columns do."""
     shape = traced.leaves[leaf].shape
-    along = np.zeros(shape[member.axis], np.float32)
+    along = np.zeros(shape[member.axis], np.int32)
     along[member.indices] = np.arange(1, len(member.indices) + 1)[:, None]
     lead = [1] * len(shape)
     lead[member.axis] = -1
     numbers = np.broadcast_to(along.reshape(lead), shape)
 
-    def part(p: Part, of: np.ndarray) -> jax.Array:
-        other = np.zeros(traced.leaves[p.leaf].shape, np.float32)
-        return jnp.asarray((of if p.leaf == leaf else other)[p.layer])
+    def part(p: Part) -> np.ndarray:
+        other = np.zeros(traced.leaves[p.leaf].shape, np.int32)
+        return (numbers if p.leaf == leaf else other)[p.layer]
 
-    matrix = weight.product.matrix(read_view(weight.view, lambda p: part(p, numbers)))
-    ones = np.ones(shape, np.float32)
-    scale = weight.product.matrix(read_view(weight.view, lambda p: part(p, ones)))
-    units = np.asarray(jnp.where(scale == 0, 0, matrix / jnp.where(scale == 0, 1, scale)))
-    units = np.round(units.astype(np.float64)).astype(int)
+    view = weight.view
+    dtypes = [traced.leaves[p.leaf].dtype for p in view.parts]
+    units = np.asarray(
+        weight.product.matrix(view.read_numbers([part(p) for p in view.parts], dtypes))
+    )
     if (units != units[:, :1]).any() or not units.any():
         return None
     return units[:, 0] - 1
@@ -200,7 +224,7 @@ def prune_units(
       progress: what the walk goes through its stops with.
     """
     params = call.params
-    traced = trace(call, pattern.owns)
+    traced = trace(call, pattern.owns, units=True)
     earlier, whole = None, traced.leaves if dense else None
     if within is not None:
         earlier = check_masks(within, params, "within")

@@ -39,7 +39,13 @@ def _solved(w: jax.Array, gram: jax.Array, keep: Keep, *, method: Method) -> Cha
     """One program for a method and a shape, whatever the sparsity."""
 
     def one(w: jax.Array, gram: jax.Array, keep: Keep) -> Changed:
-        return method(w, gram, keep=keep)
+        found = method(w, gram, keep=keep)
+        if not isinstance(found, tuple | list) or len(found) != 2:
+            raise TypeError(
+                f"The method `{_name(method)}` gave {short(found)}. It should give a pair: new "
+                "values and a bool mask."
+            )
+        return found[0], found[1]
 
     each = one if w.ndim == 2 else jax.vmap(one, (0, 0, keep.axes))
     return each(w, gram, keep)
@@ -66,9 +72,13 @@ def moved(w: jax.Array, gram: jax.Array, cross: jax.Array) -> jax.Array:
     return solve(gram + pull * jnp.eye(n, dtype=gram.dtype), right).astype(w.dtype)
 
 
+def _name(method: Method) -> str:
+    return getattr(method, "__name__", short(method))
+
+
 def _check(method: Method, new: Any, mask: Any, shape: tuple[int, ...], path: str) -> None:
     """Refuse what is no new weight and mask."""
-    name = getattr(method, "__name__", short(method))
+    name = _name(method)
     kind = getattr(mask, "dtype", type(mask))
     if jnp.shape(new) != shape or jnp.shape(mask) != shape or kind != jnp.bool_:
         raise ValueError(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from jaxprune._batches import Calibration
 from jaxprune._calibrate import Walk
+from jaxprune._errors import short
 from jaxprune._layout import Layout, check_layout
 from jaxprune._mesh import laid_as
 from jaxprune._tree import (
@@ -115,8 +116,10 @@ class Call(NamedTuple):
     user: Callable[..., Any]
 
 
-def trace(call: Call, where: Where) -> Traced:
+def trace(call: Call, where: Where, *, units: bool = False) -> Traced:
     """Trace a function for batches, and find the weights that are wanted and can be changed.
+
+    ``units`` says whether one will ask what belongs to a unit.
 
     Raises:
       ValueError: no weight that is wanted multiplies data, or the layout is that of another tree.
@@ -124,8 +127,9 @@ def trace(call: Call, where: Where) -> Traced:
     params, user = call.params, call.user.__name__
     check_call(call.fn, {}, call.user)
     check_layout(user, call.layout)
+    _check_values(call)
     net = network(
-        call.fn, params, call.data.inputs(), {}, exact=False, complain=False, solved=False
+        call.fn, params, call.data.inputs(), {}, exact=False, complain=False, solved=units
     )
     n = len(net.paths)
     views = [View((Part(i),)) if i < n else None for i in range(len(net.frame.inputs))]
@@ -150,6 +154,16 @@ def trace(call: Call, where: Where) -> Traced:
         )
     leaves = [leaf for _, leaf in leaves_with_path(params) if is_array(leaf)]
     return Traced(net, line, weights, known, where, leaves, net.paths, reasons)
+
+
+def _check_values(call: Call) -> None:
+    """Refuse what has no values to look at."""
+    for x in jax.tree.leaves((call.params, call.data.arrays)):
+        if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
+            raise TypeError(
+                f"`{call.user.__name__}` looks at values of params and batches, and got "
+                f"{short(x)}. Pass arrays, and call it outside of `jax.jit`."
+            )
 
 
 def alive_in(traced: Traced, weight: Weight, within: dict[str, Any]) -> jax.Array:

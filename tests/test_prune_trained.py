@@ -248,6 +248,13 @@ BAD = {
         ValueError,
         r"gave \(1, 12\).*'a'",
     ),
+    "no pair": ({"method": lambda w, gram, *, keep: w}, TypeError, "gave .*a pair"),
+    "shapes": ({"params": jax.eval_shape(lambda: PARAMS)}, TypeError, "looks at values.*Pass arr"),
+    "flags": (
+        {"batches": [(DATA[0], 1), (DATA[1], 2)], "fn": lambda p, x, flag: net(p, x)},
+        ValueError,
+        "batch 1 holds other flags or numbers",
+    ),
     "values": (
         {"method": lambda w, gram, *, keep: (w / 0, keep(w))},
         ValueError,
@@ -283,6 +290,23 @@ def test_what_is_left_alone_is_said():
         prune(normed, PARAMS, DATA, 0.5, method=wanda, where=jp.by_path("a", "b"))
 
 
+def test_what_is_traced_is_refused():
+    with pytest.raises(TypeError, match=r"outside of `jax.jit`"):
+        jax.jit(lambda p: prune(net, p, DATA, 0.5, method=wanda)[0])(PARAMS)
+
+
+def test_masks_of_what_is_left_alone_are_applied_and_handed_on():
+    fn = lambda p, x: net(p, x) + x @ (p["n"] / jnp.linalg.norm(p["n"]))
+    params = {**PARAMS, "n": normal(7, 8, 4)}
+    earlier = {"a": jnp.eye(8, 12) == 0, "n": jnp.eye(8, 4) == 0, "b": None, "bias": None}
+    with pytest.warns(jp.PruneWarning, match="'n'"):
+        new, masks = prune(fn, params, DATA, 0.5, method=wanda, within=earlier)
+    np.testing.assert_array_equal(masks["n"], earlier["n"])
+    np.testing.assert_array_equal(new["n"], np.where(earlier["n"], params["n"], 0))
+    assert not (np.asarray(masks["a"]) & ~np.asarray(earlier["a"])).any()
+    assert float(masks["b"].mean()) == 0.5
+
+
 def test_few_rows_and_random_numbers_are_said():
     with pytest.warns(jp.PruneWarning, match="'b' .12 rows for|fewer rows.*4 rows for 8 inputs"):
         params, masks = prune(net, PARAMS, [DATA[0][:4]], 0.5, method=sparsegpt)
@@ -311,6 +335,13 @@ def test_norms_broadcast_over_the_weights_and_are_evidence_for_wanda():
     )
     want = wanda_by_numpy(ROWS, np.asarray(PARAMS["a"]), 0.5)
     np.testing.assert_array_equal(masks["a"], want)
+
+
+@pytest.mark.parametrize("seen", [lambda w: w * -0.25, lambda w: w.astype(jnp.bfloat16) / 3])
+def test_norms_are_those_of_the_inputs_however_a_weight_is_shown(seen):
+    fn = lambda p, x: x @ seen(p["w"]).astype(jnp.float32)
+    norms = jp.input_stats(fn, {"w": normal(0, 8, 4)}, DATA, progress=False)["w"]
+    np.testing.assert_allclose(norms[:, 0], np.linalg.norm(ROWS, axis=0), rtol=1e-6)
 
 
 def test_statistics_lie_where_the_weights_do():
@@ -388,6 +419,45 @@ def test_units_that_several_products_read_are_left_alone_with_the_reason():
         prune(fn, params, DATA, 0.5, method=admm, pattern=jp.patterns.Coupled(groups))
 
 
+BESIDE = {
+    "a norm": lambda p, h: (h / jnp.sqrt((h * h).mean(-1, keepdims=True) + 1e-3)) @ p["down"],
+    "a sum": lambda p, h: h @ p["down"] + h.sum(-1, keepdims=True),
+    "a weight that is left alone": lambda p, h: (
+        h @ p["down"] + jnp.tanh(h @ (p["v"] / jnp.linalg.norm(p["v"])))
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_units_that_something_else_reads_are_left_alone_with_the_reason(name):
+    fn = lambda p, x: BESIDE[name](p, jnp.tanh(x @ p["up"]))
+    params = {"up": MLP["up"], "down": MLP["down"], "v": normal(4, 32, 8)}
+    if name != "a weight that is left alone":
+        del params["v"]
+    pattern = jp.patterns.Coupled(jp.find_groups(fn, params, DATA[0]))
+    with pytest.raises(ValueError, match=r"'up:1': `\w+` at .* reads its units as well"):
+        prune(fn, params, DATA, 0.5, method=admm, pattern=pattern)
+
+
+def test_units_of_half_precision_are_told_apart():
+    def fn(p, x):  # channels of a window lie far apart among the inputs: 300, and 300 again
+        half = lambda w: w.astype(jnp.bfloat16)
+        conv = lambda x, w: lax.conv_general_dilated(
+            half(x), half(w), (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+        )
+        return conv(jnp.tanh(conv(x, p["a"])), p["b"]).astype(jnp.float32)
+
+    params = {"a": normal(0, 1, 3, 300), "b": normal(1, 2, 300, 3)}
+    data = [normal(2, 64, 8, 3)]
+    pattern = jp.patterns.Coupled(jp.find_groups(fn, params, data[0]))
+    new, masks = prune(fn, params, data, 0.5, method=wanda, pattern=pattern)
+    left = np.asarray(masks["b"])[0, :, 0]
+    assert left.sum() == 150
+    stays = np.broadcast_to(left[:, None], (2, 300, 3))
+    np.testing.assert_array_equal(new["b"], np.where(stays, params["b"], 0))
+    np.testing.assert_array_equal(np.asarray(masks["a"])[0, 0], left)
+
+
 def test_methods_that_decide_input_by_input_refuse_whole_units():
     pattern = jp.patterns.Coupled(jp.find_groups(mlp, MLP, DATA[0]))
     with pytest.raises(ValueError, match=r"sparsegpt.*admm"):
@@ -413,6 +483,39 @@ def test_eight_devices_find_what_one_does(method):
         # ADMM projects many times, and weights that are worth the same may change places.
         assert same.mean() >= (0.95 if method is admm else 1.0)
     assert abs(error(jax.device_get(new)) - error(want)) < 0.1 * error(want)
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
+def test_a_mesh_may_be_set(kind):
+    fn = lambda p, x: mlp(p, lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, p["w"])[0])
+    params = {**MLP, "w": normal(0, 3, 8, 8)}
+    pattern = jp.patterns.Coupled(jp.find_groups(mlp, MLP, DATA[0]))
+    runs = [
+        lambda p, d: prune(fn, p, d, 0.5, method=sparsegpt),
+        lambda p, d: prune(fn, p, d, 0.5, method=admm, pattern=pattern, targets="dense"),
+        lambda p, d: (jp.input_stats(fn, p, d, progress=False), None),
+    ]
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(kind,) * 2)
+    put = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, PartitionSpec(*spec)))
+    there = {name: put(x) for name, x in params.items()}, [put(x, "data", None) for x in DATA]
+    for run in runs:
+        want, masks = run(params, DATA)
+        with jax.set_mesh(mesh):
+            got, found = run(*there)
+        assert_trees_equal(jax.device_get(found), jax.device_get(masks))
+        if masks is None:
+            for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+                np.testing.assert_allclose(a, b, rtol=1e-5)
+        else:  # weights that hardly matter are not the same
+            assert error(jax.device_get(got), fn, want) < 1e-5
+
+
+def test_params_that_are_nowhere_in_particular_stay_so():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+    data = [jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))) for x in DATA]
+    params, masks = prune(net, PARAMS, data, 0.5, method=sparsegpt)
+    assert not any(x.committed for x in jax.tree.leaves((params, masks)))
+    assert np.isfinite(net(params, data[0])).all()  # data on eight devices, params on any
 
 
 @pytest.mark.optimized

@@ -79,6 +79,9 @@ def _made(walk, weight):
     if place.inside is not None or len(weight.places) > 1:
         return None
     step, world, total = walk.line.steps[place.step], walk.worlds[0], 0.0
+    data = walk.line.data.intersection(step.ins)
+    if not data <= world.flows.keys():  # a stretch that is seen whole has not been run yet
+        return None
     for chunk in range(walk.batches):
         (out,) = step.run(*(walk.read(world, i, chunk) for i in step.ins))
         total += float((np.asarray(out, np.float64) ** 2).sum())

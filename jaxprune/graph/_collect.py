@@ -15,7 +15,7 @@ from jax import lax
 from jax.extend import core
 
 from jaxprune.graph._frames import Value
-from jaxprune.graph._line import Line, Ref, Step
+from jaxprune.graph._line import Line, Ref, Step, is_reference
 from jaxprune.graph._linear import Part, View
 from jaxprune.graph._loops import scan_sizes
 from jaxprune.graph._products import places_of
@@ -67,7 +67,7 @@ def evaluate(line: Line, ins: Sequence[Value], measure: Measure) -> Evaluated:
         at.setdefault(place.step, []).append(place)
     sums: list[jax.Array] = []
     for number, step in enumerate(line.steps):
-        if step.loops:
+        if step.loops and number in at:
             outs, found = evaluate_loop(step, list(map(read, step.ins)), measure)
             sums += found
         else:
@@ -160,7 +160,11 @@ _LOOPS = {"scan": _scan, "while": _while, "cond": _cond}
 
 
 def stretch(
-    steps: Sequence[Step], ins: Sequence[Ref], outs: Sequence[Ref], compiled: dict[Hashable, Any]
+    steps: Sequence[Step],
+    ins: Sequence[Ref],
+    outs: Sequence[Ref],
+    compiled: dict[Hashable, Any],
+    types: Sequence[Any],
 ) -> Callable[..., list[Value]]:
     """Compile some steps as one function, the same for all stretches of the same form.
 
@@ -169,6 +173,7 @@ def stretch(
       ins: refs of what it takes.
       outs: refs of what it gives.
       compiled: what has been compiled before.
+      types: of all values.
     """
     number: dict[Ref, int] = {}
     name = lambda refs: tuple(number.setdefault(r, len(number)) for r in refs)  # noqa: E731
@@ -181,5 +186,7 @@ def stretch(
                 env.update(zip(s.outs, s.run(*(env[i] for i in s.ins)), strict=True))
             return [env[o] for o in outs]
 
-        compiled[form] = jax.jit(run)
+        # A compiled function may write to an array that it is handed, but not make such a one.
+        mutable = any(is_reference(types[o]) for o in outs)
+        compiled[form] = run if mutable else jax.jit(run)
     return compiled[form]

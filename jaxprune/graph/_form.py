@@ -16,8 +16,8 @@ from jax.extend import core
 def form_of(value: Any) -> Hashable:  # noqa: PLR0911  # a table of kinds
     """A value that a primitive is given, as something that compares equal to its like.
 
-    Numbers of different types are different, arrays compare by what they hold, and what cannot be
-    compared is equal to itself alone.
+    Numbers of different types are different, and so are zeros of different signs; arrays compare by
+    what they hold, and what cannot be compared is equal to itself alone.
     """
     if isinstance(value, core.ClosedJaxpr):
         return "closed", form_of(value.jaxpr), tuple(map(form_of, value.consts))
@@ -28,14 +28,20 @@ def form_of(value: Any) -> Hashable:  # noqa: PLR0911  # a table of kinds
     if isinstance(value, tuple | list):
         return type(value).__name__, tuple(map(form_of, value))
     if isinstance(value, np.ndarray | np.generic):
-        return "array", value.shape, value.dtype.str, value.tobytes()
+        return "array", value.dtype.name, _is_weak(value), value.shape, value.tobytes()
     if isinstance(value, jax.Array):
         return "array", id(value)
+    if isinstance(value, int | float | complex):  # jax has its own, which tell their dtype
+        return type(value), repr(value)
     try:
         hash(value)
     except TypeError:
         return "object", id(value)
     return type(value), value
+
+
+def _is_weak(value: np.ndarray | np.generic) -> bool:
+    return bool(getattr(value, "weak_type", False))
 
 
 def form_of_jaxpr(jaxpr: core.Jaxpr) -> Hashable:

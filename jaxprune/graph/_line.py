@@ -116,14 +116,16 @@ class Line:
 
     def value(self, ref: Ref) -> np.ndarray | None:
         """A value that depends on nothing but the program and the rounds of its loops."""
-        if ref in self.known:
-            found = self.known[ref]
-            return None if isinstance(found, jax.core.Tracer) else np.asarray(found)
-        return self.later[ref]() if ref in self.later else None
+        if ref not in self.known:
+            return self.later[ref]() if ref in self.later else None
+        found, kind = self.known[ref], jax.typeof(self.known[ref])
+        if isinstance(found, jax.core.Tracer) or not isinstance(kind.dtype, np.dtype):
+            return None  # keys of random numbers are no numbers
+        return np.asarray(found, kind.dtype)
 
     def add(self, step: Step, types: Sequence[Any]) -> tuple[Ref, ...]:
         """Append a step, whose results are given refs here; one without data only once."""
-        moving = any(i in self.data for i in step.ins) or any(map(_is_reference, types))
+        moving = any(i in self.data for i in step.ins) or any(map(is_reference, types))
         key = (step.form, step.ins)
         if not moving and key in self.made:
             return self.made[key]
@@ -136,7 +138,8 @@ class Line:
         return outs
 
 
-def _is_reference(kind: Any) -> bool:
+def is_reference(kind: Any) -> bool:
+    """Tell the type of an array that is written to."""
     return hasattr(kind, "inner_aval")
 
 
@@ -194,10 +197,14 @@ def _equation(line: Line, at: Site, read: Callable[[Any], Ref]) -> Sequence[Ref]
 
 
 def _bind(eqn: core.JaxprEqn, *values: Value) -> list[Value]:
-    """The results of an equation."""
+    """The results of an equation, on the mesh that there was."""
     with eqn.ctx.manager:
-        params = eqn.primitive.get_bind_params(eqn.params)
-        out = eqn.primitive.bind(*values, **params)
+        return _result(eqn, *values)
+
+
+def _result(eqn: core.JaxprEqn, *values: Value) -> list[Value]:
+    params = eqn.primitive.get_bind_params(eqn.params)
+    out = eqn.primitive.bind(*values, **params)
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
@@ -241,7 +248,7 @@ def _moved(line: Line, at: Site, ins: Sequence[Ref]) -> list[Ref] | None:
     """Views of what an equation makes of views; None if it does more than to move them."""
     name, types = at.primitive, [v.aval for v in at.eqn.outvars]
     if name in ("concatenate", "stack") and all(i in line.views for i in ins):
-        run = lambda *x: _bind(at.eqn, *x)[0]  # noqa: E731
+        run = lambda *x: _result(at.eqn, *x)[0]  # noqa: E731
         return [_view(line, joined([line.views[i] for i in ins], _move(at), run), types[0])]
     if name in ("mul", "div"):
         return _scaled(line, at, ins)
@@ -256,7 +263,7 @@ def _moved(line: Line, at: Site, ins: Sequence[Ref]) -> list[Ref] | None:
         return [_view(line, layer, types[0])]
     found = []
     for k, kind in enumerate(types):
-        run = functools.partial(lambda k, x: _bind(at.eqn, x, *others)[k], k)
+        run = functools.partial(lambda k, x: _result(at.eqn, x, *others)[k], k)
         found.append(_view(line, view.then((*_move(at), form_of(others), k), run), kind))
     return found
 
@@ -306,7 +313,7 @@ def _scaled(line: Line, at: Site, ins: Sequence[Ref]) -> list[Ref] | None:
         return None
     if not np.isfinite(number).all() or not number.any() or at.shape(side) != at.out_shape():
         return None
-    run = lambda w: _bind(at.eqn, *((w, number) if side == 0 else (number, w)))[0]  # noqa: E731
+    run = lambda w: _result(at.eqn, *((w, number) if side == 0 else (number, w)))[0]  # noqa: E731
     move = (*_move(at), side, form_of(number))
     return [_view(line, line.views[ins[side]].then(move, run), at.eqn.outvars[0].aval)]
 

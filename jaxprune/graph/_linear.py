@@ -12,10 +12,15 @@
 
 import dataclasses
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+
+from jaxprune.typing import Leaf
+
+_BASE = 32  # digits that half precision knows, times a number and divided by it, too
 
 
 class Part(NamedTuple):
@@ -84,12 +89,13 @@ class View:
             moves = (*((v.moves, len(v.parts)) for v in outer), *self.moves)
         return View(tuple(p for v in outer for p in v.parts), moves, read)
 
-    def scatter(self, parts: Sequence[jax.Array], values: Sequence[jax.Array]) -> list[Written]:
+    def scatter(self, parts: Sequence[Leaf], values: Sequence[jax.Array]) -> list[Written]:
         """Write values like what it shows to where they are from.
 
         Args:
           parts: the parameters, which say what shapes there are.
-          values: arrays of the shape of the view.
+          values: arrays of the shape of the view; bools and integers count entries and are not
+            scaled as values are.
 
         Returns:
           For each part whether an entry is shown, and what each of the values has for it; zero
@@ -99,11 +105,47 @@ class View:
         back = jax.linear_transpose(self.read, *like)
         scale = self.read(*(jnp.ones(p.shape, p.dtype) for p in parts))
         square = back(scale)
-        found = [back(v.astype(scale.dtype) if v.dtype != bool else v * scale) for v in values]
+        values = [v if jnp.issubdtype(v.dtype, jnp.floating) else v * scale for v in values]
+        found = [back(v.astype(scale.dtype)) for v in values]
         return [
             Written(s > 0, [each[i] / jnp.where(s > 0, s, 1) for each in found])
             for i, s in enumerate(square)
         ]
+
+    def read_numbers(self, parts: Sequence[np.ndarray], dtypes: Sequence[Any]) -> jax.Array:
+        """Read whole numbers that entries of the parameters carry, exactly.
+
+        Args:
+          parts: integers of 0 and above, in the shapes of the parameters.
+          dtypes: of the parameters; half precision knows few numbers, so that they are read digit
+            by digit.
+        """
+        scale = self.read(*(jnp.ones(p.shape, d) for p, d in zip(parts, dtypes, strict=True)))
+        found = jnp.zeros(scale.shape, jnp.int32)
+        for power in _powers(max(int(p.max(initial=0)) for p in parts)):
+            digits = [(p // power % _BASE).astype(d) for p, d in zip(parts, dtypes, strict=True)]
+            found += power * jnp.round(self.read(*digits) / scale).astype(jnp.int32)
+        return found
+
+    def scatter_numbers(self, parts: Sequence[Leaf], values: jax.Array) -> list[Written]:
+        """Write whole numbers of 0 and above to where what it shows is from, exactly.
+
+        Args:
+          parts: the parameters, or their shapes and dtypes.
+          values: integers of the shape of the view.
+        """
+        shown = self.scatter(parts, [])
+        found = [jnp.zeros(p.shape, jnp.int32) for p in parts]
+        for power in _powers(int(values.max(initial=0))):
+            each = self.scatter(parts, [values // power % _BASE])
+            digits = (jnp.round(one.values[0]).astype(jnp.int32) for one in each)
+            found = [old + power * digit for old, digit in zip(found, digits, strict=True)]
+        return [Written(one.shown, [x]) for one, x in zip(shown, found, strict=True)]
+
+
+def _powers(most: int) -> list[int]:
+    """What the digits of numbers up to one count."""
+    return [_BASE**i for i in range(7) if i == 0 or _BASE**i <= most]
 
 
 def joined(views: Sequence[View], move: Hashable, run: Callable[..., jax.Array]) -> View:

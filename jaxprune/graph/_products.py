@@ -11,8 +11,9 @@
 
 import collections
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -94,17 +95,18 @@ def find_products(line: Line, shapes: Sequence[tuple[int, ...]]) -> Found:
     reasons: dict[int, list[str]] = collections.defaultdict(list)
     for leaf, why in _read_otherwise(line, places):
         reasons[leaf].append(why)
+    ones = [_Ones(shape, line.types[i].dtype) for shape, i in zip(shapes, line.ins, strict=False)]
     grouped: dict[View, list[Place]] = collections.defaultdict(list)
     for place in places:
         grouped[place.view].append(place)
     weights = []
     for view, mine in grouped.items():
         one = Weight(view, mine[0].product, tuple(mine))
-        why = _unlike(mine) or _not_one_to_one(view, shapes) or _twice_with_effects(line, one)
+        why = _unlike(mine) or _not_one_to_one(view, ones) or _twice_with_effects(line, one)
         for leaf in one.leaves if why else ():
             reasons[leaf].append(why)
         weights.append(one)
-    for leaf in _clashes(weights, shapes):
+    for leaf in _clashes(weights, ones):
         reasons[leaf].append("several products see its entries in different ways")
     for leaf in set(range(len(shapes))) - {leaf for w in weights for leaf in w.leaves}:
         reasons[leaf].insert(0, "it multiplies no data in a product")
@@ -116,13 +118,17 @@ def find_products(line: Line, shapes: Sequence[tuple[int, ...]]) -> Found:
 def places_of(line: Line) -> Iterator[Place]:
     """All products of weights and data, those in loops too."""
     for number, step in enumerate(line.steps):
-        if step.loops:
+        if step.loops and _of_data(line, step):
             yield from _in_loops(line, number, step)
-        elif step.at is not None:
+        elif step.at is not None and not step.loops:
             yield from _of_step(line, number, step)
 
 
-def _operands(line: Line, step: Step) -> Iterator[tuple[int, Ref]]:
+def _of_data(line: Line, step: Step) -> bool:
+    return any(out in line.data for out in step.outs)
+
+
+def operands(line: Line, step: Step) -> Iterator[tuple[int, Ref]]:
     """The operands of an equation that are variables, by their places."""
     if step.at is None:
         return
@@ -133,10 +139,12 @@ def _operands(line: Line, step: Step) -> Iterator[tuple[int, Ref]]:
 
 
 def _of_step(line: Line, number: int, step: Step) -> Iterator[Place]:
-    refs = dict(_operands(line, step))
+    refs = dict(operands(line, step))
     for side in (0, 1):
         w, x = refs.get(side), refs.get(1 - side)
         if w not in line.views or x is None or x in line.views or x not in line.data:
+            continue
+        if jnp.issubdtype(line.types[x].dtype, jnp.complexfloating):  # Gram matrices are real
             continue
         if step.at is not None and (product := product_at(step.at, side)) is not None:
             others = [refs[i] for i in sorted(refs) if i > 1]
@@ -164,7 +172,7 @@ def _layers(view: View, part: Part) -> View:
 
 def _of_loop(line: Line, step: Step, k: int) -> dict[int, View]:
     """The views that go into a line inside of a step, by the number of the input."""
-    refs = dict(_operands(line, step))
+    refs = dict(operands(line, step))
     lead = inputs_before(step, k)
     return {i - lead: line.views[r] for i, r in refs.items() if i >= lead and r in line.views}
 
@@ -184,8 +192,8 @@ def _read_otherwise(line: Line, places: Sequence[Place]) -> Iterator[tuple[int, 
     """Parameters that are read by anything but a product with data."""
     fine = {(place.step, place.weight) for place in places}
     for number, step in enumerate(line.steps):
-        inside = _inside(line, step) if step.loops else {}
-        for i, ref in _operands(line, step) if step.at else enumerate(step.ins):
+        inside = _inside(line, step) if step.loops and _of_data(line, step) else {}
+        for i, ref in operands(line, step) if step.at else enumerate(step.ins):
             if ref not in line.views or (number, ref) in fine or inside.get(i) == "":
                 continue
             why = inside.get(i) or f"{step.at.name() if step.at else 'a scan'} reads it"
@@ -211,23 +219,34 @@ def _inside(line: Line, step: Step) -> dict[int, str]:
 
 
 def _unlike(places: Sequence[Place]) -> str:
-    layouts = {p.product[:1] + p.product[2:5] for p in places}  # all but shape, data and params
+    layouts = {(*p.product[:1], *p.product[2:5], p.product.features) for p in places}
     return "" if len(layouts) == 1 else "products contract different axes of it"
 
 
-def _not_one_to_one(view: View, shapes: Sequence[tuple[int, ...]]) -> str:
+class _Ones(NamedTuple):
+    """What is laid out to see which entries a view shows; of the dtype that the program expects.
+
+    Attributes:
+      shape, dtype: of a parameter.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+
+    def layer(self, part: Part) -> jax.Array:
+        """Ones like the parameter, or a layer of it."""
+        return jnp.ones(self.shape[len(part.layer) :], self.dtype)
+
+
+def _not_one_to_one(view: View, ones: Sequence[_Ones]) -> str:
     """Say that a view repeats entries, or has others among them."""
     names = str(view.moves)
     if not any(name in names for name in _MAY_REPEAT):
         return ""
-    ones = [jnp.ones(_shape(part, shapes)) for part in view.parts]
-    seen = view.read(*ones)
-    shown = sum(int(jnp.sum(each.shown)) for each in view.scatter(ones, [seen]))
+    parts = [ones[part.leaf].layer(part) for part in view.parts]
+    seen = view.read(*parts)
+    shown = sum(int(jnp.sum(each.shown)) for each in view.scatter(parts, [seen]))
     return "" if shown == seen.size else "it is shown with entries repeated or put between"
-
-
-def _shape(part: Part, shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    return shapes[part.leaf][len(part.layer) :]
 
 
 def _twice_with_effects(line: Line, weight: Weight) -> str:
@@ -241,16 +260,16 @@ def _twice_with_effects(line: Line, weight: Weight) -> str:
     return ""
 
 
-def _clashes(weights: Sequence[Weight], shapes: Sequence[tuple[int, ...]]) -> set[int]:
+def _clashes(weights: Sequence[Weight], ones: Sequence[_Ones]) -> set[int]:
     """Parameters of which two views show the same entries, in different ways."""
     by_leaf: dict[int, list[View]] = collections.defaultdict(list)
     for weight in weights:
         for leaf in weight.leaves:
             by_leaf[leaf].append(weight.view)
-    return {leaf for leaf, views in by_leaf.items() if _overlap(leaf, views, shapes)}
+    return {leaf for leaf, views in by_leaf.items() if _overlap(leaf, views, ones)}
 
 
-def _overlap(leaf: int, views: Sequence[View], shapes: Sequence[tuple[int, ...]]) -> bool:
+def _overlap(leaf: int, views: Sequence[View], ones: Sequence[_Ones]) -> bool:
     by_index: dict[tuple[int, ...], list[View]] = collections.defaultdict(list)
     for view in views:
         for part in view.parts:
@@ -259,17 +278,17 @@ def _overlap(leaf: int, views: Sequence[View], shapes: Sequence[tuple[int, ...]]
     if len({len(index) for index in by_index}) > 1:
         return True
     for index, mine in by_index.items():
-        total = np.zeros(_shape(Part(leaf, index), shapes), int) if len(mine) > 1 else None
+        total = np.zeros(ones[leaf].shape[len(index) :], int) if len(mine) > 1 else None
         for view in mine if total is not None else ():
-            total = total + _shown(view, Part(leaf, index), shapes)
+            total = total + _shown(view, Part(leaf, index), ones)
         if total is not None and (total > 1).any():
             return True
     return False
 
 
-def _shown(view: View, part: Part, shapes: Sequence[tuple[int, ...]]) -> np.ndarray:
-    ones = [jnp.ones(_shape(p, shapes)) for p in view.parts]
-    each = view.scatter(ones, [view.read(*ones)])
+def _shown(view: View, part: Part, ones: Sequence[_Ones]) -> np.ndarray:
+    parts = [ones[p.leaf].layer(p) for p in view.parts]
+    each = view.scatter(parts, [view.read(*parts)])
     counts = [np.asarray(e.shown) for e, p in zip(each, view.parts, strict=True) if p == part]
     return np.sum(counts, axis=0)
 

@@ -94,7 +94,8 @@ def prune_trained(
       targets: ``"pruned"`` lets a weight make of its inputs what it made of them; with ``"dense"``
         it is to make up for what the layers before it have lost: what the dense network has there,
         in the residual stream where it adds to one. One more forward pass. With a sparsity of 0
-        and ``within`` it makes up for what earlier masks have removed, such as whole blocks.
+        and ``within`` it makes up for what earlier masks have removed, such as whole blocks. Whole
+        units have it where no bias takes over their means.
       progress: show a bar, if ``tqdm`` is installed.
 
     Returns:
@@ -102,15 +103,16 @@ def prune_trained(
       of the leaf's shape; where a leaf was left alone what ``within`` has of it, else None.
 
     Raises:
-      TypeError: batches are an iterator that is gone once it has been read, or ``fn`` is no
-        function.
+      TypeError: batches are an iterator that is gone once it has been read, ``fn`` is no function,
+        or params and batches have no values, as under ``jax.jit``.
       ValueError: batches are not alike, no weight that is wanted multiplies data, a sparsity
         leaves nothing, a part does not fit a matrix, or activations are not finite: it says at
         which weight, and in which batch.
 
     Warns:
       PruneWarning: leaves that are wanted but left alone, with the reason (they are looked up, too,
-        or go through a norm), fewer rows of data than inputs, random numbers in ``fn``.
+        or go through a norm), fewer rows of data than inputs, random numbers in ``fn``, a sparsity
+        that left nothing of a small weight.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -157,14 +159,24 @@ def prune_trained(
     measure = Product.squares if short else Product.gram
     walk = walk_of(traced.line, traced.leaves, data.arrays, measure=measure, dense=dense)
     _warn(traced, walk, by_default(where))
-    solve = solver(method, traced.name)
+    solve, gone = solver(method, traced.name), []
 
     def visit(at: Visit) -> Changed:
         w = at.matrix if at.cross is None else moved(at.matrix, at.sums, at.cross)
-        return solve(at, w, at.sums, keeps[at.weight])
+        new, mask = solve(at, w, at.sums, keeps[at.weight])
+        if not bool(mask.any()):
+            gone.append(traced.name(at.weight))
+        return new, mask
 
     stops = stops_of(traced.weights, lambda _: True)
     calibrate(walk, stops, visit, name=traced.name, progress=shown)
+    if gone:
+        warnings.warn(
+            f"`prune_trained` left nothing of {names(gone)}: that much of so few units is all of "
+            "them. Use a lower sparsity there, or leave it out with `where`.",
+            PruneWarning,
+            stacklevel=2,
+        )
     leaves = sorted({leaf for weight in traced.weights for leaf in weight.leaves})
     with plain_mesh():
         masks = traced.tree(params, {leaf: walk.mask(leaf) for leaf in leaves})

@@ -128,7 +128,7 @@ def _read_elsewhere(traced: Traced, group: Group, readers: Mapping[Weight, Any])
             continue
         moving = [step.at.ins[i] for i, ref in operands(line, step) if ref in line.data]
         made = [step.at.frame.of(v) for v in step.at.eqn.outvars]
-        if any(map(has, moving)) and not any(map(has, made)):
+        if made and any(map(has, moving)) and not any(map(has, made)):
             return f"{step.at.name()} reads its units as well"
     return ""
 

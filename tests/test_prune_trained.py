@@ -290,6 +290,14 @@ def test_what_is_left_alone_is_said():
         prune(normed, PARAMS, DATA, 0.5, method=wanda, where=jp.by_path("a", "b"))
 
 
+def test_a_sparsity_that_leaves_nothing_of_a_small_weight_is_said():
+    params, data = {"a": normal(0, 2, 5), "b": normal(1, 5, 8)}, [x[:, :2] for x in DATA]
+    fn = lambda p, x: jnp.tanh(x @ p["a"]) @ p["b"]
+    with pytest.warns(jp.PruneWarning, match="left nothing of 'a'"):
+        masks = prune(fn, params, data, 0.8, method=wanda)[1]
+    assert not masks["a"].any() and masks["b"].any()
+
+
 def test_what_is_traced_is_refused():
     with pytest.raises(TypeError, match=r"outside of `jax.jit`"):
         jax.jit(lambda p: prune(net, p, DATA, 0.5, method=wanda)[0])(PARAMS)
@@ -437,6 +445,18 @@ def test_units_that_something_else_reads_are_left_alone_with_the_reason(name):
     pattern = jp.patterns.Coupled(jp.find_groups(fn, params, DATA[0]))
     with pytest.raises(ValueError, match=r"'up:1': `\w+` at .* reads its units as well"):
         prune(fn, params, DATA, 0.5, method=admm, pattern=pattern)
+
+
+def test_a_callback_for_debugging_reads_no_units():
+    def fn(p, x):
+        h = jnp.tanh(x @ p["up"])
+        jax.debug.callback(lambda h: None, h)
+        return h @ p["down"]
+
+    params = {"up": MLP["up"], "down": MLP["down"]}
+    pattern = jp.patterns.Coupled(jp.find_groups(fn, params, DATA[0]))
+    masks = prune(fn, params, DATA, 0.5, method=admm, pattern=pattern)[1]
+    assert float(masks["up"].mean()) == 0.5
 
 
 def test_units_of_half_precision_are_told_apart():

@@ -3,7 +3,7 @@
 import functools
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -170,19 +170,18 @@ def prune_trained(
 
     stops = stops_of(traced.weights, lambda _: True)
     calibrate(walk, stops, visit, name=traced.name, progress=shown)
-    if gone:
-        warnings.warn(
-            f"`prune_trained` left nothing of {names(gone)}: that much of so few units is all of "
-            "them. Use a lower sparsity there, or leave it out with `where`.",
-            PruneWarning,
-            stacklevel=2,
-        )
+    _warn_of_nothing(gone)
+    return traced.results(params, walk), _masks(traced, walk, params, earlier)
+
+
+def _masks(traced: Traced, walk: Walk, params: Params, earlier: Masks | None) -> Masks:
+    """Masks of what was pruned; what is left alone stays removed as it was."""
     leaves = sorted({leaf for weight in traced.weights for leaf in weight.leaves})
     with plain_mesh():
         masks = traced.tree(params, {leaf: walk.mask(leaf) for leaf in leaves})
-    if earlier is not None:  # what is left alone stays removed as it was
-        masks = map_leaves(lambda _, new, old: old if new is None else new, params, masks, earlier)
-    return traced.results(params, walk), masks
+    if earlier is None:
+        return masks
+    return map_leaves(lambda _, new, old: old if new is None else new, params, masks, earlier)
 
 
 # Settings.
@@ -297,3 +296,14 @@ def _warn(traced: Traced, walk: Walk, default: bool) -> None:
     if lines:
         listed = "".join(f"\n- {line}" for line in lines)
         warnings.warn(f"`prune_trained`:{listed}", PruneWarning, stacklevel=3)
+
+
+def _warn_of_nothing(gone: Sequence[str]) -> None:
+    """Say what a sparsity has left nothing of."""
+    if gone:
+        warnings.warn(
+            f"`prune_trained` left nothing of {names(gone)}: that much of so few units is all of "
+            "them. Use a lower sparsity there, or leave it out with `where`.",
+            PruneWarning,
+            stacklevel=3,
+        )

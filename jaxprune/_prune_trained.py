@@ -163,8 +163,9 @@ def prune_trained(
 
     def visit(at: Visit) -> Changed:
         w = at.matrix if at.cross is None else moved(at.matrix, at.sums, at.cross)
-        new, mask = solve(at, w, at.sums, keeps[at.weight])
-        if not bool(mask.any()):
+        keep = keeps[at.weight]
+        new, mask = solve(at, w, at.sums, keep)
+        if not bool(mask.any()) and (keep.within is None or bool(keep.within.any())):
             gone.append(traced.name(at.weight))
         return new, mask
 

@@ -19,8 +19,8 @@ def form_of(value: Any) -> Hashable:  # noqa: PLR0911  # a table of kinds
     Numbers of different types are different, and so are zeros of different signs; arrays compare by
     what they hold, and what cannot be compared is equal to itself alone.
     """
-    if isinstance(value, core.ClosedJaxpr):
-        return "closed", form_of(value.jaxpr), tuple(map(form_of, value.consts))
+    if isinstance(value, core.ClosedJaxpr):  # newer jax has no other jaxprs
+        return "closed", form_of_jaxpr(value.jaxpr), tuple(map(form_of, value.consts))
     if isinstance(value, core.Jaxpr):
         return form_of_jaxpr(value)
     if isinstance(value, dict):

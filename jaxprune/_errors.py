@@ -17,7 +17,8 @@ def check_sparsity(sparsity: Any, user: str = "sparsity", *, layers: bool = True
     Unless ``layers`` is False, a leaf of a tree may be an array, with one for each layer.
     """
     bad = []
-    for path, value in leaves_with_path(sparsity):
+    leaves: list[tuple[str, Any]] = [("", None)] if sparsity is None else leaves_with_path(sparsity)
+    for path, value in leaves:
         if isinstance(value, jax.core.Tracer):
             continue
         where = f" at {path!r}" if path else ""
@@ -86,11 +87,12 @@ _EXAMPLES = {
     "pattern": "`pattern=jp.patterns.Channels(-1)` or `pattern=jp.patterns.Coupled(groups)`",
     "scope": "`scope=jp.scopes.across`",
     "where": "`where=jp.by_path('.*/kernel')`",
+    "method": "`method=jp.methods.sparsegpt`",
 }
 
 
 def check_parts(user: str, **parts: Any) -> None:
-    """Refuse what is no ``criterion``, ``pattern``, ``scope`` or ``where``, before it is called."""
+    """Refuse what cannot play its role, such as ``criterion`` or ``scope``, before it is called."""
     for role, part in parts.items():
         fault = _fault(role, part)
         if fault:
@@ -134,6 +136,11 @@ def _fault(role: str, part: Any) -> str:
 def _fault_of_call(role: str, f: Any) -> str:
     if role == "where" and not _takes(f, "path", None):
         return "which does not take a path and an array: it is called as `where(path, array)`."
+    if role == "method" and not _takes(f, None, None, keep=None):
+        return (
+            "which is not called as `method(w, gram, keep=keep)`. Pass one of `jp.methods`, such "
+            f"as {_EXAMPLES[role]}; criteria go to `jp.find_masks`."
+        )
     # Scopes of a user may do without `within`; ours all take it.
     ours = str(getattr(f, "__module__", "")).startswith("jaxprune.")
     if role == "scope" and ours and not _takes(f, None, 0.5, within=None):

@@ -56,8 +56,8 @@ def input_stats(
       None as well for a leaf that several products share out among them.
 
     Raises:
-      TypeError: batches are an iterator that is gone once it has been read, ``fn`` is no function,
-        or params and batches have no values, as under ``jax.jit``.
+      TypeError: batches are an iterator that is gone once it has been read, or one array for all;
+        ``fn`` is no function; params or batches are shapes, or traced by ``jax.jit``.
       ValueError: batches are not alike, no weight that is wanted multiplies data, or activations
         are not finite: it says at which weight, and in which batch.
 

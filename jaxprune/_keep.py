@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxprune._errors import check_sparsity
+from jaxprune._errors import check_sparsity, short, whole
 from jaxprune._find import select
 from jaxprune._layout import Layout
 from jaxprune._masks import check_masks
@@ -85,10 +85,16 @@ class Keep:
           within: bool mask `[inputs, outputs]`, each axis full or 1; what it removes stays removed.
 
         Raises:
+          TypeError: ``shape`` is no pair of integers.
           ValueError: the sparsity is outside [0, 1], or a part does not fit the matrix or the
             other part.
         """
         check_sparsity(sparsity)
+        if not (isinstance(shape, tuple) and len(shape) == 2 and None not in map(whole, shape)):
+            raise TypeError(
+                f"`Keep.of` got shape={short(shape)}. Pass inputs and outputs of the matrix, such "
+                "as `w.shape`."
+            )
         parts = Parts("prune_trained", magnitude, pattern, scope, everything, _LAYOUT)
         parts.check(sparsity, exact=True)
         like = {"w": jax.ShapeDtypeStruct(shape, jnp.float32)}

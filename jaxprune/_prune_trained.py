@@ -13,7 +13,7 @@ import numpy as np
 from jaxprune._advice import PruneWarning
 from jaxprune._batches import Batches, read_batches
 from jaxprune._calibrate import Changed, Visit, Walk, calibrate, walk_of
-from jaxprune._errors import check_sparsity, short
+from jaxprune._errors import check_parts, check_sparsity, short
 from jaxprune._help import readable
 from jaxprune._keep import Keep
 from jaxprune._layout import Layout
@@ -74,7 +74,8 @@ def prune_trained(
     A weight is pruned as the matrix `[inputs, outputs]` that it is in its product (of a convolution
     the inputs are the places of its window, the channels innermost). Pattern, scope and sparsity
     speak of that matrix: each is a competition of its own, and loses exactly
-    ``round(sparsity * n)`` of its units. So does each group, as experts are, and each layer.
+    ``round(sparsity * n)`` of its units. So does each group, as experts are, and each layer. Under
+    ``per_output``, Wanda's scope, it is each output that does, of its inputs: of 9 inputs 4 at 0.5.
 
     Args:
       fn: function of params and inputs, in inference mode.
@@ -84,7 +85,8 @@ def prune_trained(
       sparsity: fraction to remove: a number, or a tree of numbers, as ``jp.scopes.erk`` or
         ``jp.scopes.owl`` make; of stacks arrays `[layers]`.
       method: ``jp.methods.wanda``, ``ria``, ``sparsegpt``, ``admm``, or a function of one's own:
-        ``(w [inputs, outputs], gram [inputs, inputs], *, keep) -> (w, mask)``.
+        ``(w [inputs, outputs], gram [inputs, inputs], *, keep) -> (w, mask)``. Settings are bound
+        before: ``functools.partial(jp.methods.admm, damping=0.1)``.
       pattern: what is removed together.
       scope: who competes with whom; ``jp.scopes.windows(4)`` at 0.5 gives 2:4. By default that of
         the method: ``per_output`` for Wanda, the whole matrix for the others.
@@ -103,16 +105,16 @@ def prune_trained(
       of the leaf's shape; where a leaf was left alone what ``within`` has of it, else None.
 
     Raises:
-      TypeError: batches are an iterator that is gone once it has been read, ``fn`` is no function,
-        or params and batches have no values, as under ``jax.jit``.
+      TypeError: batches are an iterator that is gone once it has been read, or one array for all;
+        ``fn`` is no function; params or batches are shapes, or traced by ``jax.jit``.
       ValueError: batches are not alike, no weight that is wanted multiplies data, a sparsity
         leaves nothing, a part does not fit a matrix, or activations are not finite: it says at
         which weight, and in which batch.
 
     Warns:
       PruneWarning: leaves that are wanted but left alone, with the reason (they are looked up, too,
-        or go through a norm), fewer rows of data than inputs, random numbers in ``fn``, a sparsity
-        that left nothing of a small weight.
+        or go through a norm), fewer rows of data than inputs where Gram matrices are solved for,
+        random numbers in ``fn``, or a sparsity that left nothing of a weight.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -130,7 +132,8 @@ def prune_trained(
       `Wanda <https://arxiv.org/abs/2306.11695>`_, 2024.
     """
     user = "prune_trained"
-    _check_settings(method, targets, sparsity)
+    check_parts(user, method=method, where=where)
+    _check_settings(targets, sparsity)
     data, shown = read_batches(batches, user), bar(user, shown=progress)
     call = Call(fn, params, data, layout, prune_trained)
     if declared(pattern, "owns"):
@@ -155,10 +158,10 @@ def prune_trained(
     of = functools.partial(Keep.of, pattern=pattern, scope=scope)
     keeps = _keeps(traced, _by_leaf(part, sparsity), of, earlier)
     dense = whole if targets == "dense" else None
-    short = declared(method, "diagonal") and dense is None
-    measure = Product.squares if short else Product.gram
+    norms = declared(method, "diagonal") and dense is None
+    measure = Product.squares if norms else Product.gram
     walk = walk_of(traced.line, traced.leaves, data.arrays, measure=measure, dense=dense)
-    _warn(traced, walk, by_default(where))
+    _warn(traced, walk, by_default(where), solved=not norms)
     solve, gone = solver(method, traced.name), []
 
     def visit(at: Visit) -> Changed:
@@ -188,16 +191,11 @@ def _masks(traced: Traced, walk: Walk, params: Params, earlier: Masks | None) ->
 # Settings.
 
 
-def _check_settings(method: Any, targets: Any, sparsity: Sparsity) -> None:
-    if not callable(method):
-        raise TypeError(
-            f"`prune_trained` got method={short(method)}. Pass `jp.methods.sparsegpt` or another, "
-            "or a function `(w, gram, *, keep) -> (w, mask)`."
-        )
-    if targets not in ("pruned", "dense"):
+def _check_settings(targets: Any, sparsity: Sparsity) -> None:
+    if not (isinstance(targets, str) and targets in ("pruned", "dense")):
         raise ValueError(
-            f"`prune_trained` got targets={targets!r}. Use 'pruned', or 'dense' to make up for "
-            "what earlier layers have lost."
+            f"`prune_trained` got targets={short(targets)}. Use 'pruned', or 'dense' to make up "
+            "for what earlier layers have lost."
         )
     check_sparsity(sparsity)
     if any(np.max(np.asarray(s), initial=0) >= 1 for s in jax.tree.leaves(plain(sparsity))):
@@ -275,8 +273,11 @@ def _of_weight(traced: Traced, weight: Weight, numbers: dict[str, Any]) -> float
     return found[0]
 
 
-def _warn(traced: Traced, walk: Walk, default: bool) -> None:
-    """One warning for all that one should know before."""
+def _warn(traced: Traced, walk: Walk, default: bool, *, solved: bool) -> None:
+    """One warning for all that one should know before.
+
+    ``solved`` says that Gram matrices are, so that few rows matter; norms can be had of one.
+    """
     lines = []
     if alone := left_alone(traced, by_default=default):
         lines.append(f"it leaves alone:{alone}")
@@ -284,7 +285,7 @@ def _warn(traced: Traced, walk: Walk, default: bool) -> None:
     for weight in traced.weights:
         product, rows = weight.product, walk.rows(weight)
         n = math.prod(product.shape[i] for i in product.inputs)
-        if rows is not None and rows < n:
+        if rows is not None and rows < (n if solved else 1):
             few[traced.name(weight)] = f"{rows} rows for {n} inputs"
     if few:
         first = next(iter(few.values()))

@@ -8,7 +8,6 @@ import jax.numpy as jnp
 
 from jaxprune._batches import Calibration
 from jaxprune._calibrate import Walk
-from jaxprune._errors import short
 from jaxprune._layout import Layout, check_layout
 from jaxprune._mesh import laid_as
 from jaxprune._tree import (
@@ -127,10 +126,13 @@ def trace(call: Call, where: Where, *, units: bool = False) -> Traced:
     params, user = call.params, call.user.__name__
     check_call(call.fn, {}, call.user)
     check_layout(user, call.layout)
-    _check_values(call)
-    net = network(
-        call.fn, params, call.data.inputs(), {}, exact=False, complain=False, solved=units
-    )
+    _check_values(params, call.data, user)
+    inputs = call.data.inputs()
+    try:
+        net = network(call.fn, params, inputs, {}, exact=False, complain=False, solved=units)
+    except Exception as error:
+        error.add_note(_called(inputs, user))
+        raise
     n = len(net.paths)
     views = [View((Part(i),)) if i < n else None for i in range(len(net.frame.inputs))]
     line = line_of(net.analysis, net.frame, views)
@@ -156,14 +158,27 @@ def trace(call: Call, where: Where, *, units: bool = False) -> Traced:
     return Traced(net, line, weights, known, where, leaves, net.paths, reasons)
 
 
-def _check_values(call: Call) -> None:
-    """Refuse what has no values to look at."""
-    for x in jax.tree.leaves((call.params, call.data.arrays)):
-        if isinstance(x, jax.core.Tracer | jax.ShapeDtypeStruct):
-            raise TypeError(
-                f"`{call.user.__name__}` looks at values of params and batches, and got "
-                f"{short(x)}. Pass arrays, and call it outside of `jax.jit`."
-            )
+def _check_values(params: Params, data: Calibration, user: str) -> None:
+    """Refuse shapes and traced values, of which nothing can be measured."""
+    leaves = [leaf for _, leaf in leaves_with_path(params)]
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        raise TypeError(f"`{user}` got params that are shapes. Pass the trained arrays.")
+    if any(isinstance(x, jax.core.Tracer) for x in leaves + data.arrays[0]):
+        raise TypeError(
+            f"`{user}` was called inside of a transformation such as `jax.jit`. Call it outside: "
+            "it compiles its parts itself."
+        )
+
+
+def _called(inputs: Sequence[Any], user: str) -> str:
+    """Say how the function was called that failed: labels among the inputs are easily seen."""
+    kinds = ", ".join(
+        f"{x.dtype}{list(jnp.shape(x))}" if is_array(x) else f"a {type(x).__name__}" for x in inputs
+    )
+    return (
+        f"`{user}` called `fn(params, *batch)` with a batch of {kinds}. A tuple is several inputs, "
+        "anything else is one; labels and flags are none, and `params` is the tree that `fn` takes."
+    )
 
 
 def alive_in(traced: Traced, weight: Weight, within: dict[str, Any]) -> jax.Array:

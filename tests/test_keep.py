@@ -198,3 +198,8 @@ def test_what_makes_no_sense_is_refused_by_name(settings, error, words):
     settings = {"sparsity": 0.5, **settings}
     with pytest.raises(error, match=words):
         jp.Keep.of((10, 4), **settings)
+
+
+def test_it_takes_a_shape_and_not_an_array():
+    with pytest.raises(TypeError, match=r"`Keep.of` got shape=.*`w.shape`"):
+        jp.Keep.of(jnp.ones((10, 4)), 0.5)

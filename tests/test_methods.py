@@ -311,3 +311,10 @@ def test_sparsegpt_refuses_units_that_are_larger_than_its_blocks(pattern, words)
     w, gram = draw(40, 8)
     with pytest.raises(ValueError, match=words):
         SGPT(w, gram, keep=jp.Keep.of((40, 8), 0.5, pattern=pattern))
+
+
+@pytest.mark.parametrize("name", APART)
+def test_data_are_no_gram_matrix(name):
+    w, _ = draw(40, 8)
+    with pytest.raises(ValueError, match=r"`gram` .*\(64, 40\).*`x.T @ x`"):
+        METHODS[name](w, jnp.ones((64, 40)), keep=jp.Keep.of((40, 8), 0.5))

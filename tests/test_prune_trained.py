@@ -231,6 +231,28 @@ BAD = {
         "'a' multiplies is not finite in batch 1",
     ),
     "nothing left": ({"sparsity": 1.0}, ValueError, "leaves nothing"),
+    "one array": ({"batches": ROWS}, TypeError, r"shape \(32, 8\) as batches.*`\[x\]`"),
+    "no list": ({"batches": None}, TypeError, "batches as None"),
+    "inputs for batches": (
+        {"batches": (DATA[0], jnp.arange(16))},
+        ValueError,
+        r"one batch, a tuple",
+    ),
+    "shapes": ({"batches": [jax.ShapeDtypeStruct((4, 8), jnp.float32)]}, TypeError, "shapes"),
+    "params of shapes": (
+        {"params": jax.eval_shape(lambda: PARAMS)},
+        TypeError,
+        "params that are shapes",
+    ),
+    "no sparsity": ({"sparsity": None}, TypeError, "`sparsity` got None"),
+    "a criterion": (
+        {"method": jp.criteria.wanda},
+        TypeError,
+        r"not called as `method\(w, gram, keep=keep\)`.*jp.methods",
+    ),
+    "no mask": ({"method": lambda w, gram, *, keep: w}, TypeError, r"`\(w, mask\)`"),
+    "a string for where": ({"where": ".*a"}, TypeError, "by_path"),
+    "arrays for targets": ({"targets": ROWS}, ValueError, "'dense'"),
     "no fraction": ({"sparsity": 1.5}, ValueError, "outside"),
     "window": (
         {"scope": jp.scopes.windows(5), "sparsity": 0.6},
@@ -277,6 +299,26 @@ def test_bad_input_is_refused_at_the_door(name):
         )
 
 
+def test_a_function_that_fails_is_said_to_have_been_called_with_a_batch():
+    labelled = [(x, jnp.arange(16)) for x in DATA]
+    with pytest.raises(TypeError, match="positional argument") as caught:
+        prune(net, PARAMS, labelled, 0.5, method=wanda)
+    (told,) = [note for note in caught.value.__notes__ if "prune_trained" in note]
+    assert "a batch of float32[16, 8], int32[16]. A tuple is several" in told
+
+
+def test_it_is_not_to_be_traced():
+    with pytest.raises(TypeError, match=r"inside of a transformation such as `jax.jit`"):
+        jax.jit(lambda p: prune(net, p, DATA, 0.5, method=wanda))(PARAMS)
+    with pytest.raises(TypeError, match=r"`input_stats` was called inside"):
+        jax.jit(lambda x: jp.input_stats(net, PARAMS, [x], progress=False))(DATA[0])
+
+
+def test_a_sparsity_that_rounds_to_all_is_said():
+    with pytest.warns(jp.PruneWarning, match="left nothing of 'a', 'b'"):
+        prune(net, PARAMS, DATA, 0.99, method=wanda)
+
+
 def test_what_is_left_alone_is_said():
     def tied(p, tokens):
         return jnp.tanh(p["table"][tokens] @ p["w"]) @ p["table"].T
@@ -319,6 +361,7 @@ def test_few_rows_and_random_numbers_are_said():
     with pytest.warns(jp.PruneWarning, match="'b' .12 rows for|fewer rows.*4 rows for 8 inputs"):
         params, masks = prune(net, PARAMS, [DATA[0][:4]], 0.5, method=sparsegpt)
     assert np.isfinite(params["a"]).all() and jp.sparsity(masks, PARAMS) == 0.5
+    prune(net, PARAMS, [DATA[0][:4]], 0.5, method=wanda)  # norms take no inverse: no warning
     noisy = lambda p, x: net(p, x * jax.random.bernoulli(jax.random.key(0), 0.9, x.shape))
     with pytest.warns(jp.PruneWarning, match="random numbers in `.*` at test_prune_trained.py"):
         prune(noisy, PARAMS, DATA, 0.5, method=wanda)

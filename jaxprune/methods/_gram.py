@@ -18,6 +18,11 @@ def wide(x: jax.Array) -> jax.Array:
 def norms(gram: jax.Array) -> jax.Array:
     """Norms of the inputs as a column `[inputs, 1]`, from a Gram matrix or its diagonal."""
     squares = wide(gram)
+    if squares.ndim == 2 and len(set(squares.shape)) > 1:
+        raise ValueError(
+            f"`gram` should be a square matrix or its diagonal, but its shape is {squares.shape}. "
+            "Of data `x` [rows, inputs] it is `x.T @ x`."
+        )
     return jnp.sqrt(squares if squares.ndim == 1 else jnp.diagonal(squares))[:, None]
 
 
@@ -40,7 +45,17 @@ def damped(gram: jax.Array, damping: float) -> jax.Array:
 
 
 def without_dead(w: jax.Array, gram: jax.Array) -> jax.Array:
-    """Weights as float32, zero at inputs that are always zero: no data ever asked for those."""
+    """Weights as float32, zero at inputs that are always zero: no data ever asked for those.
+
+    Raises:
+      ValueError: ``gram`` is not the Gram matrix of the inputs of ``w``.
+    """
+    n = jnp.shape(w)[0]
+    if jnp.shape(gram) != (n, n):
+        raise ValueError(
+            f"`gram` should be of shape {(n, n)} for `w` of shape {jnp.shape(w)}, but its shape is "
+            f"{jnp.shape(gram)}. Of data `x` [rows, inputs] it is `x.T @ x`."
+        )
     return jnp.where((jnp.diagonal(gram) == 0)[:, None], 0.0, wide(w))
 
 

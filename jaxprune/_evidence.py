@@ -87,6 +87,12 @@ def check_evidence(criterion: Criterion, evidence: Iterable[str]) -> None:
             "keep its memory; by hand, `criterion.init(params)` and `criterion.update(state, "
             "params, grads)` at every step make the `state=` to pass."
         )
+    if "keep" in missing:  # methods are called as (w, gram, *, keep)
+        raise TypeError(
+            f"`{criterion_name(criterion)}` asks for `keep` as methods do, which prune a matrix. "
+            "Pass it as `method=` to `jp.prune_trained`, or a criterion, such as "
+            "`criterion=jp.criteria.wanda`."
+        )
     if missing:
         asked = ", ".join(f"`{name}`" for name in missing)
         first = missing[0]

@@ -9,6 +9,7 @@ import numpy as np
 
 from jaxprune._batches import Batches, read_batches
 from jaxprune._calibrate import Visit, Walk, calibrate, walk_of
+from jaxprune._errors import check_parts
 from jaxprune._help import readable
 from jaxprune._layout import Layout
 from jaxprune._mesh import plain_mesh
@@ -68,6 +69,7 @@ def input_stats(
       {'w': Array([[5.],
              [1.]], dtype=float32)}
     """
+    check_parts("input_stats", where=where)
     data = read_batches(batches, "input_stats")
     traced = trace(Call(fn, params, data, layout, input_stats), where)
     measure = Product.gram if gram else Product.squares

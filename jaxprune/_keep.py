@@ -125,7 +125,16 @@ class Keep:
         return units * self.unit if units and self.unit else None
 
     def __call__(self, scores: jax.Array) -> jax.Array:
-        """Give the mask of a whole matrix of scores `[inputs, outputs]`."""
+        """Give the mask of a whole matrix of scores `[inputs, outputs]`.
+
+        Raises:
+          ValueError: the scores are not of as many inputs.
+        """
+        if jnp.shape(scores)[:1] != (self.inputs,):
+            raise ValueError(
+                f"A `Keep` of {self.inputs} inputs got scores of shape {jnp.shape(scores)}. Make "
+                "one of that shape with `Keep.of`."
+            )
         return self._select(scores, self.amount, self.within)
 
     def block(self, scores: jax.Array, start: jax.Array | int) -> jax.Array:

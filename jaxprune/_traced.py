@@ -207,7 +207,9 @@ def left_alone(traced: Traced, *, by_default: bool) -> str:
     """Say which leaves are left alone that one might expect to be pruned; nothing if none is."""
     lines = [f"{path!r}: {why}" for path, why in traced.reasons.items()]
     if by_default:
-        lines += [f"{path!r}: it is used as {uses}" for path, uses in tied(traced).items()]
+        known = getattr(traced.where, "protects", lambda _: False)  # those who exclude it know
+        uses = {path: said for path, said in tied(traced).items() if not known(path)}
+        lines += [f"{path!r}: it is used as {said}" for path, said in uses.items()]
     return "".join(f"\n- {line}" for line in lines)
 
 

@@ -203,3 +203,5 @@ def test_what_makes_no_sense_is_refused_by_name(settings, error, words):
 def test_it_takes_a_shape_and_not_an_array():
     with pytest.raises(TypeError, match=r"`Keep.of` got shape=.*`w.shape`"):
         jp.Keep.of(jnp.ones((10, 4)), 0.5)
+    with pytest.raises(ValueError, match=r"`Keep` of 10 inputs got scores of shape \(4, 10\)"):
+        jp.Keep.of((10, 4), 0.5)(draw(4, 10))

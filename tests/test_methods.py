@@ -318,3 +318,9 @@ def test_data_are_no_gram_matrix(name):
     w, _ = draw(40, 8)
     with pytest.raises(ValueError, match=r"`gram` .*\(64, 40\).*`x.T @ x`"):
         METHODS[name](w, jnp.ones((64, 40)), keep=jp.Keep.of((40, 8), 0.5))
+
+
+def test_refit_takes_a_mask_of_the_shape_of_the_weight():
+    w, gram = draw(40, 8)
+    with pytest.raises(ValueError, match=r"`refit` got a mask of shape \(8, 40\).*\(40, 8\)"):
+        jp.refit(w, w.T > 0, gram)

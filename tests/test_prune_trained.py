@@ -307,6 +307,15 @@ def test_a_function_that_fails_is_said_to_have_been_called_with_a_batch():
     assert "a batch of float32[16, 8], int32[16]. A tuple is several" in told
 
 
+def test_input_stats_and_find_masks_say_what_they_do_not_take():
+    with pytest.raises(TypeError, match=r"`input_stats` got where='.*', a string"):
+        jp.input_stats(net, PARAMS, DATA, where=".*", progress=False)
+    with pytest.raises(
+        TypeError, match=r"`wanda` asks for `keep`.*`method=` to `jp.prune_trained`"
+    ):
+        jp.find_masks(PARAMS, 0.5, criterion=wanda)
+
+
 def test_it_is_not_to_be_traced():
     with pytest.raises(TypeError, match=r"inside of a transformation such as `jax.jit`"):
         jax.jit(lambda p: prune(net, p, DATA, 0.5, method=wanda))(PARAMS)
@@ -327,6 +336,7 @@ def test_what_is_left_alone_is_said():
     with pytest.warns(jp.PruneWarning, match="'table': it is used as embedding"):
         masks = prune(tied, params, [jnp.arange(16)], 0.5, method=wanda)[1]
     assert masks["table"] is None
+    prune(tied, params, [jnp.arange(16)], 0.5, method=wanda, where=jp.exclude("table"))  # known
     normed = lambda p, x: net({**p, "a": p["a"] / jnp.linalg.norm(p["a"])}, x)
     with pytest.warns(jp.PruneWarning, match="'a': it multiplies no data.*`div` at test_prune"):
         prune(normed, PARAMS, DATA, 0.5, method=wanda, where=jp.by_path("a", "b"))

@@ -27,6 +27,9 @@ def refit(
       Weights `[inputs, outputs]` of the dtype of ``w``, exactly zero where the mask is, and at
       inputs that are always zero.
 
+    Raises:
+      ValueError: ``mask`` is not of the shape of ``w``, or ``gram`` not `[inputs, inputs]`.
+
     Example:
       >>> import jax.numpy as jnp
       >>> gram = jnp.array([[1.0, 0.5], [0.5, 1.0]])  # who goes is made up for by a neighbour
@@ -35,6 +38,11 @@ def refit(
       Array([[2.5],
              [0. ]], dtype=float32)
     """
+    if jnp.shape(mask) != jnp.shape(w):
+        raise ValueError(
+            f"`refit` got a mask of shape {jnp.shape(mask)} for `w` of shape {jnp.shape(w)}. Pass "
+            "one of its shape."
+        )
     dense, h = without_dead(w, gram), damped(gram, damping)
     mask = jnp.broadcast_to(mask, dense.shape)
     return least_squares(dense, mask, h, dense, iterations).astype(w.dtype)

@@ -191,8 +191,13 @@ class Walk:
         return found
 
     def leaf(self, leaf: int) -> jax.Array:
-        """A parameter as it has become."""
-        return self.part(self.worlds[0], Part(leaf))
+        """A parameter as it has become; its layers, which are a copy, are let go."""
+        world = self.worlds[0]
+        whole = self.part(world, Part(leaf))
+        for part in [p for p in world.changed if p.leaf == leaf]:
+            del world.changed[part]
+        world.changed[Part(leaf)] = whole
+        return whole
 
     def mask(self, leaf: int, index: tuple[int, ...] = ()) -> jax.Array:
         """What stays of a parameter, or of a layer of it; all of what nobody changed."""

@@ -98,7 +98,7 @@ def _why_not(group: Group, readers: dict[Weight, Any], taken: dict[Weight, Job])
     if group.kind == "block":
         return "it is a block, of which no product reads units"
     if not readers:
-        return "no product of a weight with data alone reads its units"
+        return "no product reads its units that is one matrix: experts and groups are several"
     if any(w in taken for w in readers):
         return "a product reads the units of another group as well"
     if len({layer for layer, _ in readers.values()}) < len(readers):

@@ -17,6 +17,13 @@ def draw(*shape, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
+def named(value):
+    """Name a case without the addresses of functions, which differ between workers."""
+    if not isinstance(value, dict):
+        return str(value)
+    return "-".join(getattr(part, "__name__", str(part)) for part in value.values()) or "default"
+
+
 @jax.jit
 def block(keep, scores, start):
     return keep.block(scores, start)
@@ -38,7 +45,7 @@ def in_blocks(keep, scores, size):
         {"pattern": patterns.Channels("in")},
         {"pattern": patterns.Channels("out")},
     ],
-    ids=str,
+    ids=named,
 )
 def test_a_matrix_is_kept_as_masks_of_its_scores_are_made(parts):
     scores, layout = draw(16, 6), jp.Layout({"w": ("in", "out")})
@@ -137,7 +144,7 @@ def test_a_part_of_what_stays_is_exact_whatever_the_product(data, total):
         ({"pattern": patterns.Channels("in")}, 1, None),
         ({"pattern": patterns.Channels("out")}, None, None),
     ],
-    ids=str,
+    ids=named,
 )
 def test_units_and_windows_are_told_in_inputs(parts, unit, window):
     keep = jp.Keep.of((40, 16), 0.5, **parts)

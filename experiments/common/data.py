@@ -99,10 +99,15 @@ def load_text() -> Text:
     The first eight tenths train, the next one validates, the last one tests. The text, and with it
     what is measured on it, differs a little from one version of Python to the next.
     """
+    codes = encode(python_help())
+    return Text(*np.split(codes, [8 * len(codes) // 10, 9 * len(codes) // 10]))
+
+
+def python_help() -> str:
+    """Give the help on Python's language that comes with Python itself."""
     from pydoc_data.topics import topics
 
-    codes = encode("\n".join(topics[name] for name in sorted(topics)))
-    return Text(*np.split(codes, [8 * len(codes) // 10, 9 * len(codes) // 10]))
+    return "\n".join(topics[name] for name in sorted(topics))
 
 
 def encode(text: str) -> np.ndarray:

@@ -119,8 +119,13 @@ def attention(p: Params, stream: jax.Array, *, net: Llama) -> jax.Array:
 
 def mlp(p: Params, stream: jax.Array, *, net: Llama) -> jax.Array:
     """Map each position by gated neurons."""
+    return neurons(p, stream, net=net) @ p["down"]["kernel"]
+
+
+def neurons(p: Params, stream: jax.Array, *, net: Llama) -> jax.Array:
+    """Give what the neurons of a feed-forward branch say, `[batch, length, inner]`."""
     x = rms_norm(p["norm"], stream, net=net)
-    return (jax.nn.silu(x @ p["gate"]["kernel"]) * (x @ p["up"]["kernel"])) @ p["down"]["kernel"]
+    return jax.nn.silu(x @ p["gate"]["kernel"]) * (x @ p["up"]["kernel"])
 
 
 def rms_norm(p: Params, x: jax.Array, *, net: Llama) -> jax.Array:
@@ -147,7 +152,7 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
 
 
-def losses(params: Params, tokens: jax.Array, *, net: Llama) -> jax.Array:
-    """Negative log-likelihood in nats of every token but the first, `[batch, length - 1]`."""
-    found = jax.nn.log_softmax(logits(params, tokens[:, :-1], net=net))
-    return -jnp.take_along_axis(found, tokens[:, 1:, None], axis=-1)[..., 0]
+def losses(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+    """Negative log-likelihoods in nats of tokens `[batch, length]` under logits of each."""
+    found = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - found

@@ -11,13 +11,14 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
 # Else each of some hundred processes of the tests compiles the sources of jax.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help ticket compare structured edge test test-slow lint types notebooks benchmarks clean
+.PHONY: help ticket compare structured edge language test test-slow lint types notebooks benchmarks clean
 
 help:
 	@echo "make ticket      find a lottery ticket on the digits (a minute or two)"
 	@echo "make compare     compare all pruning methods on the digits (a few minutes)"
 	@echo "make structured  cut channels and layers out of networks (some ten minutes)"
 	@echo "make edge        from a trained network to files in int8 (some ten minutes)"
+	@echo "make language    prune a toy language model in one pass (less than a minute)"
 	@echo "make test        lint, types, doctests and the fast tests"
 	@echo "make test-slow   all tests, the slow ones too"
 	@echo "make notebooks   execute the notebooks whose results are at hand"
@@ -36,6 +37,9 @@ structured: $(VENV)/ready
 edge: $(VENV)/ready
 	$(BIN)/python -m experiments.edge_deployment
 
+language: $(VENV)/ready
+	$(BIN)/python -m experiments.language_model --model toy
+
 test: lint types
 	$(PYTEST)
 
@@ -52,7 +56,8 @@ types: $(VENV)/ready
 notebooks: $(VENV)/ready
 	@mkdir -p results
 	@cd notebooks && for n in *.py; do \
-		run=results/$${n%.py}_digits; \
+		case $$n in language_model.py) data=smollm2;; *) data=digits;; esac; \
+		run=results/$${n%.py}_$$data; \
 		if [ $$n != quickstart.py ] && [ -z "$$JAXPRUNE_RESULTS" ] && [ ! -f ../$$run/summary.json ]; then \
 			echo "skipped notebooks/$$n: no finished run in $$run; python -m experiments.$${n%.py} makes it"; \
 			continue; \
@@ -73,6 +78,7 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m benchmarks.compile
 	$(BIN)/python -m benchmarks.layout
 	$(BIN)/python -m benchmarks.tpu
+	$(BIN)/python -m benchmarks.post_training
 
 # The lock names the public package index; where that is not reachable, take what there is.
 $(VENV)/ready: pyproject.toml uv.lock

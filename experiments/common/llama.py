@@ -109,9 +109,9 @@ def attention(p: Params, stream: jax.Array, *, net: Llama) -> jax.Array:
     k = (x @ p["k"]["kernel"]).reshape(batch, length, net.kv_heads, net.head_width)
     v = (x @ p["v"]["kernel"]).reshape(k.shape)
     angle = angles(length, net=net)
-    q, k = rotate(q, angle[:, None, None]), rotate(k, angle[:, None])
+    q, k = rotate(q, angle[None, :, None, None]), rotate(k, angle[None, :, None])
     scores = jnp.einsum("btkgd,bskd->bkgts", q, k) / jnp.sqrt(net.head_width)
-    seen = jnp.tril(jnp.ones((length, length), bool))
+    seen = jnp.tril(jnp.ones((1, 1, 1, length, length), bool))
     weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)
     mixed = jnp.einsum("bkgts,bskd->btkgd", weights, v)
     return mixed.reshape(batch, length, -1) @ p["o"]["kernel"]
@@ -129,15 +129,16 @@ def neurons(p: Params, stream: jax.Array, *, net: Llama) -> jax.Array:
 
 
 def rms_norm(p: Params, x: jax.Array, *, net: Llama) -> jax.Array:
-    """Divide by the root of the mean square over the last axis."""
-    return x * lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + net.epsilon) * p["scale"]
+    """Divide `[batch, length, width]` by the root of the mean square over the last axis."""
+    scale = p["scale"].reshape(1, 1, -1)
+    return x * lax.rsqrt(jnp.mean(x**2, axis=-1, keepdims=True) + net.epsilon) * scale
 
 
 def angles(length: int, *, net: Llama) -> jax.Array:
     """Give by how much each pair of features turns at each position, `[length, head_width / 2]`."""
     half = net.head_width // 2
     frequencies = net.theta ** (-jnp.arange(half) / half)
-    return jnp.arange(length)[:, None] * frequencies
+    return jnp.outer(jnp.arange(length), frequencies)
 
 
 def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
@@ -145,7 +146,7 @@ def rotate(x: jax.Array, angle: jax.Array) -> jax.Array:
 
     Args:
       x: `[batch, length, ..., head_width]`.
-      angle: `[length, ..., head_width / 2]`.
+      angle: `[1, length, ..., head_width / 2]`.
     """
     a, b = jnp.split(x, 2, axis=-1)
     cos, sin = jnp.cos(angle), jnp.sin(angle)

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "from_jaxpruner.md"
 CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
 DEVICES = ROOT / "docs" / "devices.md"
+COMPRESSOR = ROOT / "docs" / "from_llm_compressor.md"
 LAYOUTS = ROOT / "docs" / "layouts.md"
 TRAINED = ROOT / "docs" / "post_training.md"
 
@@ -30,7 +31,7 @@ def snippets(lines):
             block.append(line)
         elif line.startswith("|"):
             cells = line.split("|")[1:-1]
-            if [cell.strip() for cell in cells] == ["jaxpruner", "jaxprune"]:
+            if [cell.strip() for cell in cells][1:] == ["jaxprune"]:
                 ours = True
             elif ours:
                 yield from ((number, "eval", code) for code in re.findall(r"`([^`]+)`", cells[1]))
@@ -53,6 +54,15 @@ def test_what_the_page_for_jaxpruner_users_shows_runs():
             value.init(names["params"])
             optimizers += 1
     assert kinds.count("exec") >= 8 and kinds.count("eval") >= 30 and optimizers >= 15
+
+
+def test_what_the_page_for_llm_compressor_users_shows_runs():
+    names, kinds = {}, []
+    for number, mode, source in snippets(COMPRESSOR.read_text().splitlines(keepends=True)):
+        kinds.append(mode)
+        run(names, number, mode, source, COMPRESSOR)
+    assert kinds.count("exec") == 2 and kinds.count("eval") == 11
+    assert jp.sparsity(names["masks"], names["params"]) == 0.5
 
 
 def test_what_the_page_of_checkpoints_shows_runs_and_its_reader_reads(tmp_path, monkeypatch):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
+from jaxprune.typing import Masks
 from experiments import language_model_layers as layers
 from experiments.common import llama, tokens
 from experiments.common.llama import Params
@@ -63,29 +64,39 @@ def in_one_pass(task: Task, method: str, amount: str) -> Params:
 
 def without_neurons(task: Task, method: str, sparsity: float) -> tuple[Logits, Params]:
     """Cut a fraction of the neurons out of the feed-forward branch of every layer."""
+    params, masks = (by_taylor if method == "taylor" else by_least_squares)(task, sparsity)
+    return jax.block_until_ready(jp.shrink(task.logits, params, masks))
+
+
+def by_taylor(task: Task, sparsity: float) -> tuple[Params, Masks]:
+    """Choose neurons by the first-order change of the loss, in each layer."""
     params, inputs = task.params, task.batches[0][0][:1]
     groups = jp.find_groups(task.logits, params, inputs)
-    pattern = jp.patterns.Coupled([g for g in groups if g.name.startswith("layers/mlp/")])
-    if method == "taylor":
-        masks = jp.find_masks(
-            params,
-            sparsity,
-            criterion=jp.criteria.taylor,
-            grads=mean_gradient(task),
-            pattern=pattern,
-            layout=jp.find_layout(task.logits, params, inputs),
-        )
-    else:
-        hidden = functools.partial(llama.hidden, net=task.net)
-        params, masks = jp.prune_trained(
-            hidden,
-            params,
-            task.batches,
-            sparsity,
-            method=getattr(jp.methods, method),
-            pattern=pattern,
-        )
-    return jax.block_until_ready(jp.shrink(task.logits, params, masks))
+    masks = jp.find_masks(
+        params,
+        sparsity,
+        criterion=jp.criteria.taylor,
+        grads=mean_gradient(task),
+        pattern=jp.patterns.Coupled([g for g in groups if g.name.startswith("layers/mlp/")]),
+        layout=jp.find_layout(task.logits, params, inputs),
+    )
+    return params, masks
+
+
+def by_least_squares(task: Task, sparsity: float) -> tuple[Params, Masks]:
+    """Choose neurons by what the kernel behind them can do without, and let it make up for them."""
+    params, masks = jp.prune_trained(
+        functools.partial(llama.hidden, net=task.net),
+        task.params,
+        task.batches,
+        sparsity,
+        method=jp.methods.admm,
+        pattern=jp.patterns.Channels("in", reduce="norm"),
+        where=jp.by_path(".*/down/kernel"),
+    )
+    into = masks["layers"]["mlp"]["down"]["kernel"].swapaxes(1, 2)[:, :1]
+    masks["layers"]["mlp"] |= {"gate": {"kernel": into}, "up": {"kernel": into}}
+    return params, masks
 
 
 def mean_gradient(task: Task) -> Params:

@@ -16,7 +16,8 @@
 #
 # What `python -m experiments.language_model` found: a trained language model of which single
 # weights, neurons or layers are removed without any training. Set `JAXPRUNE_RESULTS` to look at
-# another run folder than `results/language_model_smollm2`; a relative path starts at the repository.
+# another run folder than `results/language_model_smollm2`; a relative path starts at the
+# repository.
 
 # %%
 # %matplotlib inline

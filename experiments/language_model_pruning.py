@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxprune as jp
-from jaxprune.typing import Masks
 from experiments import language_model_layers as layers
 from experiments.common import llama, tokens
 from experiments.common.llama import Params
 from experiments.common.tokens import Logits, Task
+from jaxprune.typing import Masks
 
 SCORED = 8  # windows that the gradient of Taylor scores is averaged over
 NEURONS = ("taylor", "admm")

@@ -36,7 +36,7 @@ class Task(NamedTuple):
     @property
     def logits(self) -> Logits:
         """From params and tokens `[batch, length]` to logits."""
-        return functools.partial(llama.logits, net=self.net)
+        return _logits(self.net)
 
     @property
     def batches(self) -> list[tuple[jax.Array]]:
@@ -108,9 +108,15 @@ def batches(windows: np.ndarray, size: int) -> list[tuple[jax.Array]]:
 
 def losses(logits: Logits, params: Params, windows: np.ndarray) -> list[float]:
     """Give the mean negative log-likelihood in nats of each window, four windows at a time."""
-    run = jax.jit(functools.partial(_of_windows, logits))
-    return [float(n) for (batch,) in batches(windows, 4) for n in run(params, batch)]
+    return [float(n) for (part,) in batches(windows, 4) for n in _of_windows(logits, params, part)]
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def _of_windows(logits: Logits, params: Params, tokens: jax.Array) -> jax.Array:
     return jnp.mean(llama.losses(logits(params, tokens[:, :-1]), tokens[:, 1:]), axis=-1)
+
+
+@functools.cache
+def _logits(net: Llama) -> Logits:
+    """One function for each network, so that its programs are compiled once."""
+    return functools.partial(llama.logits, net=net)

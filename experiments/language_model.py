@@ -161,7 +161,7 @@ def prune_all(config: Config, missing: list[Run]) -> Iterator[Record]:
     for run in map(Run._make, missing):
         (fn, params), spent = cost.measured(lambda run=run: pruning.prune(task, *run))
         lost = tokens.losses(fn, params, task.text.test)
-        left = pruning.weights_left(params) / pruning.weights_left(task.params)
+        left = pruning.left_of(params, task.params)
         yield {**run._asdict(), "left": left, **dataclasses.asdict(spent), "losses": lost}
 
 

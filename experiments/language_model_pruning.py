@@ -116,7 +116,9 @@ def mean_gradient(task: Task) -> Params:
     return jax.tree.map(lambda g: g / len(windows), total)
 
 
-def weights_left(params: Params) -> float:
-    """Count what is not zero in the kernels of all layers."""
-    kernels = [leaf for leaf in jax.tree.leaves(params["layers"]) if leaf.ndim == 3]
-    return float(sum(np.count_nonzero(kernel) for kernel in kernels))
+def left_of(params: Params, dense: Params) -> float:
+    """Give how many weights of the kernels of all layers are left, relative to the dense ones."""
+    left, whole = (
+        [w for w in jax.tree.leaves(p["layers"]) if w.ndim == 3] for p in (params, dense)
+    )
+    return float(sum(map(np.count_nonzero, left)) / sum(w.size for w in whole))

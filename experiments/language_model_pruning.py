@@ -11,7 +11,6 @@ from experiments import language_model_layers as layers
 from experiments.common import llama, tokens
 from experiments.common.llama import Params
 from experiments.common.tokens import Logits, Task
-from jaxprune.typing import Masks
 
 SCORED = 8  # windows that the gradient of Taylor scores is averaged over
 NEURONS = ("taylor", "admm")
@@ -63,40 +62,33 @@ def in_one_pass(task: Task, method: str, amount: str) -> Params:
 
 
 def without_neurons(task: Task, method: str, sparsity: float) -> tuple[Logits, Params]:
-    """Cut a fraction of the neurons out of the feed-forward branch of every layer."""
-    params, masks = (by_taylor if method == "taylor" else by_least_squares)(task, sparsity)
-    return jax.block_until_ready(jp.shrink(task.logits, params, masks))
+    """Cut a fraction of the neurons out of the feed-forward branch of every layer.
 
-
-def by_taylor(task: Task, sparsity: float) -> tuple[Params, Masks]:
-    """Choose neurons by the first-order change of the loss, in each layer."""
+    By Taylor scores those go that change the loss least, to first order. By another method those go
+    that the kernel behind them can do without, which makes up for them with what is left.
+    """
     params, inputs = task.params, task.batches[0][0][:1]
     groups = jp.find_groups(task.logits, params, inputs)
-    masks = jp.find_masks(
-        params,
-        sparsity,
-        criterion=jp.criteria.taylor,
-        grads=mean_gradient(task),
-        pattern=jp.patterns.Coupled([g for g in groups if g.name.startswith("layers/mlp/")]),
-        layout=jp.find_layout(task.logits, params, inputs),
-    )
-    return params, masks
-
-
-def by_least_squares(task: Task, sparsity: float) -> tuple[Params, Masks]:
-    """Choose neurons by what the kernel behind them can do without, and let it make up for them."""
-    params, masks = jp.prune_trained(
-        functools.partial(llama.hidden, net=task.net),
-        task.params,
-        task.batches,
-        sparsity,
-        method=jp.methods.admm,
-        pattern=jp.patterns.Channels("in", reduce="norm"),
-        where=jp.by_path(".*/down/kernel"),
-    )
-    into = masks["layers"]["mlp"]["down"]["kernel"].swapaxes(1, 2)[:, :1]
-    masks["layers"]["mlp"] |= {"gate": {"kernel": into}, "up": {"kernel": into}}
-    return params, masks
+    pattern = jp.patterns.Coupled([g for g in groups if g.name.startswith("layers/mlp/")])
+    if method == "taylor":
+        masks = jp.find_masks(
+            params,
+            sparsity,
+            criterion=jp.criteria.taylor,
+            grads=mean_gradient(task),
+            pattern=pattern,
+            layout=jp.find_layout(task.logits, params, inputs),
+        )
+    else:
+        params, masks = jp.prune_trained(
+            functools.partial(llama.hidden, net=task.net),
+            params,
+            task.batches,
+            sparsity,
+            method=getattr(jp.methods, method),
+            pattern=pattern,
+        )
+    return jax.block_until_ready(jp.shrink(task.logits, params, masks))
 
 
 def mean_gradient(task: Task) -> Params:

@@ -69,7 +69,8 @@ def without_neurons(task: Task, method: str, sparsity: float) -> tuple[Logits, P
     """
     params, inputs = task.params, task.batches[0][0][:1]
     groups = jp.find_groups(task.logits, params, inputs)
-    pattern = jp.patterns.Coupled([g for g in groups if g.name.startswith("layers/mlp/")])
+    neurons = [g for g in groups if g.name.startswith("layers/mlp/")]
+    pattern = jp.patterns.Coupled(neurons, reduce="mean" if method == "taylor" else "norm")
     if method == "taylor":
         masks = jp.find_masks(
             params,

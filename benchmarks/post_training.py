@@ -149,11 +149,15 @@ def peers(config: Config, task: Task) -> dict[str, Prune]:
     torch.set_num_threads(1)
     rows = [{"input_ids": torch.tensor(row).long()} for row in task.text.calibration]
     sparsity, scope = tokens.amount(config.amount)
+    structure = "0:0"
+    if scope is not None:  # its N counts what goes
+        kept, m = map(int, config.amount.split(":"))
+        structure = f"{m - kept}:{m}"
 
     def prune(model: Any, modifier: Any) -> Params:
         recipe = modifier(
             sparsity=sparsity,
-            mask_structure="0:0" if scope is None else config.amount,
+            mask_structure=structure,
             targets=["Linear"],
             ignore=["re:.*lm_head"],
         )

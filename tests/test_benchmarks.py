@@ -14,6 +14,7 @@ from benchmarks import (
     compile,
     events,
     parallel_seeds,
+    post_training,
     restart,
     scale,
     selection,
@@ -172,3 +173,13 @@ def test_compile_has_72_kernels_of_one_shape_and_144_of_twelve():
 def test_compile_refuses_a_checkout_without_the_library(tmp_path):
     with pytest.raises(ValueError, match=r"no jaxprune in .*Clone"):
         compile.main(compile.Config(against=tmp_path))
+
+
+@pytest.mark.slow
+def test_post_training_prunes_a_small_llama_and_names_a_peer_that_is_missing(tmp_path, capsys):
+    out = tmp_path / "post_training.json"
+    config = post_training.Config(methods=("wanda",), calibration=4, windows=2, steps=2, out=out)
+    result = post_training.main(config)
+    assert json.loads(out.read_text())["cases"][0]["zeros"] == 0.5
+    if not result["ours_over_peer"]:
+        assert "Skipped llm-compressor" in capsys.readouterr().out

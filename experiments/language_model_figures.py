@@ -1,11 +1,13 @@
 """Rows of pruned language models, and what they look like."""
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import rich.table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from experiments.common.runner import Record
 from experiments.common.show import plain
@@ -77,37 +79,56 @@ def table(rows: list[Record], *, title: str) -> rich.table.Table:
 def perplexity_figure(rows: list[Record]) -> Figure:
     """Draw the perplexity against what is removed: single weights left, neurons and layers right.
 
-    N:M is drawn as hollow marks beside the line of its method.
+    Sparsities of single weights are joined by a line; N:M stand beside them.
     """
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     weights, structure = figure.subplots(1, 2)
-    _lines(weights, [row for row in rows if row["part"] == "weights"], rows[0])
-    _lines(structure, [row for row in rows if row["part"] in ("neurons", "blocks")], rows[0])
-    weights.set(title="single weights", xlabel="weights removed of all layers [%]")
-    structure.set(title="neurons and layers", xlabel="weights removed of all layers [%]")
+    single = [row for row in rows if row["part"] == "weights"]
+    amounts = sorted({row["amount"] for row in single}, key=lambda a: (":" in a, a))
+    places = {amount: float(i) for i, amount in enumerate(amounts)}
+    free = [row for row in single if ":" not in row["amount"]]
+    fixed = [row for row in single if ":" in row["amount"]]
+    _lines(weights, free, lambda row: places[row["amount"]], named=True)
+    _lines(weights, fixed, lambda row: places[row["amount"]], named=not free)
+    weights.set_xticks(list(places.values()), list(map(_label, places)))
+    weights.set(title="single weights", xlabel="removed of each kernel, or N:M that stay")
+    whole = [row for row in rows if row["part"] in ("neurons", "blocks")]
+    _lines(structure, whole, lambda row: 100 * (1 - row["left"]), named=True)
+    structure.set(title="neurons and layers", xlabel="removed of all layers [%]")
+    for axes in (weights, structure):
+        dense = rows[0]["perplexity"]
+        axes.axhline(dense, color="0.35", linestyle="--", linewidth=1, label="dense")
+        axes.set(yscale="log", ylabel="perplexity")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.legend(frameon=False, fontsize=8)
+        plain(axes)
     return figure
 
 
-def _lines(axes: Axes, rows: list[Record], dense: Record) -> None:
-    """Draw a line for each method of each part."""
-    axes.axhline(dense["perplexity"], color="0.35", linestyle="--", linewidth=1, label="dense")
+def _label(amount: str) -> str:
+    return amount if ":" in amount else f"{100 * float(amount):g} %"
+
+
+def _lines(
+    axes: Axes, rows: list[Record], place: Callable[[Record], float], *, named: bool
+) -> None:
+    """Draw the rows of each method of each part; those of N:M hollow and by themselves."""
     for part, method in dict.fromkeys((row["part"], row["method"]) for row in rows):
         colour, marker = STYLES[method]
         own = [row for row in rows if (row["part"], row["method"]) == (part, method)]
-        free = sorted((r for r in own if ":" not in r["amount"]), key=lambda row: row["left"])
+        own = sorted(own, key=place)
+        alone = ":" in own[0]["amount"]
         name = method if part == "weights" else f"{part}, {method}"
-        style = "--" if part == "blocks" else "-"
-        axes.errorbar(*_points(free), fmt=marker + style, color=colour, capsize=2, label=name)
-        for row in (row for row in own if ":" in row["amount"]):
-            axes.errorbar(*_points([row]), fmt=marker, color=colour, mfc="none", capsize=2)
-            place = 100 * (1 - row["left"]), row["perplexity"]
-            axes.annotate(row["amount"], place, (5, -3), fontsize=7, textcoords="offset points")
-    axes.set(yscale="log", ylabel="perplexity")
-    axes.legend(frameon=False, fontsize=8)
-    plain(axes)
-
-
-def _points(rows: list[Record]) -> tuple[list[float], list[float], list[float]]:
-    """Where rows lie: percent removed, perplexity, its error."""
-    removed = [100 * (1 - row["left"]) for row in rows]
-    return removed, [row["perplexity"] for row in rows], [row["error"] for row in rows]
+        axes.errorbar(
+            [place(row) for row in own],
+            [row["perplexity"] for row in own],
+            [row["error"] for row in own],
+            fmt=marker,
+            linestyle="none" if alone else "--" if part == "blocks" else "-",
+            color=colour,
+            markerfacecolor="none" if alone else colour,
+            capsize=2,
+            label=name if named else None,
+        )

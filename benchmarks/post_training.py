@@ -72,7 +72,7 @@ class Config:
     calibration: int = 64
     windows: int = 20
     length: int | None = None
-    steps: int = 150
+    steps: int = 300
     seed: int = 0
     out: Path = Path("results/benchmarks/post_training.json")
 

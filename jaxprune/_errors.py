@@ -17,8 +17,7 @@ def check_sparsity(sparsity: Any, user: str = "sparsity", *, layers: bool = True
     Unless ``layers`` is False, a leaf of a tree may be an array, with one for each layer.
     """
     bad = []
-    leaves: list[tuple[str, Any]] = [("", None)] if sparsity is None else leaves_with_path(sparsity)
-    for path, value in leaves:
+    for path, value in leaves_with_path(sparsity):
         if isinstance(value, jax.core.Tracer):
             continue
         where = f" at {path!r}" if path else ""

@@ -197,6 +197,8 @@ def _check_settings(targets: Any, sparsity: Sparsity) -> None:
             f"`prune_trained` got targets={short(targets)}. Use 'pruned', or 'dense' to make up "
             "for what earlier layers have lost."
         )
+    if sparsity is None:
+        raise TypeError("`prune_trained` got sparsity=None. Pass the fraction to remove: 0.5.")
     check_sparsity(sparsity)
     if any(np.max(np.asarray(s), initial=0) >= 1 for s in jax.tree.leaves(plain(sparsity))):
         raise ValueError(

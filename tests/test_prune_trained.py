@@ -222,6 +222,14 @@ def test_any_library_will_do(make):
 # Bad input
 
 BAD = {
+    "a string for where": ({"where": ".*a"}, TypeError, "by_path"),
+    "arrays for targets": ({"targets": ROWS}, ValueError, "'dense'"),
+    "no fraction": ({"sparsity": 1.5}, ValueError, "outside"),
+    "window": (
+        {"scope": jp.scopes.windows(5), "sparsity": 0.6},
+        ValueError,
+        "prune_trained.*'a'.*multiple of 5",
+    ),
     "iterator": ({"batches": iter(DATA)}, TypeError, "gone once it has been read.*list"),
     "empty": ({"batches": []}, ValueError, "no batches"),
     "unlike": ({"batches": [DATA[0], DATA[1][:3]]}, ValueError, r"batch 1 has float32\[3, 8\]"),
@@ -244,7 +252,7 @@ BAD = {
         TypeError,
         "params that are shapes",
     ),
-    "no sparsity": ({"sparsity": None}, TypeError, "`sparsity` got None"),
+    "no sparsity": ({"sparsity": None}, TypeError, "got sparsity=None"),
     "a criterion": (
         {"method": jp.criteria.wanda},
         TypeError,

@@ -141,10 +141,12 @@ class Walk:
             here = {i: world.flows[i][chunk] for i in flowing}
             for r in done:  # read for the last time: one batch goes as the next comes
                 world.flows[r][chunk] = None
-            found = compiled(*(here[i] if i in here else still[i] for i in ins))
+            # One batch at a time: else all are under way at once, and hold what they need.
+            found = jax.block_until_ready(
+                compiled(*(here[i] if i in here else still[i] for i in ins))
+            )
             for o, value in zip(outs, found, strict=True):
                 results[o].append(value)
-        jax.block_until_ready(list(results.values()))
         for r in done:
             del world.flows[r]
         world.flows.update(results)

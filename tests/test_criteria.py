@@ -705,7 +705,11 @@ ROLES = jp.Layout({"up": ("layer", "in", "out"), "conv": ("window", "window", "i
 
 
 @pytest.mark.parametrize("layout", [None, ROLES], ids=["plain", "layout"])
-@pytest.mark.parametrize("scope", [scopes.across, scopes.per_output, scopes.windows(2)], ids=str)
+@pytest.mark.parametrize(
+    "scope",
+    [scopes.across, scopes.per_output, scopes.windows(2)],
+    ids=lambda scope: getattr(scope, "__name__", str(scope)),
+)
 def test_norms_that_broadcast_rank_as_whole_ones_do(scope, layout):
     where = jp.exclude("bias")
     settings = {"where": where, "layout": layout, "scope": scope}

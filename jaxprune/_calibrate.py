@@ -43,14 +43,12 @@ class Visit(NamedTuple):
       sums: the Gram matrix of its inputs, `[groups?, inputs, inputs]`, or the diagonal of that.
       cross: inputs times what the dense model makes of it, `[inputs, outputs]`, if that was asked
         for and there is such a thing.
-      rows: how many rows of inputs there were; None inside of loops.
     """
 
     weight: Weight
     matrix: jax.Array
     sums: jax.Array
     cross: jax.Array | None
-    rows: int | None
 
 
 @dataclasses.dataclass
@@ -156,36 +154,34 @@ class Walk:
     @plain_mesh()
     def sums(self, place: Place, world: World, chunks: Sequence[int]) -> jax.Array:
         """What is measured at a place outside of loops, over some batches."""
-        form = ("sums", place.product.of_data, place.product.kind)
-        if form not in self.compiled:
-            product = place.product
-            self.compiled[form] = jax.jit(lambda *data: self.measure(product, *data))
-        measure = self.compiled[form]
-        total = None
-        for chunk in chunks:
-            one = measure(*(plain_axes(self.read(world, r, chunk)) for r in place.data))
-            total = one if total is None else _add(total, one)
-        return jax.block_until_ready(total)
+        product, measure = place.product, self.measure
+        form = ("sums", product.of_data, product.kind)
+        data = ([plain_axes(self.read(world, r, c)) for r in place.data] for c in chunks)
+        return self._total(form, lambda *x: measure(product, *x), data)
 
     def loop_sums(self, number: int, world: World, chunks: Sequence[int]) -> list[jax.Array]:
         """What is measured at all places of a loop, over its rounds and some batches."""
-        step = self.line.steps[number]
+        step, measure = self.line.steps[number], self.measure
         form = ("loop", step.form, tuple(tuple(sorted(line.views)) for line in step.loops))
+        data = ([self.read(world, i, c) for i in step.ins] for c in chunks)
+        found = self._total(form, lambda *x: evaluate_loop(step, x, measure).sums, data)
+        return [plain_axes(x) for x in found]
+
+    def _total(self, form: Hashable, f: Callable[..., Any], chunks: Iterable[Any]) -> Any:
+        """Sum what a function makes of batches; it is compiled once for each form."""
         if form not in self.compiled:
-            self.compiled[form] = jax.jit(
-                lambda *values: evaluate_loop(step, values, self.measure).sums
-            )
-        total: list[jax.Array] | None = None
+            self.compiled[form] = jax.jit(f)
+        total = None
         for chunk in chunks:
-            found = self.compiled[form](*(self.read(world, i, chunk) for i in step.ins))
-            total = found if total is None else list(map(_add, total, found))
-        return [plain_axes(x) for x in jax.block_until_ready(total or [])]
+            one = self.compiled[form](*chunk)
+            total = one if total is None else jax.tree.map(_add, total, one)
+        return jax.block_until_ready(total)
 
     def rows(self, weight: Weight) -> int | None:
         """How many rows of inputs a weight has met; None where a loop makes them."""
         found = 0
         for place in weight.places:
-            if place.inside is not None:
+            if place.order is not None:
                 return None
             x = self.line.types[place.data[0]]
             spec = jax.eval_shape(place.product.rows, jax.ShapeDtypeStruct(x.shape, x.dtype))
@@ -221,7 +217,7 @@ class Walk:
     def _measured(self, number: int, place: Place, world: World, path: str) -> Any:
         """What is measured over all batches, which has to be finite."""
         inside = functools.partial(self.loop_sums, number, world)
-        measure = inside if place.inside is not None else functools.partial(self.sums, place, world)
+        measure = inside if place.order is not None else functools.partial(self.sums, place, world)
         every = range(self.batches)
         found = measure(every)
         if not _finite(found):
@@ -244,7 +240,7 @@ class Walk:
             if stop.end > stop.step:
                 self.run(before, number, world, free=False)
                 before = number
-            loop = place.inside is not None
+            loop = place.order is not None
             key = (number,) if loop else (place.data, place.product.of_data)
             if key not in kept:
                 kept[key] = self._measured(number, place, world, name(weight))
@@ -263,7 +259,7 @@ class Walk:
           kept: inputs now times dense inputs, by what they are of: of this stop.
         """
         product = place.product
-        if len(self.worlds) < 2 or place.inside is not None or product.kind == "ragged":
+        if len(self.worlds) < 2 or place.order is not None or product.kind == "ragged":
             return None
         now, dense = self.worlds
         stream = residual(self.line, place)
@@ -273,30 +269,22 @@ class Walk:
         both = [[plain_axes(x) for x in world.flows[place.data[0]]] for world in self.worlds]
         gap = [None] * self.batches if stream is None else self._gap(stream)
         if w.shape[-2] > 2 * outputs:  # through the outputs it takes fewer operations
-            return self._total("cross", product, zip(*both, gap, strict=True), w)
+            return self._over("cross", product, zip(*both, gap, [w] * self.batches, strict=True))
         key = (place.data, product.of_data)
         if key not in kept:
-            kept[key] = self._total("inputs", product, zip(*both, strict=True))
+            kept[key] = self._over("inputs", product, zip(*both, strict=True))
         made = jnp.matmul(kept[key], w, precision=lax.Precision.HIGHEST)
         if stream is None:
             return made
-        return made + self._total("gap", product, zip(both[0], gap, strict=True))
+        return made + self._over("gap", product, zip(both[0], gap, strict=True))
+
+    def _over(self, name: str, product: Product, chunks: Iterable[Any]) -> jax.Array:
+        return self._total((name, product), functools.partial(_SUMS[name], product), chunks)
 
     def _gap(self, stream: Ref) -> list[jax.Array]:
-        """What a stream lacks in each batch."""
-        now, dense = (world.flows[stream] for world in self.worlds)
-        return [plain_axes(a) - plain_axes(b) for a, b in zip(dense, now, strict=True)]
-
-    def _total(self, name: str, product: Product, chunks: Iterable[Any], *more: jax.Array) -> Any:
-        """Sum something over all batches."""
-        form = (name, product)
-        if form not in self.compiled:
-            self.compiled[form] = jax.jit(functools.partial(_SUMS[name], product))
-        total = None
-        for chunk in chunks:
-            one = self.compiled[form](*chunk, *more)
-            total = one if total is None else _add(total, one)
-        return total
+        """What a stream lacks in each batch: nothing where both are the same, infinite or not."""
+        now, dense = (map(plain_axes, world.flows[stream]) for world in self.worlds)
+        return [jnp.where(a == b, 0, a - b) for a, b in zip(dense, now, strict=True)]
 
     def shift(self, bias: Bias, by: jax.Array) -> None:
         """Add a vector `[outputs]` to a bias."""
@@ -432,7 +420,8 @@ def calibrate(
     """Walk from stop to stop, and let ``visit`` change the weights there.
 
     Raises:
-      ValueError: data that a weight meets is not finite; ``name`` says what the weight is called.
+      ValueError: data that a weight meets, or what the dense network makes of it, is not finite;
+        ``name`` says what the weight is called.
     """
     start = 0
     for stop in progress(stops):
@@ -447,7 +436,12 @@ def calibrate(
                 alone = len(weight.places) == 1 and stop.end == stop.step
                 matrix = walk.matrix(walk.worlds[0], weight.view, weight.product)
                 cross = walk.cross(weight.places[0], outputs, kept) if alone else None
-                changed = visit(Visit(weight, matrix, sums[weight], cross, walk.rows(weight)))
+                if not _finite(cross):
+                    raise ValueError(
+                        f"What the dense network makes at {name(weight)!r} is not finite. Does it "
+                        "overflow in its dtype? Without targets='dense' nothing asks for it."
+                    )
+                changed = visit(Visit(weight, matrix, sums[weight], cross))
                 if changed is not None:
                     walk.change(weight, matrix, changed)
     walk.start = start

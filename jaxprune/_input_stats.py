@@ -79,24 +79,21 @@ def input_stats(
     def visit(at: Visit) -> None:
         found[at.weight] = at.sums
 
-    stops = stops_of(traced.weights, lambda _: True)
+    stops = stops_of(traced.weights)
     shown = bar("input_stats", shown=progress)
     calibrate(walk, stops, visit, name=traced.name, progress=shown)
-    read = _grams if gram else _norms
     with plain_mesh():
-        return traced.tree(params, read(traced, walk, found))
+        read = _grams(traced, found) if gram else _norms(traced, walk, found)
+        return traced.tree(params, read)
 
 
 def _norms(traced: Traced, walk: Walk, found: dict[Weight, jax.Array]) -> dict[int, jax.Array]:
     """Of each leaf the norms that its entries multiply, with one index for all outputs."""
     world = walk.worlds[0]
     for weight, squares in found.items():
-        matrix = jax.eval_shape(
-            weight.product.matrix, jax.ShapeDtypeStruct(weight.product.shape, jnp.float32)
-        )
         norms = jnp.sqrt(squares)
         number = jnp.arange(norms.size).reshape(*norms.shape, 1)  # of the input, as it is scattered
-        laid = weight.product.weight(jnp.broadcast_to(number, matrix.shape))
+        laid = weight.product.weight(jnp.broadcast_to(number, weight.product.of_matrix))
         parts = [_like(traced, p) for p in weight.view.parts]
         for p, one in zip(weight.view.parts, weight.view.scatter_numbers(parts, laid), strict=True):
             old = world.changed.get(p, jnp.zeros(one.shown.shape, jnp.float32))
@@ -120,9 +117,8 @@ def _narrow(traced: Traced, leaf: int, norms: jax.Array) -> jax.Array:
     return norms
 
 
-def _grams(traced: Traced, walk: Walk, found: dict[Weight, jax.Array]) -> dict[int, jax.Array]:
+def _grams(traced: Traced, found: dict[Weight, jax.Array]) -> dict[int, jax.Array]:
     """Of each leaf that is one matrix, or a stack of them, the Gram matrices."""
-    del walk
     by_leaf: dict[int, dict[tuple[int, ...], list[jax.Array]]] = {}
     for weight, gram in found.items():
         for part in weight.view.parts:

@@ -1,13 +1,11 @@
 """A trained network pruned in one pass over calibration data, layer after layer."""
 
 import functools
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._advice import PruneWarning
@@ -24,7 +22,7 @@ from jaxprune._parts import declared
 from jaxprune._progress import bar
 from jaxprune._prune_units import prune_units
 from jaxprune._solve import moved, solver
-from jaxprune._traced import Call, Traced, alive_in, left_alone, names, trace
+from jaxprune._traced import Call, Traced, alive_in, few_rows, left_alone, trace
 from jaxprune._tree import (
     align,
     is_matrix,
@@ -172,7 +170,7 @@ def prune_trained(
             gone.append(traced.name(at.weight))
         return new, mask
 
-    stops = stops_of(traced.weights, lambda _: True)
+    stops = stops_of(traced.weights)
     calibrate(walk, stops, visit, name=traced.name, progress=shown)
     _warn_of_nothing(gone)
     return traced.results(params, walk), _masks(traced, walk, params, earlier)
@@ -219,8 +217,7 @@ def _keeps(
     found, wrong = {}, []
     for weight in traced.weights:
         try:
-            shape = jax.eval_shape(weight.product.matrix, _shape(weight)).shape[-2:]
-            keep = of(shape, _of_weight(traced, weight, numbers))
+            keep = of(weight.product.of_matrix[-2:], _of_weight(traced, weight, numbers))
         except ValueError as error:
             wrong.append((traced.name(weight), str(error)))
             continue
@@ -234,11 +231,7 @@ def _keeps(
 
 
 def _and_others(paths: list[str]) -> str:
-    return f" The same holds for {names(paths)}." if paths else ""
-
-
-def _shape(weight: Weight) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(weight.product.shape, jnp.float32)
+    return f" The same holds for {list_paths(paths, 6)}." if paths else ""
 
 
 def _by_leaf(part: Params, sparsity: Sparsity) -> dict[str, Any]:
@@ -283,18 +276,8 @@ def _warn(traced: Traced, walk: Walk, default: bool, *, solved: bool) -> None:
     lines = []
     if alone := left_alone(traced, by_default=default):
         lines.append(f"it leaves alone:{alone}")
-    few = {}
-    for weight in traced.weights:
-        product, rows = weight.product, walk.rows(weight)
-        n = math.prod(product.shape[i] for i in product.inputs)
-        if rows is not None and rows < (n if solved else 1):
-            few[traced.name(weight)] = f"{rows} rows for {n} inputs"
-    if few:
-        first = next(iter(few.values()))
-        lines.append(
-            f"there are fewer rows of data than inputs at {names(list(few))} ({first}), so that "
-            "damping decides a part: pass more batches"
-        )
+    if solved and (few := few_rows(traced, walk, traced.weights)):
+        lines.append(few)
     if drawn := traced.draws():
         lines.append(f"`fn` draws random numbers in {drawn}: pass it in inference mode")
     if lines:
@@ -306,8 +289,8 @@ def _warn_of_nothing(gone: Sequence[str]) -> None:
     """Say what a sparsity has left nothing of."""
     if gone:
         warnings.warn(
-            f"`prune_trained` left nothing of {names(gone)}: that much of so few units is all of "
-            "them. Use a lower sparsity there, or leave it out with `where`.",
+            f"`prune_trained` left nothing of {list_paths(list(gone), 6)}: that much of so few "
+            "units is all of them. Use a lower sparsity there, or leave it out with `where`.",
             PruneWarning,
             stacklevel=3,
         )

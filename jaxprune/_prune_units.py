@@ -26,8 +26,9 @@ from jaxprune._groups import Groups
 from jaxprune._keep import Keep
 from jaxprune._masks import apply_masks, check_masks
 from jaxprune._numbers import is_tree, plain
+from jaxprune._parts import declared
 from jaxprune._solve import moved, solver
-from jaxprune._traced import Call, Traced, alive_in, trace
+from jaxprune._traced import Call, Traced, alive_in, few_rows, trace
 from jaxprune._tree import leaves_by_path, map_leaves, prunable
 from jaxprune.graph._behind import bias_of
 from jaxprune.graph._frames import Value
@@ -43,11 +44,13 @@ class Job(NamedTuple):
     Attributes:
       group: whose units they are.
       layer: of a stack the layer that chooses; None for a group that is no stack.
+      rows: of each unit a row of the weight.
       keep: what stays of the weight's rows.
     """
 
     group: Group
     layer: int | None
+    rows: np.ndarray
     keep: Keep
 
 
@@ -89,7 +92,8 @@ def jobs_of(
             keep = _keep(weight, rows, number, pattern, scope)
             if alive is not None:
                 keep = keep.among(alive_in(traced, weight, alive))
-            found[weight] = Job(group, layer, keep)
+            first = np.unique(rows[rows >= 0], return_index=True)[1]
+            found[weight] = Job(group, layer, np.flatnonzero(rows >= 0)[first], keep)
     return Jobs(found, reasons)
 
 
@@ -103,7 +107,7 @@ def _why_not(group: Group, readers: dict[Weight, Any], taken: dict[Weight, Job])
         return "a product reads the units of another group as well"
     if len({layer for layer, _ in readers.values()}) < len(readers):
         return f"{len(readers)} products read its units, and each would choose others"
-    if any(len(w.places) > 1 or w.places[0].inside is not None for w in readers):
+    if any(len(w.places) > 1 or w.places[0].order is not None for w in readers):
         return "a loop reads its units, or they are read at several places"
     return ""
 
@@ -185,10 +189,8 @@ def _keep(weight: Weight, rows: np.ndarray, sparsity: float, pattern: Any, scope
     indices = order.reshape(size, -1)
     group = Group("w", (Member("w", 0, indices),), size)
     alone = dataclasses.replace(pattern, groups=Groups((group,)), per_layer=())
-    shape = jax.eval_shape(
-        weight.product.matrix, jax.ShapeDtypeStruct(weight.product.shape, jnp.float32)
-    ).shape
-    return Keep.of(shape, sparsity, pattern=alone, scope=scope)
+    inputs, outputs = weight.product.of_matrix
+    return Keep.of((inputs, outputs), sparsity, pattern=alone, scope=scope)
 
 
 # On the walk.
@@ -231,8 +233,9 @@ def prune_units(
         params = apply_masks(params, earlier)
         traced = traced.on(params)
     jobs = jobs_of(traced, pattern, scope, sparsity, earlier)
-    _warn(jobs, pattern.groups)
     walk = walk_of(traced.line, traced.leaves, call.data.arrays, measure=moments, dense=whole)
+    norms = declared(method, "diagonal")  # which can be had of few rows
+    _warn(jobs, pattern.groups, "" if norms else few_rows(traced, walk, jobs.by_weight))
     solve = solver(method, traced.name)
     kept: dict[str, np.ndarray] = {}
 
@@ -247,10 +250,10 @@ def prune_units(
         new, mask = solve(at, w, gram, job.keep)
         if bias is not None:
             walk.shift(bias, (sums / rows) @ (at.matrix - new).astype(jnp.float32))
-        _note(kept, job, np.asarray(mask[:, 0]))
+        _note(kept, job, np.asarray(mask[:, 0])[job.rows])
         return new, mask
 
-    stops = stops_of(list(jobs.by_weight), lambda _: True)
+    stops = stops_of(list(jobs.by_weight))
     calibrate(walk, stops, visit, name=traced.name, progress=progress)
     all_units = {g.name: jnp.ones(g.size, bool) for g in pattern.groups}
     units = all_units | {name: jnp.asarray(stays) for name, stays in kept.items()}
@@ -260,9 +263,8 @@ def prune_units(
     return apply_masks(traced.results(params, walk), masks), masks
 
 
-def _note(kept: dict[str, np.ndarray], job: Job, rows: np.ndarray) -> None:
-    group = job.keep.parts.pattern.groups[0]  # type: ignore[attr-defined]  # made above
-    left = rows[group.members[0].indices[:, 0]]
+def _note(kept: dict[str, np.ndarray], job: Job, left: np.ndarray) -> None:
+    """Note which units of a group, or of a layer of it, are left."""
     if job.layer is None:
         kept[job.group.name] = left
         return
@@ -270,8 +272,8 @@ def _note(kept: dict[str, np.ndarray], job: Job, rows: np.ndarray) -> None:
     kept.setdefault(job.group.name, np.ones(shape, bool))[job.layer] = left
 
 
-def _warn(jobs: Jobs, groups: Sequence[Group]) -> None:
-    """Name the groups that are left alone; refuse to go on if all are."""
+def _warn(jobs: Jobs, groups: Sequence[Group], few: str) -> None:
+    """Name the groups that are left alone, and say ``few``; refuse to go on if all are."""
     listed = "".join(f"\n- {name!r}: {why}" for name, why in list(jobs.reasons.items())[:12])
     if len(jobs.reasons) == len(groups):
         raise ValueError(
@@ -279,5 +281,7 @@ def _warn(jobs: Jobs, groups: Sequence[Group]) -> None:
             "Score them with `jp.find_masks(..., pattern=Coupled(groups))`, which looks at all "
             "that a unit owns."
         )
-    if listed:
-        warnings.warn(f"`prune_trained` leaves groups alone:{listed}", PruneWarning, stacklevel=4)
+    lines = [f"it leaves groups alone:{listed}"] * bool(listed) + [few] * bool(few)
+    if lines:
+        told = "".join(f"\n- {line}" for line in lines)
+        warnings.warn(f"`prune_trained`:{told}", PruneWarning, stacklevel=4)

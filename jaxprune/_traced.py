@@ -1,6 +1,6 @@
 """A function on calibration data: its program in a line, and which weights are to be visited."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -203,6 +203,21 @@ def tied(traced: Traced) -> dict[str, str]:
     return told
 
 
+def few_rows(traced: Traced, walk: Walk, weights: Iterable[Weight]) -> str:
+    """Say which weights meet fewer rows of data than they have inputs; nothing if none does."""
+    few = {}
+    for weight in weights:
+        rows, inputs = walk.rows(weight), weight.product.of_matrix[-2]
+        if rows is not None and rows < inputs:
+            few[traced.name(weight)] = f"{rows} rows for {inputs} inputs"
+    if not few:
+        return ""
+    return (
+        f"there are fewer rows of data than inputs at {list_paths(list(few), 6)} "
+        f"({next(iter(few.values()))}), so that damping decides a part: pass more batches"
+    )
+
+
 def left_alone(traced: Traced, *, by_default: bool) -> str:
     """Say which leaves are left alone that one might expect to be pruned; nothing if none is."""
     lines = [f"{path!r}: {why}" for path, why in traced.reasons.items()]
@@ -211,8 +226,3 @@ def left_alone(traced: Traced, *, by_default: bool) -> str:
         uses = {path: said for path, said in tied(traced).items() if not known(path)}
         lines += [f"{path!r}: it is used as {said}" for path, said in uses.items()]
     return "".join(f"\n- {line}" for line in lines)
-
-
-def names(weights: Sequence[str]) -> str:
-    """Some names for a message."""
-    return list_paths(list(weights), 6)

@@ -615,3 +615,25 @@ def test_what_follows_makes_up_for_a_block_that_was_dropped():
     assert jp.sparsity(all_of_it, params) == jp.sparsity(masks, params) == 0.25
     small, cut = jp.shrink(fn, healed, masks)
     np.testing.assert_allclose(small(cut, ROWS), fn(healed, ROWS), atol=1e-5)
+
+
+def test_few_rows_are_said_of_units_as_well():
+    pattern = jp.patterns.Coupled(jp.find_groups(mlp, MLP, DATA[0]))
+    with pytest.warns(jp.PruneWarning, match="fewer rows.*'down'.*16 rows for 32 inputs"):
+        prune(mlp, MLP, DATA[:1], 0.5, method=admm, pattern=pattern)
+
+
+def test_a_mask_of_minus_infinity_is_no_gap_of_the_dense_network():
+    fn = lambda p, x, mask: jax.nn.softmax(x @ p["w"] + mask, axis=-1) @ p["v"]
+    params = {"w": normal(0, 8, 6), "v": normal(1, 6, 3)}
+    mask = jnp.broadcast_to(jnp.where(jnp.arange(6)[None] < 4, 0.0, -jnp.inf), (16, 6))
+    masks = prune(fn, params, [(x, mask) for x in DATA], 0.5, method=admm, targets="dense")[1]
+    # What is masked there is no more worth removing than the rest.
+    assert np.asarray(masks["w"])[:, 4:].any()
+
+
+def test_what_the_dense_network_makes_has_to_be_finite():
+    big = {**PARAMS, "a": PARAMS["a"].at[0, 0].set(jnp.inf)}
+    masks = {"a": jnp.isfinite(big["a"]), "b": None, "bias": None}
+    with pytest.raises(ValueError, match="the dense network makes at 'a' is not finite"):
+        prune(net, big, DATA, 0.5, method=admm, within=masks, targets="dense")

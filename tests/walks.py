@@ -69,14 +69,14 @@ def walked(fn, params, *batches, visit=None):
         same = at.matrix, jnp.ones(at.matrix.shape, bool)
         return same if visit is None else visit(at)
 
-    calibrate(walk, stops_of(found.weights, lambda _: True), see)
+    calibrate(walk, stops_of(found.weights), see)
     return Walked(found, paths, visits, made, walk.outputs(), walk)
 
 
 def _made(walk, weight):
     """The sum of squares of what a weight makes of its inputs, by the operation itself."""
     place = weight.places[0]
-    if place.inside is not None or len(weight.places) > 1:
+    if place.order is not None or len(weight.places) > 1:
         return None
     step, world, total = walk.line.steps[place.step], walk.worlds[0], 0.0
     data = walk.line.data.intersection(step.ins)

@@ -29,7 +29,7 @@ def bias_of(line: Line, place: Place) -> Bias | None:
     A residual stream may be added first.
     """
     product = place.product
-    if place.inside is not None or place.side != 1 or product.groups or product.kind == "ragged":
+    if place.order is not None or place.side != 1 or product.groups or product.kind == "ragged":
         return None
     outputs = np.prod([product.shape[i] for i in product.outputs])
     out = line.steps[place.step].outs[0]

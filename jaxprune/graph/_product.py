@@ -54,6 +54,12 @@ class Product(NamedTuple):
         """How many groups of channels a convolution has."""
         return self.params.value["feature_group_count"] if self.kind == "conv" else 1
 
+    @property
+    def of_matrix(self) -> tuple[int, ...]:
+        """The shape of the weight as a matrix, or as one for each group."""
+        like = jax.ShapeDtypeStruct(self.shape, jnp.float32)
+        return jax.eval_shape(self.matrix, like).shape
+
     def matrix(self, w: jax.Array) -> jax.Array:
         """The weight as `[inputs, outputs]`, or `[groups, inputs, outputs]`."""
         lead = [w.shape[i] for i in self.groups]

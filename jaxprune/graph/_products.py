@@ -10,7 +10,8 @@
 # transpose) have no matrix in common, and are left alone.
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -34,8 +35,7 @@ class Place(NamedTuple):
       view: what the weight shows of the parameters.
       product: its operands as matrices.
       side: which operand the weight is.
-      inside: of a loop the number of the line, and of the place in there.
-      order: of a loop the number of the place among all.
+      order: inside of a loop the number of the place among all in there; None outside.
     """
 
     step: int
@@ -44,8 +44,7 @@ class Place(NamedTuple):
     view: View
     product: Product
     side: int = 1
-    inside: tuple[int, int] | None = None
-    order: int = 0
+    order: int | None = None
 
 
 class Weight(NamedTuple):
@@ -153,15 +152,14 @@ def _of_step(line: Line, number: int, step: Step) -> Iterator[Place]:
 
 def _in_loops(line: Line, number: int, step: Step) -> Iterator[Place]:
     """Places inside of a loop, whose parameters are operands of the loop."""
-    order = 0
-    for k, loop in enumerate(step.loops):
-        outer = _of_loop(line, step, k)
-        for j, place in enumerate(places_of(loop)):
+    order = itertools.count()
+    outer = _of_loop(line, step)
+    for loop in step.loops:
+        for place in places_of(loop):
             seen = [outer[part.leaf] for part in place.view.parts]
             rows = [_layers(v, part) for v, part in zip(seen, place.view.parts, strict=True)]
             view = place.view.through(rows)
-            yield Place(number, None, (), view, place.product, place.side, (k, j), order)
-            order += 1
+            yield Place(number, None, (), view, place.product, place.side, next(order))
 
 
 def _layers(view: View, part: Part) -> View:
@@ -170,16 +168,15 @@ def _layers(view: View, part: Part) -> View:
     return view
 
 
-def _of_loop(line: Line, step: Step, k: int) -> dict[int, View]:
-    """The views that go into a line inside of a step, by the number of the input."""
+def _of_loop(line: Line, step: Step) -> dict[int, View]:
+    """The views that go into the lines inside of a step, by the number of the input."""
     refs = dict(operands(line, step))
-    lead = inputs_before(step, k)
+    lead = _inputs_before(step)
     return {i - lead: line.views[r] for i, r in refs.items() if i >= lead and r in line.views}
 
 
-def inputs_before(step: Step, k: int) -> int:
-    """How many operands of a step come before those of a line inside of it."""
-    del k
+def _inputs_before(step: Step) -> int:
+    """How many operands of a step come before those of the lines inside of it."""
     if step.at is None or step.at.primitive == "scan":
         return 0
     return 1 if step.at.primitive == "cond" else step.at.params["cond_nconsts"]
@@ -207,8 +204,8 @@ def _read_otherwise(line: Line, places: Sequence[Place]) -> Iterator[tuple[int, 
 def _inside(line: Line, step: Step) -> dict[int, str]:
     """Why operands of a loop cannot be changed; nothing for those that can."""
     found: dict[int, list[str]] = collections.defaultdict(list)
-    for k, loop in enumerate(step.loops):
-        lead = inputs_before(step, k)
+    lead = _inputs_before(step)
+    for loop in step.loops:
         read = {ref for s in loop.steps for ref in s.ins} | set(loop.outs)
         own = {p.leaf for ref in read if ref in loop.views for p in loop.views[ref].parts}
         shapes = {i: tuple(loop.types[loop.ins[i]].shape) for i in own}
@@ -252,7 +249,7 @@ def _not_one_to_one(view: View, ones: Sequence[_Ones]) -> str:
 def _twice_with_effects(line: Line, weight: Weight) -> str:
     """Say that what lies between the places of a weight must not run a second time."""
     first, last = weight.steps[0], weight.steps[-1]
-    looped = [line.steps[p.step] for p in weight.places if p.inside is not None]
+    looped = [line.steps[p.step] for p in weight.places if p.order is not None]
     between = line.steps[first : last + 1] if first != last else looped
     for step in between:
         if step.at is not None and step.at.eqn.effects:
@@ -310,18 +307,17 @@ class Stop(NamedTuple):
     weights: tuple[Weight, ...]
 
 
-def stops_of(weights: Sequence[Weight], wanted: Callable[[Weight], bool]) -> list[Stop]:
-    """Say where a walk stops for which weights.
+def stops_of(weights: Sequence[Weight]) -> list[Stop]:
+    """Say where a walk stops to change some weights.
 
     Weights that meet the same data are changed together. What several steps use is seen whole
     first: all that lies between its first and its last place is one stop.
     """
-    mine = [w for w in weights if wanted(w)]
-    regions = _regions([(w.steps[0], w.steps[-1] + 1) for w in mine if len(w.steps) > 1])
-    inside = {a: [w for w in mine if a <= w.steps[0] < b] for a, b in regions}
+    regions = _regions([(w.steps[0], w.steps[-1] + 1) for w in weights if len(w.steps) > 1])
+    inside = {a: [w for w in weights if a <= w.steps[0] < b] for a, b in regions}
     held = {id(w) for group in inside.values() for w in group}
     alone: dict[object, list[Weight]] = collections.defaultdict(list)
-    for w in mine:
+    for w in weights:
         if id(w) not in held:
             place = w.places[0]
             alone[place.data or ("loop", place.step)].append(w)

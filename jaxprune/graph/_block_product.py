@@ -1,0 +1,144 @@
+"""Products of data with a matrix of which some blocks are left, in plain XLA."""
+
+# Of a matrix `[inputs, outputs]` in blocks `[bi, bo]` each column of blocks has kept as many:
+#
+#     blocks [columns, kept, bi, bo]    index [columns, kept]: the row of blocks that each one is of
+#     x [rows, inputs]  ->  gathered [columns, rows, kept * bi]  times  [columns, kept * bi, bo]
+#
+# A gather of input blocks and one batched product: the arithmetic of what is left and no more. What
+# is gathered is `columns * kept * bi` numbers a row, and a CPU slows down once that is more than
+# its caches hold, so that there a few columns at a time are done. Derivatives are those that JAX
+# finds: with respect to the blocks one more batched product, with respect to x a scatter.
+
+from typing import NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+Precision: TypeAlias = lax.PrecisionLike
+
+_AT_ONCE = 1 << 21  # gathered numbers that are still in the caches of a CPU
+
+
+class Numerics(NamedTuple):
+    """How a product of matrices is computed.
+
+    Attributes:
+      precision: as `lax.dot_general` takes it.
+      dtype: of the results; None where the operands say it.
+    """
+
+    precision: Precision = None
+    dtype: jax.typing.DTypeLike | None = None
+
+
+def block_product(
+    x: jax.Array, blocks: jax.Array, index: jax.Array, numerics: Numerics = Numerics()
+) -> jax.Array:
+    """Multiply data with the blocks that are left of a matrix.
+
+    Args:
+      x: `[*groups, rows, inputs]`.
+      blocks: `[*groups, columns, kept, bi, bo]`, where ``bi`` divides the inputs.
+      index: integers `[*groups, columns, kept]`, each below ``inputs / bi``.
+      numerics: precision and dtype of the product.
+
+    Returns:
+      `[*groups, rows, columns * bo]`: what ``x`` times the whole matrix is, with zeros for the
+      blocks that are gone.
+    """
+    if x.ndim > 2:
+        one = lambda x, b, i: block_product(x, b, i, numerics)  # noqa: E731
+        return jax.vmap(one)(x, blocks, index)
+    parts = _parts(x.shape[0], blocks.shape)
+    if parts == 1:
+        return _at_once(x, blocks, index, numerics)
+
+    def in_parts(x: jax.Array, blocks: jax.Array, index: jax.Array) -> jax.Array:
+        one = jax.checkpoint(lambda part: _at_once(x, part[0], part[1], numerics))
+        y = lax.map(one, (_split(blocks, parts), _split(index, parts)))
+        return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1)
+
+    whole = lambda x, b, i: _at_once(x, b, i, numerics)  # noqa: E731
+    return lax.platform_dependent(x, blocks, index, cpu=in_parts, default=whole)
+
+
+def _parts(rows: int, blocks: tuple[int, ...]) -> int:
+    """In how many parts the columns are done on a CPU."""
+    columns, kept, bi, _ = blocks
+    if not isinstance(rows, int):  # an exported program for any number of rows
+        return 1
+    wanted = -(-rows * columns * kept * bi // _AT_ONCE)
+    return next((n for n in range(wanted, columns) if columns % n == 0), columns)
+
+
+def _split(x: jax.Array, parts: int) -> jax.Array:
+    """The first axis in parts: `[parts, n / parts, ...]`."""
+    return x.reshape(parts, -1, *x.shape[1:])
+
+
+def _at_once(x: jax.Array, blocks: jax.Array, index: jax.Array, numerics: Numerics) -> jax.Array:
+    """All columns in one batched product; ``x`` is `[rows, inputs]`."""
+    columns, kept, bi, bo = blocks.shape
+    rows = x.shape[0]
+    laid = x.reshape(rows, -1, bi).transpose(1, 0, 2)
+    gathered = jnp.take(laid, index.reshape(-1), axis=0, mode="clip")  # it is in bounds
+    gathered = gathered.reshape(columns, kept, rows, bi).transpose(0, 2, 1, 3)
+    y = _dot(gathered.reshape(columns, rows, -1), blocks.reshape(columns, -1, bo), numerics)
+    return y.transpose(1, 0, 2).reshape(rows, columns * bo)
+
+
+def transposed_product(
+    x: jax.Array, blocks: jax.Array, index: jax.Array, inputs: int, numerics: Numerics = Numerics()
+) -> jax.Array:
+    """Multiply data with the transpose of such a matrix: blocks scatter what others gather.
+
+    Args:
+      x: `[*groups, rows, columns * bo]`.
+      blocks: `[*groups, columns, kept, bi, bo]`.
+      index: integers `[*groups, columns, kept]`.
+      inputs: of the matrix.
+      numerics: precision and dtype of the product.
+
+    Returns:
+      `[*groups, rows, inputs]`.
+    """
+    if x.ndim > 2:
+        one = lambda x, b, i: transposed_product(x, b, i, inputs, numerics)  # noqa: E731
+        return jax.vmap(one)(x, blocks, index)
+    columns, kept, bi, bo = blocks.shape
+    rows, parts = x.shape[0], _parts(x.shape[0], blocks.shape)
+    laid = x.reshape(rows, columns, bo).transpose(1, 0, 2)
+
+    def add(y: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        x, blocks, index = part
+        wide = blocks.transpose(0, 3, 1, 2).reshape(-1, bo, kept * bi)
+        found = _dot(x, wide, numerics).reshape(-1, rows, kept, bi)
+        found = found.transpose(0, 2, 1, 3).reshape(-1, rows, bi)
+        return y.at[index.reshape(-1)].add(found, mode="promise_in_bounds"), None
+
+    dtype = numerics.dtype or jnp.result_type(x, blocks)
+    nothing = jnp.zeros((inputs // bi, rows, bi), dtype)
+    whole = lambda *each: add(nothing, each)[0]  # noqa: E731
+    if parts == 1:
+        y = whole(laid, blocks, index)
+    else:
+
+        def in_parts(*each: jax.Array) -> jax.Array:
+            split = tuple(_split(a, parts) for a in each)
+            return lax.scan(jax.checkpoint(add), nothing, split)[0]
+
+        y = lax.platform_dependent(laid, blocks, index, cpu=in_parts, default=whole)
+    return y.transpose(1, 0, 2).reshape(rows, inputs)
+
+
+def _dot(a: jax.Array, b: jax.Array, numerics: Numerics) -> jax.Array:
+    """`[groups, rows, inputs]` times `[groups, inputs, outputs]`."""
+    return lax.dot_general(
+        a,
+        b,
+        (((2,), (1,)), ((0,), (0,))),
+        precision=numerics.precision,
+        preferred_element_type=numerics.dtype,
+    )

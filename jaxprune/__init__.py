@@ -15,6 +15,12 @@ from jaxprune._advice import PruneWarning as PruneWarning
 from jaxprune._budget import masks_within_budget as masks_within_budget
 from jaxprune._check import Check as Check
 from jaxprune._check import check as check
+from jaxprune._compact import compact as compact
+from jaxprune._compact import compact_state as compact_state
+from jaxprune._compact import expand as expand
+from jaxprune._compact import verify_compact as verify_compact
+from jaxprune._compact_plan import CompactPlan as CompactPlan
+from jaxprune._compact_plan import compact_plan as compact_plan
 from jaxprune._cut import Cut as Cut
 from jaxprune._distill import distillation_loss as distillation_loss
 from jaxprune._distill import feature_loss as feature_loss
@@ -73,6 +79,7 @@ __version__ = "0.1.0"
 
 __all__ = (
     "Check",
+    "CompactPlan",
     "Cut",
     "Group",
     "Groups",
@@ -93,6 +100,9 @@ __all__ = (
     "check",
     "checkpoint",
     "combine_masks",
+    "compact",
+    "compact_plan",
+    "compact_state",
     "count_flops",
     "criteria",
     "cut_list",
@@ -101,6 +111,7 @@ __all__ = (
     "dynamic",
     "elementwise",
     "exclude",
+    "expand",
     "export",
     "feature_loss",
     "find_blocks",
@@ -138,6 +149,7 @@ __all__ = (
     "summary",
     "typing",
     "unpack",
+    "verify_compact",
     "verify_shrink",
     "with_masks",
 )

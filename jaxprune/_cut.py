@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune._cut_state import cut_state
+from jaxprune._cut_state import Indices, cut_state
 from jaxprune._errors import check_living
 from jaxprune._groups import Groups
 from jaxprune._kept import (
@@ -295,7 +295,8 @@ class Cut(Mapping[str, Mapping[int, np.ndarray]]):
           (2, 2)
         """
         whole = without_variables(self._known("state"))
-        return cut_state(tx, state, whole, self.params(whole), self)
+        indices = lambda path, shape: Indices(self.get(path, {}), shape)  # noqa: E731
+        return cut_state(tx, state, whole, self.params(whole), indices)
 
     def at(self, part: str | Params) -> "Cut":
         """Give the cut of a part of the whole tree, such as an optimizer sees.

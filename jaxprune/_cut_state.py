@@ -1,15 +1,15 @@
 """What masks removed is cut out of the optimizer's state, to go on training the small network."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxprune._kept import Kept, layer_axis
+from jaxprune._kept import layer_axis
 from jaxprune._masks import Packed, pack, unpack
 from jaxprune._pruner import pruners_in
 from jaxprune._state import PruneState, is_packed, without_variables
@@ -33,7 +33,9 @@ def cut_state(
     opt_state: optax.OptState,
     whole: Params,
     small: Params,
-    kept: Kept,
+    places: Callable[[str, tuple[int, ...]], "Place"],
+    *,
+    user: str = "shrink_state",
 ) -> optax.OptState:
     """Cut an optimizer state as the params were cut: what ``Cut.state`` does, told there.
 
@@ -42,25 +44,26 @@ def cut_state(
       opt_state: the state for the whole params.
       whole: the whole params or their shapes, without variables around them.
       small: the same once they are cut.
-      kept: for each path and axis the indices that stay.
+      places: what to keep of a parameter of a path and shape.
+      user: the public function, for messages.
     """
     if hasattr(opt_state, "opt_state"):
         raise TypeError(
-            f"`shrink_state` got a {type(opt_state).__name__} instead of an optimizer state. Pass "
+            f"`{user}` got a {type(opt_state).__name__} instead of an optimizer state. Pass "
             "its `opt_state`, and `nnx.state(model, nnx.Param)` as params."
         )
-    _refuse_events(tx, opt_state)
-    places = map_with_path(lambda path, leaf: _Place(kept.get(path, {}), jnp.shape(leaf)), whole)
+    _refuse_events(tx, opt_state, user)
+    beside = map_with_path(lambda path, leaf: places(path, jnp.shape(leaf)), whole)
     opt_state = _adopted(tx, opt_state, whole)
     given = without_variables(opt_state)
     old = jax.tree.map(_unpacked, given, is_leaf=is_pruner)
     try:
-        cut = optax.tree.map_params(tx, _cut_beside, old, places, is_leaf=lambda _: True)
-    except _CannotCutError:
+        cut = optax.tree.map_params(tx, _cut_beside, old, beside, is_leaf=lambda _: True)
+    except CannotCutError:
         raise
     except ValueError as error:
         raise ValueError(
-            "`shrink_state` got the state of another tree than its params, which have "
+            f"`{user}` got the state of another tree than its params, which have "
             f"{list_paths([path for path, _ in leaves_with_path(whole)])}. Pass `tx` as it made "
             "the state (or `jp.hold` of the same optimizer), and the tree that `tx.init` got with "
             'the masks of this tree: `variables["params"]` and `masks["params"]`, mostly; '
@@ -70,17 +73,17 @@ def cut_state(
     return _as_given(opt_state, cut)
 
 
-def _refuse_events(tx: optax.GradientTransformation, opt_state: optax.OptState) -> None:
+def _refuse_events(tx: optax.GradientTransformation, opt_state: optax.OptState, user: str) -> None:
     """Refuse a pruner that would prune again: its groups and shares are those of the whole."""
     ends = [pruner.schedule.end for pruner in pruners_in(tx) if hasattr(pruner.schedule, "end")]
     counts = [node.count for node in pruners(without_variables(opt_state))]
     done = min((int(jnp.min(jnp.asarray(count))) for count in counts), default=0)
     if ends and done <= max(ends):
         raise ValueError(
-            f"`shrink_state` got a pruner with events to come: its schedule ends at update "
+            f"`{user}` got a pruner with events to come: its schedule ends at update "
             f"{max(ends)}, and {done} were made. It would look for groups of the whole network and "
             "take the same share of what is left once more. Go on with `tx = jp.hold(inner)`, "
-            "whose state is `jp.shrink_state(tx, opt_state, params, masks)`."
+            f"whose state is `jp.{user}(tx, opt_state, params, masks)`."
         )
 
 
@@ -94,7 +97,7 @@ def _cut_beside(value: Tree, places: Tree) -> Tree:
     return treedef.unflatten(map(_cut_one, parts, jax.tree.leaves(places)))
 
 
-def _cut_one(part: Any, place: "_Place") -> Tree:
+def _cut_one(part: Any, place: "Place") -> Tree:
     """Cut what an optimizer keeps beside one parameter: an array, mostly like it."""
     if is_hole(part):
         return part
@@ -105,10 +108,7 @@ def _cut_one(part: Any, place: "_Place") -> Tree:
         return part
     if part.ndim == len(place.shape) - 1:  # adafactor sums over one axis
         place = place.summed(part.shape)
-    if part.ndim != len(place.shape):
-        return part
-    same = {i for i, n in enumerate(place.shape) if part.shape[i] == n}
-    return take_kept(part, {i: k for i, k in place.kept.items() if i in same})
+    return place.take(part) if part.ndim == len(place.shape) else part
 
 
 def _adopted(tx: optax.GradientTransformation, state: Tree, params: Params) -> Tree:
@@ -232,31 +232,53 @@ def _packed_like(old: Tree, new: Tree) -> Tree:
     return new._replace(masks=pack(new.masks)) if packed else new
 
 
-class _CannotCutError(ValueError):
+class CannotCutError(ValueError):
     """What an optimizer keeps cannot be cut as the params are."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Place:
+class Place(Protocol):
     """What to keep of a parameter of a shape: a leaf, whatever the tree around it."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter."""
+
+    def take(self, part: jax.Array) -> jax.Array:
+        """Keep of an array of as many axes what is kept of the parameter."""
+
+    def along(self, axis: int) -> "Place":
+        """What to keep of a vector along one axis."""
+
+    def summed(self, shape: tuple[int, ...]) -> "Place":
+        """What to keep of a sum over one axis, by its shape."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Indices:
+    """Some indices of some axes."""
 
     kept: Mapping[int, np.ndarray]
     shape: tuple[int, ...]
 
-    def along(self, axis: int) -> "_Place":
+    def take(self, part: jax.Array) -> jax.Array:
+        """Take them of the axes that are whole."""
+        same = {i for i, n in enumerate(self.shape) if part.shape[i] == n}
+        return take_kept(part, {i: k for i, k in self.kept.items() if i in same})
+
+    def along(self, axis: int) -> "Indices":
         """What to keep of a vector along one axis."""
         k = self.kept.get(axis)
         if k is None:
-            return _Place({}, (self.shape[axis],))
+            return Indices({}, (self.shape[axis],))
         if k.ndim > 1:  # the vector is shared by layers, of which each keeps others
-            raise _CannotCutError(
+            raise CannotCutError(
                 f"The optimizer keeps one vector along axis {axis} of a parameter of shape "
                 f"{self.shape}, of which each layer keeps other indices. Start anew: "
                 "`tx.init(small_params)`."
             )
-        return _Place({0: k}, (self.shape[axis],))
+        return Indices({0: k}, (self.shape[axis],))
 
-    def summed(self, shape: tuple[int, ...]) -> "_Place":
+    def summed(self, shape: tuple[int, ...]) -> "Indices":
         """What to keep of a sum over one axis, if its shape tells which of them that was.
 
         Of a weight `[8, 3]` a sum of shape `[3]` was taken over axis 0, so that it is cut along
@@ -272,13 +294,13 @@ class _Place:
             for j, i in enumerate(left):
                 if i in self.kept:
                     kept[j] = _without(self.kept[i], i, gone, self.shape)
-            found.append(_Place(kept, shape))
+            found.append(Indices(kept, shape))
         if len({str({i: k.tolist() for i, k in p.kept.items()}) for p in found}) > 1:
-            raise _CannotCutError(
+            raise CannotCutError(
                 f"The optimizer keeps sums of shape {shape} for a parameter of shape {self.shape}, "
                 "which do not tell the axis that was summed. Start anew: `tx.init(small_params)`."
             )
-        return found[0] if found else _Place({}, ())
+        return found[0] if found else Indices({}, ())
 
 
 def _without(indices: np.ndarray, axis: int, gone: int, shape: tuple[int, ...]) -> np.ndarray:
@@ -286,7 +308,7 @@ def _without(indices: np.ndarray, axis: int, gone: int, shape: tuple[int, ...]) 
     if indices.ndim == 1:
         return indices
     if layer_axis(indices, axis) == gone:
-        raise _CannotCutError(
+        raise CannotCutError(
             f"The optimizer keeps sums over the layers, axis {gone} of a parameter of shape "
             f"{shape}, of which each layer keeps other indices along axis {axis}. Start anew: "
             "`tx.init(small_params)`."

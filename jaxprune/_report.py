@@ -101,8 +101,8 @@ class Summary:
                 _shape(row),
                 f"{row.kept:,} / {row.total:,}",
                 f"{row.sparsity:.2%}",
-                _bytes(row.dense_bytes),
-                _bytes(row.packed_bytes),
+                in_bytes(row.dense_bytes),
+                in_bytes(row.packed_bytes),
             )
             for row in (*_ranges(self.rows), self.total)
         ]
@@ -330,7 +330,7 @@ def _shared(a: jax.Array, b: jax.Array) -> tuple[Whole, Whole]:
     return count_true(a & b), count_true(a | b)
 
 
-def _bytes(n: int) -> str:
+def in_bytes(n: int) -> str:
     size = float(n)
     for unit in ("B", "kB", "MB", "GB"):
         if size < 1000 or unit == "GB":

@@ -73,18 +73,18 @@ def verify_shrink(
     plan = surgery.plan(inputs, keywords)
     small_fn = small_function(surgery, plan.left_of_carry())
     small = small_fn(whole.params(params), *inputs, **keywords)
-    removed = whole.masks() if masks is None else _over(masks, params)
+    removed = whole.masks() if masks is None else masks_over(masks, params)
     large = fn(apply_masks(params, removed), *inputs, **keywords)
-    return _difference(large, small, plan.left_of_outputs())
+    return difference(large, small, plan.left_of_outputs())
 
 
-def _over(masks: Masks, params: Params) -> Masks:
+def masks_over(masks: Masks, params: Params) -> Masks:
     """Masks for all of the params, None where subtrees were left out."""
     given = leaves_by_path(masks, "verify_shrink")
     return map_with_path(lambda path, _: given.get(path), params)
 
 
-def _difference(large: Any, small: Any, left: Sequence[Sequence[np.ndarray | None]]) -> float:
+def difference(large: Any, small: Any, left: Sequence[Sequence[np.ndarray | None]]) -> float:
     """The largest difference between results, ``left`` of the large ones, as a fraction.
 
     A NaN equals a NaN and an infinity itself, so that only what the small function adds counts.

@@ -4,7 +4,8 @@
 # inputs: ids pass through calls, so that a call is coupled as its equations would be if they stood
 # in its place.
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 from jax import lax
@@ -54,7 +55,17 @@ def cond(at: Site) -> list[Axes]:
 
 def cut_cond(at: Site, index: jax.Array, *values: Value) -> Sequence[Value]:
     branches = [at.inner(i) for i in range(len(at.params["branches"]))]
-    platforms = at.params.get("branches_platforms")
+    return switch(at.params, branches, index, values)
+
+
+def switch(
+    params: Mapping[str, Any],
+    branches: Sequence[Callable[..., Any]],
+    index: jax.Array,
+    values: Sequence[Value],
+) -> Sequence[Value]:
+    """Run one of the branches, as the params of a ``cond`` say."""
+    platforms = params.get("branches_platforms")
     if platforms is not None:  # which one runs is decided when it is compiled
         named = {
             name: branch

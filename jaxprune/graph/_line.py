@@ -196,7 +196,7 @@ def _equation(line: Line, at: Site, read: Callable[[Any], Ref]) -> Sequence[Ref]
 # What is computed.
 
 
-def _bind(eqn: core.JaxprEqn, *values: Value) -> list[Value]:
+def bind(eqn: core.JaxprEqn, *values: Value) -> list[Value]:
     """The results of an equation, on the mesh that there was."""
     with eqn.ctx.manager:
         return _result(eqn, *values)
@@ -219,7 +219,7 @@ def _computed(
 
     def run(*values: Value) -> list[Value]:
         pairs = zip(places, literal, strict=True)
-        return _bind(eqn, *(p if given else values[p] for p, given in pairs))
+        return bind(eqn, *(p if given else values[p] for p, given in pairs))
 
     form = (at.primitive, form_of(eqn.params), form_of(places), tuple(literal))
     types = [v.aval for v in eqn.outvars]

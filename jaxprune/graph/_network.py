@@ -115,7 +115,7 @@ def network(
     """
     leaves = _arrays_of(params)
     paths = [path for path, _ in leaves]
-    program = _program(fn, (params, *inputs), dict(keywords or {}), len(leaves))
+    program = program_of(fn, (params, *inputs), dict(keywords or {}), len(leaves))
     pairs = carry_pairs(carry, program.arguments, program.outputs)
     walk = _walk(
         program,
@@ -159,7 +159,7 @@ def _arrays_of(params: Params) -> list[tuple[str, Any]]:
     return leaves
 
 
-def _program(fn: Any, positional: tuple[Any, ...], keywords: dict[str, Any], n: int) -> Program:
+def program_of(fn: Any, positional: tuple[Any, ...], keywords: dict[str, Any], n: int) -> Program:
     """Trace a function of trees as one of arrays, of which the first ``n`` are its params."""
     arguments = positional, keywords
     arrays, static = split_static(arguments)

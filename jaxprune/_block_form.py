@@ -137,14 +137,20 @@ def _ragged(shape: Sequence[int], changes: Sequence[Sequence[int]], path: str) -
 def _ways(rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Ways to read axes: a run of them as inputs, another one as outputs, the rest leads.
 
-    Those with more leading axes come first, then inputs before outputs, then those whose outputs
-    come last.
+    Within a run one axis counts fastest, the one that blocks lie along: `[out, in, h, w]` may have
+    blocks of inputs inside of each place of a window. Ways with more leading axes come first, then
+    inputs before outputs, then those whose outputs come last and whose last axis counts fastest.
     """
     runs = [tuple(range(a, b)) for a in range(rank) for b in range(a + 1, rank + 1)]
     pairs = [(i, o) for i, o in itertools.permutations(runs, 2) if not set(i) & set(o)]
-    yield from sorted(
-        pairs, key=lambda p: (len(p[0]) + len(p[1]), p[0] > p[1], -p[1][-1], -p[0][-1])
-    )
+    pairs.sort(key=lambda p: (len(p[0]) + len(p[1]), p[0] > p[1], -p[1][-1], -p[0][-1]))
+    for inputs, outputs in pairs:
+        for i, o in itertools.product(reversed(inputs), reversed(outputs)):
+            yield _fastest(inputs, i), _fastest(outputs, o)
+
+
+def _fastest(run: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*(i for i in run if i != axis), axis)
 
 
 def _grid(
@@ -169,8 +175,8 @@ def _grid(
     )
     axes = [Axis("one", 1)] * len(shape)
     for kind, run in (("in", inputs), ("out", outputs)):
-        for i in run:
-            axes[i] = Axis(kind, shape[i], math.prod(shape[j] for j in run if j > i))
+        for place, i in enumerate(run):
+            axes[i] = Axis(kind, shape[i], math.prod(shape[j] for j in run[place + 1 :]))
     for place, i in enumerate(lead):
         axes[i] = Axis("lead", shape[i], place)
     return Grid(tuple(axes), (bi, bo), kept)

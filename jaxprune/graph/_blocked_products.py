@@ -180,17 +180,18 @@ def blocked_conv(eqn: core.JaxprEqn, x: Value, w: Value) -> Found | None:
     kinds = {w.axes[i].kind for i in (inside, *window)} - {"one"}
     if w.axes[out].kind != "out" or not kinds <= {"in", "lead"} or w.axes[inside].kind != "in":
         return None
-    if w.size("out") != w.shape[out] or w.axes[inside].step != 1:
+    if w.size("out") != w.shape[out]:
         return None
     w = w.transpose((*window, inside, out))
     patches = _patches(x, [w.shape[i] for i in range(len(window))], params)
     places = len(window)
-    order = [i for i in order_of(w.axes) if w.axes[i].kind != "one"]
-    split = Split([], [i for i in order if i <= places], [i for i in order if i > places])
-    if sorted(split.contracted) != split.contracted:
-        return None
+    order = order_of(w.axes)
+    contracted = [i for i in order if i <= places]
+    plain = [i for i in contracted if w.axes[i].kind != "one"]
+    split = Split([], plain, [i for i in order if i > places])
     lead = patches.shape[: 1 + places]
-    rows = patches.reshape(math.prod(lead), -1)
+    laid = patches.transpose(*range(1 + places), *(1 + places + i for i in contracted))
+    rows = laid.reshape(math.prod(lead), -1)
     numerics = Numerics(params["precision"], params["preferred_element_type"])
     y, met = _multiplied("dot", rows, w, split, numerics)
     y = y.reshape(*lead, w.shape[-1])  # [batch, *places, out]

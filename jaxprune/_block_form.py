@@ -88,7 +88,7 @@ def form_of(mask: np.ndarray, path: str) -> Form | None:
     """Read a mask as blocks; None where it removes nothing.
 
     Args:
-      mask: bools of the shape of the weight, of two axes or more.
+      mask: bools of the shape of the weight, of two axes or more that are longer than 1.
       path: of the weight, for messages.
 
     Raises:
@@ -97,6 +97,8 @@ def form_of(mask: np.ndarray, path: str) -> Form | None:
     """
     if mask.all():
         return None
+    if 1 in mask.shape:
+        return _with_single(form_of(mask.squeeze(), path), mask.shape)
     changes = [_changes(mask, axis) for axis in range(mask.ndim)]
     sizes = [math.gcd(n, *found) for n, found in zip(mask.shape, changes, strict=True)]
     units = mask[tuple(slice(None, None, s) for s in sizes)]
@@ -113,6 +115,15 @@ def form_of(mask: np.ndarray, path: str) -> Form | None:
     by_column = np.swapaxes(found.kept, -1, -2)
     index = np.nonzero(by_column)[-1].reshape(*by_column.shape[:-1], -1)
     return Form(found.axes, found.block, index.astype(np.int32))
+
+
+def _with_single(form: Form | None, shape: Sequence[int]) -> Form | None:
+    """The form of a weight that has axes of a single index besides."""
+    if form is None:
+        return None
+    left = iter(form.axes)
+    axes = tuple(Axis("one", 1) if n == 1 else next(left) for n in shape)
+    return dataclasses.replace(form, axes=axes)
 
 
 def _changes(mask: np.ndarray, axis: int) -> list[int]:

@@ -157,7 +157,7 @@ def compaction_of(params: Params, masks: Masks, only: Only, user: str) -> Compac
 
 def _form(path: str, mask: jax.Array, shape: Sequence[int]) -> Form | str:
     """How a weight is held by blocks, or why it is not."""
-    if len(shape) < 2:
+    if sum(n > 1 for n in shape) < 2:
         return "it is a vector"
     form = form_of(np.broadcast_to(np.asarray(mask), shape), path)
     return "nothing of it is removed" if form is None else form

@@ -16,9 +16,11 @@ def factor(n):
 def balanced_mask(shape, roles, rng, *, share=0.5, block=factor):
     """A mask in blocks, random but for the number that each column keeps; None where none fits.
 
-    Blocks lie inside of the last axis of inputs and the last one of outputs, as ``Blocks`` has them.
+    Blocks lie inside of the last axis of inputs and the last one of outputs.
     """
-    kinds = ["lead" if r in LEADS else {"in": "in", "window": "in", "out": "out"}.get(r) for r in roles]
+    kinds = [
+        "lead" if r in LEADS else {"in": "in", "window": "in", "out": "out"}.get(r) for r in roles
+    ]
     if None in kinds or not {"in", "out"} <= set(kinds):
         return None
     axes = {kind: [i for i, k in enumerate(kinds) if k == kind] for kind in ("lead", "in", "out")}
@@ -29,7 +31,7 @@ def balanced_mask(shape, roles, rng, *, share=0.5, block=factor):
     if np.prod(list(size.values())) == 1:
         return None
     units = [n // size.get(i, 1) for i, n in enumerate(shape)]
-    count = lambda kind: int(np.prod([units[i] for i in axes[kind]]))  # noqa: E731
+    count = lambda kind: int(np.prod([units[i] for i in axes[kind]]))
     lead, blocks, columns = map(count, ("lead", "in", "out"))
     kept = max(1, round(share * blocks))
     ranks = rng.random((lead, columns, blocks)).argsort(-1).argsort(-1)

@@ -101,15 +101,30 @@ class Blocked:
         """A part of an axis: of leading ones any, of outputs whole columns of blocks."""
         axis = self.axes[i]
         if axis.kind == "lead":
-            at, n, first = axis.step, size, start
-        elif self._has_columns(axis) and isinstance(start, int) and self._fits(start, size):
+            cut = self._cut(axis.step, start, size)
+            axes = (*self.axes[:i], axis._replace(size=size), *self.axes[i + 1 :])
+            whole = dataclasses.replace(cut, axes=axes)
+            return whole._without(i) if size == 1 else whole
+        if self._has_columns(axis) and isinstance(start, int) and self._fits(start, size):
             bo = self.blocks.shape[-1]
-            at, n, first = self.index.ndim - 2, size // bo, start // bo
-        else:
-            return None
-        cut = lambda x: lax.dynamic_slice_in_dim(x, first, n, at)  # noqa: E731
-        axes = (*self.axes[:i], axis._replace(size=size), *self.axes[i + 1 :])
-        return Blocked(cut(self.blocks), cut(self.index), axes, self.leaves)
+            cut = self._cut(self.index.ndim - 2, start // bo, size // bo)
+            axes = (*self.axes[:i], axis._replace(size=size), *self.axes[i + 1 :])
+            return dataclasses.replace(cut, axes=axes)
+        return None
+
+    def _cut(self, at: int, start: Start, n: int) -> "Blocked":
+        cut = lambda x: lax.dynamic_slice_in_dim(x, start, n, at)  # noqa: E731
+        return dataclasses.replace(self, blocks=cut(self.blocks), index=cut(self.index))
+
+    def _without(self, i: int) -> "Blocked":
+        """With a leading axis of a single index left out of the blocks."""
+        at = self.axes[i].step
+        left = [
+            a._replace(step=a.step - (a.step > at)) if a.kind == "lead" else a for a in self.axes
+        ]
+        left[i] = Axis("one", 1)
+        drop = lambda x: lax.squeeze(x, (at,))  # noqa: E731
+        return Blocked(drop(self.blocks), drop(self.index), tuple(left), self.leaves)
 
     def _has_columns(self, axis: Axis) -> bool:
         return axis.kind == "out" and axis.size == self.size("out")

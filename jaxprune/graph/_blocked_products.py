@@ -149,7 +149,8 @@ def _multiplied(
     if kind == "dot":
         blocks = blocks.reshape(*groups, heads, parts, columns, kept, bi, bo)
         index = index.reshape(*groups, heads, parts, columns, kept)
-        index = index + (inputs // bi * np.arange(parts)[:, None, None]).astype(index.dtype)
+        first = np.arange(parts, dtype=index.dtype) * (inputs // bi)  # of the inputs of each part
+        index += first.reshape(*[1] * (b + 1), parts, 1, 1)
         blocks, index = jnp.moveaxis(blocks, b + 1, b + 2), jnp.moveaxis(index, b + 1, b + 2)
         blocks = blocks.reshape(*groups, heads * columns, parts * kept, bi, bo)
         index = index.reshape(*groups, heads * columns, parts * kept)

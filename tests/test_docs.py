@@ -17,6 +17,7 @@ DEVICES = ROOT / "docs" / "devices.md"
 COMPRESSOR = ROOT / "docs" / "from_llm_compressor.md"
 LAYOUTS = ROOT / "docs" / "layouts.md"
 TRAINED = ROOT / "docs" / "post_training.md"
+COMPACT = ROOT / "docs" / "compact.md"
 
 
 def snippets(lines):
@@ -96,6 +97,15 @@ def test_what_the_page_of_layouts_shows_runs(capsys):
     shown = LAYOUTS.read_text().split("```text\n")[1:]
     printed = capsys.readouterr().out
     assert all(block.split("```")[0] in printed for block in shown)
+
+
+def test_what_the_page_of_compacted_networks_shows_runs(capsys):
+    names, found = {}, list(snippets(COMPACT.read_text().splitlines(keepends=True)))
+    for snippet in found:
+        run(names, *snippet, COMPACT)
+    (shown,) = COMPACT.read_text().split("```text\n")[1:]
+    assert shown.split("```")[0] in capsys.readouterr().out
+    assert len(found) == 2 and jp.check(names["params"], names["masks"])
 
 
 def test_what_the_page_of_trained_networks_shows_runs():

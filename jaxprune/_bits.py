@@ -141,13 +141,15 @@ def unpack_bits(bits: jax.Array, shape: Shape, block: Block = ()) -> jax.Array:
     rank = len(shape or (1,))
     sizes = dict(zip(range(-rank, 0), block or (1,) * rank, strict=True))
     # A byte beside its bit, elementwise: XLA fuses it into whatever uses the mask, which it does
-    # not with jnp.unpackbits. Blocks are repeated while they are bytes, and the packed axis comes
-    # last: what a TPU may have to write out, along its lanes, has a byte for 8 x size weights.
+    # not with jnp.unpackbits. The last step repeats eight times, as without blocks: what a TPU
+    # writes out is at most what comes before it, a byte for eight weights.
     for other in reversed(range(-rank, 0)):
         if other != axis and sizes[other] > 1:
             bits = _repeated(bits, sizes[other], other, shape[other])
     n = (shape or (1,))[axis]
-    eight = _repeated(bits, 8 * sizes[axis], axis, n)
+    if sizes[axis] > 1:
+        bits = _repeated(bits, sizes[axis], axis, -(-n // 8))
+    eight = _repeated(bits, 8, axis, n)
     mask = (eight & _places(n, axis, eight.ndim, sizes[axis])) != 0
     return mask.reshape(*stack_of(bits.shape, shape), *shape)
 

@@ -338,6 +338,11 @@ def blocks_in(packed: Masks) -> dict[tuple[str, ...], Block]:
     return {s.keys: s.leaf.block for s in slots(packed, _is_mask) if is_packed(s.leaf)}
 
 
+def units_of(packed: Packed) -> jax.Array:
+    """A bool for each bit, of the shape that ``shape_of_units`` says."""
+    return unpack_bits(packed.bits, shape_of_units(packed.shape, packed.block))
+
+
 def pack_like(masks: Masks, like: Masks) -> Masks:
     """Pack masks in the blocks of other ones, one bit a weight where those have none."""
     blocks = blocks_in(like)

@@ -17,17 +17,17 @@ from jaxprune._evidence import check_evidence, criterion_name, required_evidence
 from jaxprune._find import among, choose, select
 from jaxprune._frozen import Moving, frozen, without
 from jaxprune._help import schedule_for
-from jaxprune._masks import check_masks, is_packed, unpack
+from jaxprune._masks import check_masks, is_packed, units_of, unpack
 from jaxprune._mesh import all_true, is_explicit, reshard_like, shapes_of
 from jaxprune._numbers import plain
 from jaxprune._parts import Parts, declared
 from jaxprune._ranking import Lazy, is_lazy
 from jaxprune._score import lazy_scores, score
 from jaxprune._state import is_placeholder
-from jaxprune._tree import leaves_with_path, list_paths, map_leaves, narrow
+from jaxprune._tree import is_hole, leaves_with_path, list_paths, map_leaves, narrow, slots
 from jaxprune._where import by_default
 from jaxprune._wrap import First, Step, Store, at_most_once
-from jaxprune.typing import Masks, Params, Schedule
+from jaxprune.typing import Masks, Params, Schedule, Units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,8 +195,10 @@ class Bound:
 
             def renew(stored: Masks) -> Masks:
                 scores = score(self.parts, self.part, self.params, evidence)
-                within = None if falls is None else _living(stored, falls)
-                masks = select(self.parts, scores, self.amount(step), within, like=self.part)
+                alive = None if falls is None else self.alive(stored, falls)
+                within = None if falls is None or alive is not None else _living(stored, falls)
+                amount = self.amount(step)
+                masks = select(self.parts, scores, amount, within, like=self.part, alive=alive)
                 return store(masks, stored)
 
             return at_most_once(due, renew, stored)
@@ -215,6 +217,20 @@ class Bound:
             return store(new, stored)
 
         return at_most_once(due, compare, stored)
+
+    def alive(self, stored: Masks, falls: jax.Array) -> Units | None:
+        """The units that may be kept, read off bits that are units; None where weights tell.
+
+        So blocks are ranked among those alive, and no mask of the size of the weights is made.
+        """
+        bits = jax.tree.leaves(stored, is_leaf=is_packed)
+        blocks = [self.parts.block_of(s) for s in slots(self.part) if not is_hole(s.leaf)]
+        of_units = (
+            is_packed(m) and m.block and m.block == b for m, b in zip(bits, blocks, strict=True)
+        )
+        if not all(of_units):
+            return None
+        return as_tree([units_of(packed) | falls for packed in bits], self.part)
 
     def widened(self, stored: Masks) -> Masks:
         """Widen masks of somebody else's pattern to what this one finds."""

@@ -301,6 +301,17 @@ def test_a_state_that_is_cut_keeps_its_blocks_where_the_cut_goes_between_them(ro
         np.testing.assert_array_equal(jp.get_masks(after)["kernel"], mask[16 - rows :])
 
 
+def test_a_state_that_is_compacted_has_bits_of_weights_since_nothing_in_it_is_removed():
+    params, fn = {"a": draw(32, 32)}, lambda p, x: jnp.tanh(x @ p["a"])
+    masks = jp.find_masks(params, 0.5, pattern=Blocks((8, 8)), scope=scopes.per_output)
+    tx = jp.hold(optax.sgd(0.1, momentum=0.9), masks=jp.pack(masks, block=(8, 8)), packed=True)
+    _, sparse = jp.compact(fn, params, masks, only="a")
+    state = jp.compact_state(jp.hold(optax.sgd(0.1, momentum=0.9), packed=True),
+                             tx.init(params), params, masks, only="a")  # fmt: skip
+    assert state.masks["a"].shape == sparse["a"].shape and state.masks["a"].block == ()
+    assert jp.unpack(state.masks)["a"].all()
+
+
 # Files.
 
 

@@ -53,6 +53,11 @@ def test_unpack_gives_back_every_bit_of_every_block(shape, block, bits):
     assert packed["w"].shape == shape and packed["w"].block == block
     assert packed["w"].bits.shape == bits and packed["bias"] is None
     np.testing.assert_array_equal(jp.unpack(packed)["w"], mask)
+
+
+@pytest.mark.parametrize("shape, block", [((10, 24), (4, 8)), ((3, 20, 33), (1, 4, 8))])
+def test_a_stack_of_masks_of_blocks_is_unpacked_as_a_stack(shape, block):
+    mask = mask_of_blocks(shape, block)
     stack = np.stack([mask, mask_of_blocks(shape, block, seed=1)])
     stacked = jax.vmap(functools.partial(jp.pack, block=block))({"w": jnp.asarray(stack)})
     assert stacked["w"].shape == shape
@@ -165,11 +170,15 @@ WRAPPERS = {
     "set": lambda inner, packed: jp.dynamic.set(
         inner, key=jax.random.key(0), **EVENTS, pattern=Blocks((2, 2)), packed=packed
     ),
-    "straight_through": functools.partial(jp.straight_through, schedule=WAVE, **LAID),
+    "straight_through": functools.partial(
+        jp.straight_through, schedule=WAVE, pattern=Blocks((2, 4))
+    ),
 }
 FEWER = {  # windows of blocks take nothing ragged; others compile for long
     "windows": {"layers": PARAMS["layers"]},
+    "across": {"ragged": PARAMS["ragged"]},
     "rigl": {"ragged": PARAMS["ragged"]},
+    "straight_through": {"ragged": PARAMS["ragged"]},
 }
 
 
@@ -193,7 +202,7 @@ def stored(state):
     return getattr(state, "masked", state).masks
 
 
-SLOW = ("across with a layout", "a scope that sees layers", "set")
+SLOW = ("per_leaf", "across with a layout", "a scope that sees layers", "set")
 
 
 @pytest.mark.parametrize("name", fast_if(lambda name: name not in SLOW, WRAPPERS))

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._errors import whole
-from jaxprune._state import PruneState, is_packed, without_variables
+from jaxprune._masks import is_packed
+from jaxprune._state import PruneState, without_variables
 from jaxprune._states import pruners
 from jaxprune._tree import leaves_with_path, list_paths
 from jaxprune._values import constant_of, is_concrete, zero_shares

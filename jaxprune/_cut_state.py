@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from jaxprune._bits import Block
 from jaxprune._kept import layer_axis
-from jaxprune._masks import Packed, pack, unpack
+from jaxprune._masks import blocks_in, is_packed, is_torn, pack_by, unpack
 from jaxprune._pruner import pruners_in
-from jaxprune._state import PruneState, is_packed, without_variables
+from jaxprune._state import PruneState, without_variables
 from jaxprune._states import is_pruner, pruners
 from jaxprune._straight_through import StraightThroughState
 from jaxprune._tree import (
@@ -24,6 +25,7 @@ from jaxprune._tree import (
     map_with_path,
     slots,
 )
+from jaxprune._values import is_concrete
 from jaxprune.graph._take import take_kept
 from jaxprune.typing import Leaf, Params, Tree
 
@@ -155,7 +157,9 @@ def _settle_masks(want: Tree, got: Tree) -> Tree:
         jax.tree.structure(like, is_leaf=is_hole),
         [_settle(slot.leaf, masks.get(slot.path)) for slot in slots(like)],
     )
-    return got._replace(masks=pack(new) if packed else new)
+    if not packed:
+        return got._replace(masks=new)
+    return got._replace(masks=_packed(new, blocks_in(want.masks) | blocks_in(got.masks)))
 
 
 def _settle(want: Tree, mask: Any) -> Tree:
@@ -226,10 +230,19 @@ def _unpacked(node: Leaf) -> Tree:
 
 def _packed_like(old: Tree, new: Tree) -> Tree:
     """Pack the masks of a pruner that had them packed."""
-    packed = isinstance(old, PruneState) and any(
-        isinstance(m, Packed) for m in jax.tree.leaves(old.masks, is_leaf=is_packed)
-    )
-    return new._replace(masks=pack(new.masks)) if packed else new
+    blocks = blocks_in(old.masks) if isinstance(old, PruneState) else {}
+    return new._replace(masks=_packed(new.masks, blocks)) if blocks else new
+
+
+def _packed(masks: Tree, blocks: Mapping[tuple[str, ...], Block]) -> Tree:
+    """Pack masks in blocks, by keys; one bit a weight where a cut went through blocks."""
+
+    def block_of(slot: Slot) -> Block:
+        block = blocks.get(slot.keys, ())
+        fits = len(block) == slot.leaf.ndim and is_concrete(slot.leaf)
+        return block if fits and not is_torn(slot.leaf, block) else ()
+
+    return pack_by(masks, block_of)
 
 
 class CannotCutError(ValueError):

@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxprune._amount import Amount, counted, if_due, in_rounds, resolved
 from jaxprune._evidence import split_functions
@@ -18,7 +19,18 @@ from jaxprune._tree import is_matrix, join_static, map_leaves, split_static
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
-from jaxprune.typing import Criterion, Lazy, Masks, Params, Pattern, Scope, Scores, Sparsity, Where
+from jaxprune.typing import (
+    Criterion,
+    Lazy,
+    Masks,
+    Params,
+    Pattern,
+    Scope,
+    Scores,
+    Sparsity,
+    Units,
+    Where,
+)
 
 
 @readable
@@ -124,15 +136,24 @@ def _compiled(
 
 
 def select(
-    parts: Parts, scores: Scores, amount: Amount, within: Masks | None, *, like: Params
+    parts: Parts,
+    scores: Scores,
+    amount: Amount,
+    within: Masks | None,
+    *,
+    like: Params,
+    alive: Units | None = None,
 ) -> Masks:
-    """Make masks from scores that are like ``like``, the prunable leaves; stored or lazy."""
+    """Make masks from scores that are like ``like``, the prunable leaves; stored or lazy.
+
+    In the place of ``within`` may be bools of units, ``alive``, which are then not looked for.
+    """
     within = None if within is None else check_masks(within, like, "within")
-    values, static = split_static((scores, like, amount, within))
+    values, static = split_static((scores, like, amount, within, alive))
 
     def ranked(values: list[jax.Array]) -> Masks:
-        scores, like, amount, within = join_static(values, static)
-        masks = choose(parts, scores, amount, within, like=like)
+        scores, like, amount, within, alive = join_static(values, static)
+        masks = choose(parts, scores, amount, within, like=like, alive=alive)
         earlier = jax.tree.map(lambda _: None, like) if within is None else within
         return map_leaves(lambda _, new, old: among(new, old), like, masks, earlier)
 
@@ -147,14 +168,18 @@ def choose(
     *,
     like: Params,
     due: jax.Array | None = None,
+    alive: Units | None = None,
 ) -> Masks:
     """Pool, keep and expand. Where scores are lazy, so are the masks, and may keep the dead."""
     units = jax.lax.stop_gradient(parts.pool(scores))
-    alive = None if within is None else parts.alive(like, within)
+    alive = alive if within is None else parts.alive(like, within)
     counts = resolved(parts, amount, units)
     if due is not None:
         counts = if_due(parts, counts, units, due)
-    return parts.expand(parts.keep(units, counts, alive), like=like)
+    keep = parts.keep(units, counts, alive)
+    if within is None and alive is not None:  # a scope of one's own may keep what is dead
+        keep = jax.tree.map(jnp.logical_and, keep, alive)
+    return parts.expand(keep, like=like)
 
 
 def among(new: jax.Array | Lazy, old: jax.Array | None) -> jax.Array:

@@ -6,22 +6,33 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxprune._bits import axis_of, pack_bits, packed_axis, unpack_bits
+from jaxprune._bits import (
+    Block,
+    axis_of,
+    first_of_blocks,
+    pack_bits,
+    packed_axis,
+    shape_of_units,
+    unpack_bits,
+)
 from jaxprune._errors import check_living
 from jaxprune._help import readable
 from jaxprune._mesh import all_true, reshard_like
 from jaxprune._serial import serialize_shaped
 from jaxprune._tree import (
+    Slot,
     align,
     is_hole,
     is_matrix,
     leaves_with_path,
+    list_paths,
     map_leaves,
     map_with_path,
     match,
     prunable,
+    slots,
 )
-from jaxprune._values import count_true
+from jaxprune._values import count_true, is_concrete
 from jaxprune.typing import Leaf, Masks, Params, Tree, Where
 
 
@@ -201,53 +212,94 @@ def count_kept(masks: Masks, params: Params) -> list[Count]:
     return counts
 
 
-class Packed(NamedTuple):
-    """A mask in bits: eight neighbours along one axis in a byte, the first in its highest bit.
-
-    The axis is the longest one but the last, the one nearest to the last among equals; another one,
-    the last too, only where the bytes are fewer by more than a ninth, as for masks of one input
-    channel. So a mask `[784, 300]` has bits `[98, 300]`, and weight ``[i, j]`` is bit
-    ``128 >> i % 8`` of ``bits[i // 8, j]``. Bits along the last axis, as all once were, are
-    read as well; ``pack`` packs them anew.
-
-    Attributes:
-      bits: uint8, of the shape of the mask but for the axis of n weights, which is ceil(n / 8).
-      shape: shape of the mask.
-    """
+class _Fields(NamedTuple):
+    """What ``Packed`` holds."""
 
     bits: jax.Array
     shape: tuple[int, ...]
+    block: tuple[int, ...] = ()
 
 
-# A node of its own, since the shape is no leaf. A named tuple all the same: those are what
+class Packed(_Fields):
+    """A mask in bits: eight neighbours along one axis in a byte, the first in its highest bit.
+
+    Neighbours are weights, or the blocks of weights that live or die together: ``prune`` and the
+    like keep one bit a block for ``patterns.Blocks``. The axis is the longest one but the last, the
+    one nearest to the last among equals; another one, the last too, only where the bytes are fewer
+    by more than a ninth, as for masks of one input channel. So a mask `[784, 300]` has bits
+    `[98, 300]`, and weight ``[i, j]`` is bit ``128 >> i % 8`` of ``bits[i // 8, j]``; in blocks of
+    ``(8, 4)`` it has bits `[13, 75]`, and weight ``[i, j]`` is bit ``128 >> i // 8 % 8`` of
+    ``bits[i // 64, j // 4]``. Bits along the last axis, as all once were, are read as well;
+    ``pack`` packs them anew.
+
+    Attributes:
+      bits: uint8, of the shape of the mask, or of its blocks, but for the axis of n neighbours,
+        which is ceil(n / 8).
+      shape: shape of the mask.
+      block: how many weights share a bit along each axis, the last block of an axis maybe fewer;
+        () where each has its own.
+    """
+
+    __slots__ = ()
+
+    @property
+    def _fields(self) -> tuple[str, ...]:  # type: ignore[override]
+        # `flax.serialization` writes the fields, and reads what has the same. A mask without blocks
+        # is written as it was before there were any.
+        return _Fields._fields if self.block else _Fields._fields[:2]
+
+
+# A node of its own, since shape and block are no leaves. A named tuple all the same: those are what
 # `flax.serialization` writes and reads without being told, and the core does not import flax.
 jax.tree_util.register_pytree_with_keys(
     Packed,
-    lambda packed: (((jax.tree_util.GetAttrKey("bits"), packed.bits),), packed.shape),
-    lambda shape, children: Packed(next(iter(children)), shape),
+    lambda packed: (((jax.tree_util.GetAttrKey("bits"), packed.bits),), packed[1:]),
+    lambda fixed, children: Packed(next(iter(children)), *fixed),
 )
 
 
 serialize_shaped(Packed)
 
 
-def pack(masks: Masks) -> Any:
-    """Store masks with one bit a weight instead of one byte.
+def pack(masks: Masks, *, block: tuple[int, ...] = ()) -> Any:
+    """Store masks with one bit a weight, or a block of weights, instead of one byte a weight.
 
     Args:
       masks: masks; None stays None, what is packed stays packed, as ``Packed`` says.
+      block: sizes along the last axes of blocks that share a bit, as ``patterns.Blocks`` has them.
 
     Returns:
       The same tree with a ``Packed`` in the place of each mask. It is a pytree node that knows
       its shape, so it can be jitted, stacked, donated and saved like any array.
+
+    Raises:
+      ValueError: a block holds weights that are kept and others that are not, or has more axes
+        than a mask. Inside of a trace, which cannot tell, its first weight speaks for all.
 
     Example:
       >>> import jax.numpy as jnp
       >>> packed = pack({"w": jnp.ones((16, 3), bool)})
       >>> packed["w"].bits.shape, packed["w"].shape
       ((2, 3), (16, 3))
+      >>> pack({"w": jnp.ones((1024, 1024), bool)}, block=(8, 8))["w"].bits.shape
+      (16, 128)
     """
-    return jax.tree.map(_pack, masks, is_leaf=lambda m: isinstance(m, Packed))
+    if not block:
+        return jax.tree.map(_pack, masks, is_leaf=is_packed)
+    short = [s.path for s in slots(masks, _is_mask) if 0 <= _rank(s.leaf) < len(block)]
+    if short:
+        raise ValueError(
+            f"`pack(block={block})` needs masks of at least {len(block)} axes, which "
+            f"{list_paths(short)} lack. Pack them apart, with a shorter `block`."
+        )
+    tile = lambda slot: (1,) * (_rank(slot.leaf) - len(block)) + tuple(block)  # noqa: E731
+    torn = torn_blocks(masks, tile)
+    if torn:
+        raise ValueError(
+            f"`pack(block={block})` got masks that keep a part of a block at {list_paths(torn)}. "
+            "Pack them without `block`, one bit a weight."
+        )
+    return pack_by(masks, tile)
 
 
 def unpack(packed: Any) -> Masks:
@@ -264,21 +316,78 @@ def unpack(packed: Any) -> Masks:
       >>> unpack(pack({"w": jnp.array([True, False, True])}))
       {'w': Array([ True, False,  True], dtype=bool)}
     """
-    return jax.tree.map(_unpack, packed, is_leaf=lambda m: isinstance(m, Packed))
+    return jax.tree.map(_unpack, packed, is_leaf=is_packed)
 
 
-def _pack(mask: jax.Array | Packed) -> Packed:
+def is_packed(node: Leaf) -> bool:
+    """True for a mask in bits: for ``is_leaf``."""
+    return isinstance(node, Packed)
+
+
+def pack_by(masks: Masks, block_of: Callable[[Slot], Block]) -> Masks:
+    """Pack masks, with a block for each; what is packed stays packed as it is."""
+    packed = [
+        slot.leaf if is_hole(slot.leaf) else _pack(slot.leaf, block_of(slot))
+        for slot in slots(masks, _is_mask)
+    ]
+    return jax.tree.unflatten(jax.tree.structure(masks, is_leaf=_is_mask), packed)
+
+
+def blocks_in(packed: Masks) -> dict[tuple[str, ...], Block]:
+    """The blocks of packed masks, by the keys of a leaf."""
+    return {s.keys: s.leaf.block for s in slots(packed, _is_mask) if is_packed(s.leaf)}
+
+
+def units_of(packed: Packed) -> jax.Array:
+    """A bool for each bit, of the shape that ``shape_of_units`` says."""
+    return unpack_bits(packed.bits, shape_of_units(packed.shape, packed.block))
+
+
+def pack_like(masks: Masks, like: Masks) -> Masks:
+    """Pack masks in the blocks of other ones, one bit a weight where those have none."""
+    blocks = blocks_in(like)
+    return pack_by(masks, lambda slot: blocks.get(slot.keys, ()))
+
+
+def torn_blocks(masks: Masks, block_of: Callable[[Slot], Block]) -> list[str]:
+    """Paths of masks of which a block keeps a part; values inside of a trace are taken on trust."""
+    return [
+        slot.path
+        for slot in slots(masks, _is_mask)
+        if not is_hole(slot.leaf) and is_torn(slot.leaf, block_of(slot))
+    ]
+
+
+def is_torn(mask: jax.Array | Packed, block: Block) -> bool:
+    """Say whether a concrete mask keeps a part of a block."""
+    if not block or is_packed(mask) or not is_concrete(mask):
+        return False
+    return bool(jnp.any(_unpack(_pack(mask, block)) != mask))
+
+
+def _pack(mask: jax.Array | Packed, block: Block = ()) -> Packed:
     """Pack a mask, or anew what was packed along another axis than today."""
     if not isinstance(mask, Packed):
-        return Packed(pack_bits(mask, packed_axis(mask.shape)), mask.shape)
-    axis = packed_axis(mask.shape)
-    if axis_of(mask.bits.shape, mask.shape) == axis:
+        shared = block if any(size > 1 for size in block) else ()
+        units = first_of_blocks(mask, shared)
+        return Packed(pack_bits(units, packed_axis(units.shape)), mask.shape, shared)
+    units = shape_of_units(mask.shape, mask.block)
+    axis = packed_axis(units)
+    if axis_of(mask.bits.shape, mask.shape, mask.block) == axis:
         return mask
-    return Packed(pack_bits(_unpack(mask), axis), mask.shape)
+    return mask._replace(bits=pack_bits(unpack_bits(mask.bits, units), axis))
 
 
 def _unpack(mask: jax.Array | Packed) -> jax.Array:
     return unpack_bits(*mask) if isinstance(mask, Packed) else mask
+
+
+def _is_mask(node: Leaf) -> bool:
+    return is_hole(node) or is_packed(node)
+
+
+def _rank(mask: Leaf) -> int:
+    return -1 if is_hole(mask) else len(mask.shape)
 
 
 def check_masks(masks: Masks, params: Params, name: str) -> Masks:

@@ -16,7 +16,7 @@ from jaxprune._layout import Layout, check_layout
 from jaxprune._mesh import shapes_of
 from jaxprune._numbers import is_tree
 from jaxprune._ranking import is_lazy, named_leaves
-from jaxprune._tree import align, map_leaves, prunable
+from jaxprune._tree import Slot, align, map_leaves, prunable
 from jaxprune._where import everything, with_layout
 from jaxprune.typing import (
     Criterion,
@@ -157,6 +157,13 @@ class Parts:
             return self.pattern.expand(keep, like=like)
         masks = self.pattern.expand(keep, like=apart(like, self.apart_by))
         return together(masks, like, self.apart_by)
+
+    def block_of(self, slot: Slot) -> tuple[int, ...]:
+        """How many weights are a unit along each axis of a leaf; () where each is one."""
+        tile = declared(self.pattern, "tile")
+        # A pattern that was shown layers knows their paths, not those of stacks.
+        known = tile is not None and self.apart_by is None
+        return tuple(tile(slot.path, len(slot.leaf.shape))) if known else ()
 
     @property
     def crosses_leaves(self) -> bool:

@@ -13,13 +13,13 @@ from jaxprune._errors import check_parts
 from jaxprune._frozen import moving
 from jaxprune._help import readable, scheduled
 from jaxprune._layout import Layout
-from jaxprune._masks import check_masks, dense_masks, unpack
+from jaxprune._masks import blocks_in, check_masks, dense_masks, unpack
 from jaxprune._parts import Parts
 from jaxprune._pruner import Pruner
 from jaxprune._state import is_placeholder, without_variables
 from jaxprune._tree import is_matrix, map_leaves
 from jaxprune._where import by_default
-from jaxprune._wrap import Done, Inner, Step, Store, wrap
+from jaxprune._wrap import Done, First, Inner, Step, Store, wrap
 from jaxprune.criteria import magnitude
 from jaxprune.patterns import Weights
 from jaxprune.scopes import per_leaf
@@ -75,7 +75,8 @@ def prune(
       scope: who competes with whom.
       where: predicate of path and array: which leaves are prunable.
       key: random key for criteria that ask for one; folded with the step at every event.
-      packed: keep the masks as bits, an eighth of the memory.
+      packed: keep the masks as bits: an eighth of the memory, and for ``patterns.Blocks`` one bit
+        a block.
       layout: what each axis means, from ``jp.find_layout`` or declared: layers of a stack are then
         ranked one by one, and parts may name axes by their roles; see ``find_masks``.
 
@@ -106,7 +107,7 @@ def prune(
         evidence = pruner.evidence(now, memory)
         stored = bound.renewed(
             count,
-            store(bound.widened(now.state.masks)),
+            store(bound.widened(now.state.masks), now.state.masks),
             evidence,
             store,
             falls=bound.falls(count),
@@ -148,7 +149,7 @@ def hold(
         ``jp.masks_from_zeros`` goes on with a network that was pruned before. Arrays are kept in
         the state and travel with it.
       where: which leaves the dense masks of ``init`` cover, if no masks are given.
-      packed: keep the masks as bits.
+      packed: keep the masks as bits: one a weight, or a block where ``masks`` come packed so.
 
     Returns:
       An optax transformation with a ``PruneState``.
@@ -175,14 +176,18 @@ def hold(
     # A module with masks in the place of its weights can be called as well.
     from_params = callable(masks) and not any(map(_is_mask, jax.tree.leaves(masks)))
 
-    def first(params: Params) -> tuple[Masks, Any]:
+    def first(params: Params) -> First:
         if is_placeholder(params):
-            return params, ()
+            return First(params)
         if masks is None:
-            return dense_masks(params, where=moving(where, given_inner, params, "hold")), ()
-        given = masks(params) if from_params else masks
-        mirror = check_masks(unpack(without_variables(given)), params, "masks")
-        return map_leaves(_as_params, params, mirror), ()
+            return First(dense_masks(params, where=moving(where, given_inner, params, "hold")))
+        given = without_variables(masks(params) if from_params else masks)
+        mirror = check_masks(unpack(given), params, "masks")
+        blocks = blocks_in(given)
+        return First(
+            map_leaves(_as_params, params, mirror),
+            block_of=lambda slot: blocks.get(slot.keys, ()),
+        )
 
     def step(inner: Inner, now: Step, store: Store) -> Done:
         del store

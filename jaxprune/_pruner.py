@@ -17,17 +17,17 @@ from jaxprune._evidence import check_evidence, criterion_name, required_evidence
 from jaxprune._find import among, choose, select
 from jaxprune._frozen import Moving, frozen, without
 from jaxprune._help import schedule_for
-from jaxprune._masks import check_masks, unpack
+from jaxprune._masks import check_masks, is_packed, units_of, unpack
 from jaxprune._mesh import all_true, is_explicit, reshard_like, shapes_of
 from jaxprune._numbers import plain
 from jaxprune._parts import Parts, declared
 from jaxprune._ranking import Lazy, is_lazy
 from jaxprune._score import lazy_scores, score
-from jaxprune._state import is_packed, is_placeholder
-from jaxprune._tree import leaves_with_path, list_paths, map_leaves, narrow
+from jaxprune._state import is_placeholder
+from jaxprune._tree import is_hole, leaves_with_path, list_paths, map_leaves, narrow, slots
 from jaxprune._where import by_default
-from jaxprune._wrap import Step, Store, at_most_once
-from jaxprune.typing import Masks, Params, Schedule
+from jaxprune._wrap import First, Step, Store, at_most_once
+from jaxprune.typing import Masks, Params, Schedule, Units
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,14 +69,14 @@ class Pruner:
         """True if leaves are chosen by the default ``where`` alone."""
         return by_default(self.parts.where) and not self.parts.crosses_leaves
 
-    def first(self, params: Params) -> tuple[Masks, Any]:
+    def first(self, params: Params) -> First:
         """Make masks that keep all, and what the criterion remembers at the start."""
         start = getattr(self.parts.criterion, "init", None)
         if is_placeholder(params):
-            return params, start(params) if start else ()
+            return First(params, start(params) if start else ())
         bound = self.on(params)
         memory = start(bound.parts.shown(bound.part, bound.part)) if start else ()
-        return bound.first_masks(), memory
+        return First(bound.first_masks(), memory, bound.parts.block_of)
 
     def on(self, params: Params, stored: Masks | None = None) -> "Bound":
         """Settle what is pruned of these params, at ``init`` or with the masks of the state.
@@ -195,8 +195,11 @@ class Bound:
 
             def renew(stored: Masks) -> Masks:
                 scores = score(self.parts, self.part, self.params, evidence)
-                within = None if falls is None else _living(stored, falls)
-                return store(select(self.parts, scores, self.amount(step), within, like=self.part))
+                alive = None if falls is None else self.alive(stored, falls)
+                within = None if falls is None or alive is not None else _living(stored, falls)
+                amount = self.amount(step)
+                masks = select(self.parts, scores, amount, within, like=self.part, alive=alive)
+                return store(masks, stored)
 
             return at_most_once(due, renew, stored)
         # The search is settled before it starts where nothing is due, and so needs nothing around
@@ -210,9 +213,24 @@ class Bound:
             earlier = jax.tree.map(lambda _: None, masks, is_leaf=is_lazy)
             if falls is not None:
                 earlier = as_tree(_living(stored, falls), self.part)
-            return store(map_leaves(lambda _, new, old: among(new, old), self.part, masks, earlier))
+            new = map_leaves(lambda _, new, old: among(new, old), self.part, masks, earlier)
+            return store(new, stored)
 
         return at_most_once(due, compare, stored)
+
+    def alive(self, stored: Masks, falls: jax.Array) -> Units | None:
+        """The units that may be kept, read off bits that are units; None where weights tell.
+
+        So blocks are ranked among those alive, and no mask of the size of the weights is made.
+        """
+        bits = jax.tree.leaves(stored, is_leaf=is_packed)
+        blocks = [self.parts.block_of(s) for s in slots(self.part) if not is_hole(s.leaf)]
+        of_units = (
+            is_packed(m) and m.block and m.block == b for m, b in zip(bits, blocks, strict=True)
+        )
+        if not all(of_units):
+            return None
+        return as_tree([units_of(packed) | falls for packed in bits], self.part)
 
     def widened(self, stored: Masks) -> Masks:
         """Widen masks of somebody else's pattern to what this one finds."""

@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from jaxprune._masks import Packed
 from jaxprune._serial import serialize_tuple
 from jaxprune.typing import Leaf, Masks, Tree
 
@@ -49,8 +48,3 @@ def is_placeholder(params: Any) -> bool:
     It is a node without leaves, but none of the usual containers.
     """
     return not isinstance(params, dict | list | tuple | None) and not jax.tree.leaves(params)
-
-
-def is_packed(node: Leaf) -> bool:
-    """True for a mask in bits: for ``is_leaf``."""
-    return isinstance(node, Packed)

@@ -8,9 +8,17 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._errors import check_living
-from jaxprune._masks import check_masks, pack, unpack
-from jaxprune._state import PruneState, is_packed, without_variables
+from jaxprune._masks import (
+    blocks_in,
+    check_masks,
+    is_packed,
+    pack_by,
+    torn_blocks,
+    unpack,
+)
+from jaxprune._state import PruneState, without_variables
 from jaxprune._tree import align, is_hole, leaves_by_keys, list_paths
+from jaxprune._values import is_concrete
 from jaxprune.typing import Leaf, Masks, Tree
 
 
@@ -57,7 +65,8 @@ def with_masks(opt_state: optax.OptState, masks: Masks) -> optax.OptState:
 
     Raises:
       ValueError: the masks do not mirror those of the state, name leaves that no pruner sees, or
-        there is no pruner, or two of them have masks for the same leaf.
+        there is no pruner, or two of them have masks for the same leaf; or the state has one bit
+        for each block, and a mask keeps a part of one.
       TypeError: a mask is not bool.
 
     Example:
@@ -153,14 +162,26 @@ def _share(old: Masks, masks: Masks) -> Masks:
 
 
 def _stored_like(old: Masks, masks: Masks) -> Masks:
-    """Pack masks if the old ones are, each array in an nnx variable if those are."""
+    """Pack masks if the old ones are, in their blocks, each array in an nnx variable if those are.
+
+    Inside of a trace nobody can tell whether masks are constant within blocks, and each weight gets
+    a bit of its own.
+    """
     bits = [m.bits for m in jax.tree.leaves(old, is_leaf=is_packed) if is_packed(m)]
     if not bits:
         return masks
+    blocks = blocks_in(old) if is_concrete(masks) else {}
+    block_of = lambda slot: blocks.get(slot.keys, ())  # noqa: E731
+    if torn := torn_blocks(masks, block_of):
+        raise ValueError(
+            f"`with_masks` got masks that keep a part of a block at {list_paths(torn)}, where this "
+            "state has one bit for each block. Find them with the pattern of the optimizer, or "
+            "make it with `packed=False`."
+        )
     wrapping = jax.tree.structure(bits[0])
     return jax.tree.map(
         lambda m: m._replace(bits=jax.tree.unflatten(wrapping, [m.bits])),
-        pack(masks),
+        pack_by(masks, block_of),
         is_leaf=is_packed,
     )
 

@@ -72,7 +72,7 @@ def straight_through(
       scope: who competes with whom.
       where: predicate of path and array: which leaves are prunable.
       key: random key for criteria that ask for one; folded with the step at every event.
-      packed: keep the masks as bits.
+      packed: keep the masks as bits, for ``patterns.Blocks`` one a block.
       layout: what each axis means, from ``jp.find_layout`` or declared: layers of a stack are then
         ranked one by one, and parts may name axes by their roles; see ``find_masks``.
 
@@ -108,7 +108,8 @@ def straight_through(
         bound, count = pruner.on(now.params, now.state.masks), now.state.count
         memory = bound.remember(now.state.criterion_state, now.grads)
         evidence = pruner.evidence(now, memory)
-        stored = bound.renewed(count, store(bound.widened(now.state.masks)), evidence, store)
+        held = store(bound.widened(now.state.masks), now.state.masks)
+        stored = bound.renewed(count, held, evidence, store)
         # Weights are dense: neither gradients nor updates know of masks.
         updates, inner_state = inner.update(
             now.grads, now.state.inner_state, now.params, **now.extra

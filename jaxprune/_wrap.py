@@ -9,10 +9,11 @@ import optax
 from jax import lax
 
 from jaxprune._advice import warn
+from jaxprune._bits import Block
 from jaxprune._checks import check_grads, check_inner, check_start, check_update
-from jaxprune._masks import check_masks, pack, unpack
+from jaxprune._masks import check_masks, pack_by, pack_like, unpack
 from jaxprune._state import PruneState, is_placeholder, without_variables
-from jaxprune._tree import narrow
+from jaxprune._tree import Slot, narrow
 from jaxprune.typing import Masks, Params, Schedule
 
 
@@ -52,21 +53,35 @@ class Done(NamedTuple):
     memory: Any
 
 
+class First(NamedTuple):
+    """What a state starts from.
+
+    Attributes:
+      masks: like the params.
+      memory: what a criterion remembers.
+      block_of: says of a leaf how many weights share a bit along each axis.
+    """
+
+    masks: Masks
+    memory: Any = ()
+    block_of: Callable[[Slot], Block] = lambda slot: ()
+
+
 Inner: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 class Store(Protocol):
     """Puts masks into the form in which they lie in the state."""
 
-    def __call__(self, masks: Masks) -> Masks:
-        """Pack them, or leave them as they are."""
+    def __call__(self, masks: Masks, like: Masks) -> Masks:
+        """Pack them as those that lie there now are, or leave them as they are."""
 
 
 def wrap(
     user: str,
     inner: optax.GradientTransformation,
     *,
-    first: Callable[[Params], tuple[Masks, Any]],
+    first: Callable[[Params], First],
     step: Callable[[Inner, Step, Store], Done],
     key: jax.Array | None = None,
     packed: bool = False,
@@ -79,7 +94,7 @@ def wrap(
     Args:
       user: the public wrapper, for messages.
       inner: any optax optimizer.
-      first: from params to the first masks, and what a criterion remembers at the start.
+      first: from params to what the state starts from.
       step: what one update does, given the inner optimizer, where it starts, and how masks lie.
       key: kept in the state.
       packed: keep the masks as bits.
@@ -91,19 +106,22 @@ def wrap(
     check_inner(inner, user)
     inner = optax.with_extra_args_support(inner)
 
-    def store(masks: Masks) -> Masks:
-        # Bits have no nnx variables around them: `nnx.Optimizer` gives it a variable for each
-        # array, and what it keeps of a node inside of a variable is no node any more.
-        return pack(without_variables(masks)) if packed else masks
+    # Bits have no nnx variables around them: `nnx.Optimizer` gives it a variable for each array,
+    # and what it keeps of a node inside of a variable is no node any more.
+    def begin(start: First) -> Masks:
+        return pack_by(without_variables(start.masks), start.block_of) if packed else start.masks
+
+    def store(masks: Masks, like: Masks) -> Masks:
+        return pack_like(without_variables(masks), like) if packed else masks
 
     def init(params: Params) -> PruneState:
         check_start(user, params)
-        masks, memory = first(params)
+        start = first(params)
         state = PruneState(
             count=jnp.zeros([], jnp.int32),
-            masks=store(masks),
+            masks=begin(start),
             inner_state=inner.init(params),
-            criterion_state=memory,
+            criterion_state=start.memory,
             key=None if key is None else jnp.copy(key),
         )
         if not is_placeholder(params):

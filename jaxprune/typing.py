@@ -31,6 +31,7 @@ __all__ = (
     "Scores",
     "Settling",
     "Sparsity",
+    "Tiling",
     "Tree",
     "Units",
     "Where",
@@ -120,6 +121,20 @@ class Settling(Pattern, Protocol):
 
     def settle(self, units: Units, keep: Units, alive: Units) -> Units:
         """Correct what a scope kept. ``alive`` are bools like ``units``, or None where all are."""
+
+
+class Tiling(Pattern, Protocol):
+    """A pattern whose units are boxes of one size, side by side from the first weight of a leaf on.
+
+    Masks that are kept as bits then have one for each unit instead of one for each weight. So what
+    it expands has to be full and constant within a unit.
+    """
+
+    def tile(self, path: str, rank: int) -> tuple[int, ...]:
+        """Give the size of a unit along each axis of a leaf; () where each weight is a unit.
+
+        The last unit of an axis may be smaller. Asked once the pattern is bound.
+        """
 
 
 class CrossLeaf(Pattern, Protocol):

@@ -10,7 +10,7 @@ import numpy as np
 from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from jaxprune._bits import axis_of, stack_of
+from jaxprune._bits import axis_of, shape_of_units, stack_of
 from jaxprune._masks import Packed
 from jaxprune._tree import Slot, check_paths, is_hole, slots
 
@@ -199,10 +199,7 @@ def digest(*arrays: np.ndarray) -> str:
 def on_host(leaf: Leaf) -> np.ndarray:
     """Bring what is to be stored of a leaf to the host: the words of keys, masks unpacked."""
     if isinstance(leaf, Packed):
-        bits = on_host(leaf.bits)
-        axis = axis_of(bits.shape, leaf.shape)
-        wide = np.unpackbits(bits, axis=axis, count=(leaf.shape or (1,))[axis]).view(np.bool_)
-        return wide.reshape(*stack_of(bits.shape, leaf.shape), *leaf.shape)
+        return _from_packed(on_host(leaf.bits), leaf)
     array = jax.random.key_data(leaf) if is_key(leaf) else leaf
     if isinstance(array, jax.Array) and not (
         array.is_fully_addressable or array.is_fully_replicated
@@ -221,9 +218,7 @@ def place(array: np.ndarray, like: Leaf = None, key: str | None = None) -> Leaf:
         keys = jax.random.wrap_key_data(jnp.asarray(array), impl=key)
         return keys if sharding_of(like) is None else jax.device_put(keys, sharding_of(like))
     if isinstance(like, Packed):
-        wide = array.reshape(*stack_of(like.bits.shape, like.shape), *(like.shape or (1,)))
-        bits = np.packbits(wide, axis=axis_of(like.bits.shape, like.shape))
-        return Packed(place(bits, like.bits), like.shape)
+        return like._replace(bits=place(_to_packed(array, like), like.bits))
     if type(like) in NUMBERS:
         return type(like)(array.item())
     array = array.astype(getattr(like, "dtype", array.dtype), copy=False)
@@ -232,6 +227,36 @@ def place(array: np.ndarray, like: Leaf = None, key: str | None = None) -> Leaf:
     if jax.dtypes.canonicalize_dtype(array.dtype) != array.dtype:
         return array
     return _put(array, like)
+
+
+# In a file a mask has a bit for each weight, whatever shares one in memory: so what was saved with
+# one bit a weight comes back with one a block, and the other way round.
+
+
+def _from_packed(bits: np.ndarray, like: Packed) -> np.ndarray:
+    """A mask out of bits, whose shape and block are those of ``like``."""
+    axis = axis_of(bits.shape, like.shape, like.block)
+    units = shape_of_units(like.shape, like.block)
+    wide = np.unpackbits(bits, axis=axis, count=(units or (1,))[axis]).view(np.bool_)
+    for at, size in zip(range(-len(like.block), 0), like.block, strict=True):
+        wide = wide.repeat(size, axis=at).take(np.arange(like.shape[at]), axis=at)
+    return wide.reshape(*stack_of(bits.shape, like.shape), *like.shape)
+
+
+def _to_packed(mask: np.ndarray, like: Packed) -> np.ndarray:
+    """The bits of a mask, packed as ``like`` is."""
+    stack = stack_of(like.bits.shape, like.shape)
+    wide = units = mask.reshape(*stack, *(like.shape or (1,)))
+    for at, size in zip(range(-len(like.block), 0), like.block, strict=True):
+        units = units.take(np.arange(0, like.shape[at], size), axis=at)
+    bits = np.packbits(units, axis=axis_of(like.bits.shape, like.shape, like.block))
+    if like.block and not np.array_equal(_from_packed(bits, like), wide):
+        raise ValueError(
+            f"A stored mask of shape {like.shape} keeps a part of a block, where `like` has one "
+            f"bit for each block of {like.block}. Restore it into a state with a bit for each "
+            "weight: `state._replace(masks=jp.pack(jp.unpack(state.masks)))`."
+        )
+    return bits
 
 
 def _put(array: np.ndarray, like: Leaf) -> jax.Array:

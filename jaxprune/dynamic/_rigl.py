@@ -59,7 +59,7 @@ def rigl(
       pattern: what is dropped and grown together; units are counted and scored instead of weights.
       where: predicate of path and array: which leaves are prunable.
       key: random key for the start; without it the largest weights start.
-      packed: keep the masks as bits.
+      packed: keep the masks as bits, for ``patterns.Blocks`` one a block.
       layout: what each axis means, from ``jp.find_layout`` or declared: what moves is then counted
         in each layer of a stack; see ``find_masks``.
 

@@ -48,7 +48,7 @@ def set(
         at ``end`` along a cosine.
       pattern: what is dropped and grown together.
       where: predicate of path and array: which leaves are prunable.
-      packed: keep the masks as bits.
+      packed: keep the masks as bits, for ``patterns.Blocks`` one a block.
       layout: what each axis means, from ``jp.find_layout`` or declared: what moves is then counted
         in each layer of a stack; see ``find_masks``.
 

@@ -15,16 +15,16 @@ from jaxprune._errors import check_key, check_sparsity
 from jaxprune._find import find
 from jaxprune._frozen import Moving, moving
 from jaxprune._layout import Layout
-from jaxprune._masks import check_masks, unpack
+from jaxprune._masks import check_masks, is_packed, unpack
 from jaxprune._mesh import in_auto_mode, is_explicit
 from jaxprune._numbers import is_tree
 from jaxprune._parts import Parts
 from jaxprune._pruner import as_tree, lazy_masks, widen
 from jaxprune._ranking import Lazy, is_lazy, read
-from jaxprune._state import is_packed, is_placeholder
+from jaxprune._state import is_placeholder
 from jaxprune._tree import map_leaves, narrow
 from jaxprune._where import by_default, everything, with_layout
-from jaxprune._wrap import Done, Inner, Step, Store, at_most_once, wrap
+from jaxprune._wrap import Done, First, Inner, Step, Store, at_most_once, wrap
 from jaxprune.dynamic._drop_and_grow import Moves, drop_and_grow
 from jaxprune.dynamic._moments import check_moments, reset_moments
 from jaxprune.scopes import erk, per_leaf
@@ -68,13 +68,14 @@ def sparse_training(
     check_key(user, key)
     _check_parts(parts, sparsity)
 
-    def first(params: Params) -> tuple[Masks, Any]:
+    def first(params: Params) -> First:
         if is_placeholder(params):
-            return params, ()
+            return First(params)
         check_moments(inner, params, user)
         chosen = _chosen(parts, inner, params)
         each = _each(chosen, params, sparsity, narrowed=isinstance(chosen.where, Moving))
-        return find(chosen, params, each, {"key": key}), ()
+        masks = find(chosen, params, each, {"key": key})
+        return First(masks, block_of=chosen.bind(params).block_of)
 
     def step(optimizer: Inner, now: Step, store: Store) -> Done:
         check_extra(user, inner, now.extra)
@@ -147,7 +148,7 @@ class _Event(NamedTuple):
 
     def renewed(self, masks: Masks, store: Store) -> Masks:
         """Give what becomes of masks, in the form of the state; ``masks`` as they lie in it."""
-        stored = store(widen(masks, self.part, self.parts))
+        stored = store(widen(masks, self.part, self.parts), masks)
         before, within = partial(self._before, store), partial(self._within, store)
         if is_explicit(self.part) or not self.parts.of_weights:
             return within(stored)
@@ -184,7 +185,7 @@ class _Event(NamedTuple):
         def move_all(stored: Masks) -> Masks:
             masks = as_tree(unpack(stored), self.part)
             moved = in_auto_mode(move, masks, self.part, *self.scores, like=self.part)
-            return store(as_tree(moved, unpack(stored)))
+            return store(as_tree(moved, unpack(stored)), stored)
 
         return at_most_once(self.due, move_all, stored)
 
@@ -194,7 +195,7 @@ def _lazy_leaves(tree: Masks) -> list[Lazy]:
 
 
 def _compare(moves: Moves, store: Store, stored: Masks) -> Masks:
-    return store(moves.of(unpack(stored)))
+    return store(moves.of(unpack(stored)), stored)
 
 
 def _worth(weight: jax.Array, update: jax.Array) -> Lazy:

@@ -81,8 +81,18 @@ class Blocks:
         """Repeat each block over its weights: full masks."""
         return map_with_path(lambda path, w, k: self._expand_leaf(path, k, w.shape), like, keep)
 
+    def tile(self, path: str, rank: int) -> tuple[int, ...]:
+        """Give the size of a block along each axis of a leaf; () if its axes do not suffice."""
+        names = self.axes or tuple(range(-len(self.shape), 0))
+        found = [axes_of(self.layout, path, rank, name) for name in names]
+        places = [axes[0] for axes in found if axes]
+        if len(set(places)) < len(names):
+            return ()
+        at = dict(zip(places, self.shape, strict=True))
+        return tuple(at.get(i, 1) for i in range(rank))
+
     def _pool_leaf(self, path: str, scores: jax.Array) -> jax.Array:
-        sizes = self._sizes(path, scores.ndim)
+        sizes = self.tile(path, scores.ndim)
         inside, tiled = _tiling(scores.shape, sizes)
         pooled = reduce_scores(self.reduce, _split(scores, sizes, tiled), inside)
         if self.reduce == "mean":  # the padding took part as zeros; divide by what is really there
@@ -92,28 +102,18 @@ class Blocks:
         return jnp.squeeze(pooled, axis=inside)
 
     def _expand_leaf(self, path: str, keep: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        sizes = self._sizes(path, len(shape))
+        sizes = self.tile(path, len(shape))
         inside, tiled = _tiling(shape, sizes)
         full = jnp.broadcast_to(jnp.expand_dims(keep, inside), tiled)
         full = full.reshape([n * size for n, size in zip(keep.shape, sizes, strict=True)])
         return full[tuple(slice(n) for n in shape)]
-
-    def _sizes(self, path: str, rank: int) -> tuple[int, ...]:
-        """The size of a block along each axis of a leaf; nothing if its axes do not suffice."""
-        names = self.axes or tuple(range(-len(self.shape), 0))
-        found = [axes_of(self.layout, path, rank, name) for name in names]
-        places = [axes[0] for axes in found if axes]
-        if len(set(places)) < len(names):
-            return ()
-        at = dict(zip(places, self.shape, strict=True))
-        return tuple(at.get(i, 1) for i in range(rank))
 
     def _check(self, scores: Scores) -> None:
         check_named(self.layout, {}, self.axes or (), repr(self), single=True)
         bad: list[str] = []
 
         def visit(path: str, s: jax.Array) -> None:
-            if not self._sizes(path, s.ndim):
+            if not self.tile(path, s.ndim):
                 twice = self.axes is not None and s.ndim >= len(self.shape)
                 why = ", of which it names an axis twice or one that is not there" * twice
                 bad.append(f"{path!r} of shape {s.shape}{why}")

@@ -29,20 +29,22 @@ def mesh_of(axis_type=AxisType.Auto):
 
 
 def assert_lie_like(masks, params):
-    """Each axis of a mask is cut as that of its weights; of bits, where shards are whole bytes."""
+    """Each axis of a mask is cut as that of its weights; of bits, where shards are whole ones."""
 
     def check(param, mask):
         if mask is None:
             return
-        array = mask.bits if isinstance(mask, jp.Packed) else mask
+        packed = isinstance(mask, jp.Packed)
+        array = mask.bits if packed else mask
+        block = (packed and mask.block) or (1,) * len(mask.shape)
         spec = [*param.sharding.spec, *[None] * param.ndim]
         cut = P(*(s if n > 1 else None for s, n in zip(spec, mask.shape, strict=False)))
         want = NamedSharding(param.sharding.mesh, cut).shard_shape(mask.shape)
         got = array.sharding.shard_shape(array.shape)
         for axis, (n, part) in enumerate(zip(want, got, strict=True)):
-            in_bytes = array.shape[axis] != mask.shape[axis]
-            ok = part == n // 8 or n % 8 if in_bytes else part == n
-            assert ok, (axis, array.sharding, param.sharding)
+            in_bytes = array.shape[axis] != -(-mask.shape[axis] // block[axis])
+            share = 8 * block[axis] if in_bytes else block[axis]  # weights that share an entry
+            assert part == n // share or n % share, (axis, array.sharding, param.sharding)
 
     jax.tree.map(check, params, masks, is_leaf=lambda x: x is None)
 

@@ -11,11 +11,13 @@ from pathlib import Path
 import jax
 import ml_dtypes
 import numpy as np
+import optax
 
 import jaxprune as jp
 
 MODEL = Path(__file__).with_name("model_format_1.safetensors")
 RUN = Path(__file__).with_name("run_format_1.zip")
+BLOCKS = Path(__file__).with_name("run_of_blocks_format_1.zip")  # its state had a bit a weight
 
 
 def model():
@@ -44,8 +46,25 @@ def run():
     return {"params": params, "masks": masks, "key": jax.random.key(7), "step": 3}
 
 
+def blocks():
+    """A state with masks of blocks in bits, and how it starts."""
+    params = {"kernel": np.arange(80, dtype=np.float32).reshape(8, 10) * 7 % 81 - 40}
+    pattern = jp.patterns.Blocks((2, 4))
+    tx = jp.prune(
+        optax.sgd(0.1, momentum=0.9),
+        schedule=jp.schedules.constant(0.5),
+        pattern=pattern,
+        packed=True,
+    )
+    start = tx.init(params)
+    return jp.with_masks(start, jp.find_masks(params, 0.5, pattern=pattern)), start
+
+
 if __name__ == "__main__":
     jp.checkpoint.save(MODEL, *model())
     with tempfile.TemporaryDirectory() as folder:
         jp.checkpoint.save_run(Path(folder, "run"), 3, run(), config={"rate": 0.2})
         shutil.make_archive(str(RUN.with_suffix("")), "zip", folder)
+    with tempfile.TemporaryDirectory() as folder:
+        jp.checkpoint.save_run(Path(folder, "run"), 3, blocks()[0])
+        shutil.make_archive(str(BLOCKS.with_suffix("")), "zip", folder)

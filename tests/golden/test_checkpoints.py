@@ -6,7 +6,7 @@ import jax
 import pytest
 
 import jaxprune as jp
-from tests.golden.checkpoints import MODEL, RUN, model, run
+from tests.golden.checkpoints import BLOCKS, MODEL, RUN, blocks, model, run
 from tests.helpers import assert_trees_equal
 
 
@@ -24,3 +24,12 @@ def test_a_run_that_an_earlier_version_saved_goes_on(tmp_path):
     got = jp.checkpoint.restore_run(tmp_path / "run", run(), config={"rate": 0.2})
     same = lambda tree: {**tree, "key": jax.random.key_data(tree["key"])}
     assert_trees_equal(same(got), same(run()))
+
+
+def test_a_run_saved_with_a_bit_a_weight_goes_on_with_a_bit_a_block(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    shutil.unpack_archive(BLOCKS, tmp_path)
+    want, start = blocks()
+    got = jp.checkpoint.restore_run(tmp_path / "run", start)
+    assert_trees_equal(got, want)
+    assert got.masks["kernel"].block == (2, 4)

@@ -18,7 +18,7 @@ from jaxprune._states import is_pruner, pruners
 from jaxprune._tree import is_array, join_static, leaves_with_path, list_paths, split_static
 from jaxprune._verify import difference, masks_over
 from jaxprune.graph._blocked import Blocked
-from jaxprune.graph._network import Program, check_call, program_of
+from jaxprune.graph._network import Program, check_call, program_of, specs_beside
 from jaxprune.graph._sparse import Evaluation, Seen
 from jaxprune.typing import Masks, Params
 
@@ -229,7 +229,9 @@ def sparse_function(fn: Callable[..., Any], found: Compaction) -> Callable[..., 
 
     @functools.partial(jax.jit, static_argnums=1)
     def run(arrays: Sequence[Any], static: Any) -> Any:
-        program = trace(fn, found, *_arguments(arrays, static))
+        (params, *inputs), keywords = join_static(arrays, static)
+        whole = specs_beside(found.whole, params)
+        program = trace(fn, found, whole, inputs, keywords)
         seen: list[Seen] = []
         outs = evaluate(program, found, arrays, seen)
         _warn_of_whole(found, seen)
@@ -243,17 +245,15 @@ def sparse_function(fn: Callable[..., Any], found: Compaction) -> Callable[..., 
     return sparse_fn
 
 
-def _arguments(arrays: Sequence[Any], static: Any) -> tuple[Sequence[Any], dict[str, Any]]:
-    (_, *inputs), keywords = join_static(arrays, static)
-    return inputs, keywords
-
-
 def trace(
-    fn: Callable[..., Any], found: Compaction, inputs: Sequence[Any], keywords: dict[str, Any]
+    fn: Callable[..., Any],
+    found: Compaction,
+    whole: Params,
+    inputs: Sequence[Any],
+    keywords: dict[str, Any],
 ) -> Program:
-    """Trace the whole function."""
-    n = len(paths_of(found))
-    return program_of(fn, (found.whole, *inputs), keywords, n)
+    """Trace the whole function on the shapes of its params."""
+    return program_of(fn, (whole, *inputs), keywords, len(paths_of(found)))
 
 
 def paths_of(found: Compaction) -> list[str]:

@@ -321,16 +321,20 @@ def test_half_precision_accumulates_as_the_dense_product_does():
         np.testing.assert_allclose(got, want, rtol=1e-2, atol=1e-5)
 
 
-def test_blocks_that_are_sharded_by_column_give_what_one_device_gives(small):
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_blocks_and_data_that_are_sharded_give_what_one_device_gives(small, kind):
     params, masks, x = small
     sparse_fn, sparse_params = jp.compact(mlp, params, masks, only=".*")
-    mesh = jax.make_mesh((1,), ("x",), devices=jax.devices()[:1])
-    if jax.device_count() >= 4:
-        mesh = jax.make_mesh((4,), ("x",), devices=jax.devices()[:4])
-    by_column = jax.NamedSharding(mesh, jax.P("x"))
-    sharded = {**sparse_params, "up": jax.device_put(sparse_params["up"], by_column)}
-    got = jax.jit(sparse_fn)(sharded, x)
-    np.testing.assert_allclose(got, sparse_fn(sparse_params, x), rtol=1e-6)
+    want = sparse_fn(sparse_params, x)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType[kind],))
+    columns = jax.NamedSharding(mesh, jax.P("x"))
+    with jax.set_mesh(mesh):
+        sharded = {**sparse_params, "up": jax.device_put(sparse_params["up"], columns)}
+        got = jax.jit(sparse_fn)(sharded, jax.device_put(x, columns))
+        by_hand = jax.shard_map(sparse_fn, in_specs=(jax.P(), jax.P("x")), out_specs=jax.P("x"))
+        apart = jax.jit(by_hand)(sparse_params, jax.device_put(x, columns))
+    np.testing.assert_allclose(got, want, rtol=1e-6)
+    np.testing.assert_allclose(apart, want, rtol=1e-6)
 
 
 # Which weights, and in what shape

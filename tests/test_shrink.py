@@ -657,3 +657,18 @@ def test_an_nnx_optimizer_goes_on_after_a_cut_beside_kernels_that_are_in_no_grou
     again.update(small, grads(small))
     assert small.a.kernel.shape == (6, 4)
     assert jp.sparsity(jp.get_masks(again.opt_state), nnx.state(small, nnx.Param)) == 0.0
+
+
+def test_the_small_function_runs_where_devices_hold_parts_of_the_data():
+    def mlp(p, x):
+        return jax.nn.relu(x @ p["up"] + jnp.broadcast_to(p["bias"], (len(x), 6))) @ p["down"]
+
+    draw = np.random.default_rng(0).normal
+    params = {"up": draw(size=(4, 6)), "bias": draw(size=6), "down": draw(size=(6, 3))}
+    params, x = jax.tree.map(jnp.float32, (params, draw(size=(8, 4))))
+    groups = jp.find_groups(mlp, params, x)
+    masks = jp.find_masks(params, 0.5, pattern=jp.patterns.Coupled(groups))
+    small_fn, small = jp.shrink(mlp, params, masks)
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
+    apart = jax.shard_map(small_fn, mesh=mesh, in_specs=(jax.P(), jax.P("x")), out_specs=jax.P("x"))
+    np.testing.assert_allclose(jax.jit(apart)(small, x), small_fn(small, x), rtol=1e-6)

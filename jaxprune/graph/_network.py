@@ -223,10 +223,41 @@ def _fills(old: Axes, new: Axes) -> bool:
 
 
 def spec_of(x: Any) -> jax.ShapeDtypeStruct:
-    """Shape and dtype of an array, and how explicit mesh axes cut it."""
+    """Shape and dtype of an array, how explicit mesh axes cut it, and over which it varies."""
+    if _varying(x):
+        return _on_devices(jnp.shape(x), x.dtype, x)
     layout = jax.typeof(x).sharding if is_explicit(x) else getattr(x, "sharding", None)
     keep = isinstance(x, jax.ShapeDtypeStruct) or is_explicit(x)
     return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=layout if keep else None)
+
+
+def specs_beside(whole: Params, arrays: Params) -> Params:
+    """The shapes of a tree, each varying as the array in the same place does.
+
+    A ``shard_map`` traces nothing that mixes what varies over its devices with what does not, and
+    shapes that were noted outside of it do not know.
+    """
+
+    def one(spec: Any, x: Any) -> Any:
+        mixed = is_array(spec) and is_array(x) and _varying(x)
+        return _on_devices(spec.shape, spec.dtype, x) if mixed else spec
+
+    return jax.tree.map(one, whole, arrays)
+
+
+def _varying(x: Any) -> frozenset[str]:
+    """Over which mesh axes an array varies, inside of a ``shard_map``."""
+    kind = None if isinstance(x, jax.ShapeDtypeStruct) else jax.typeof(x)
+    return getattr(getattr(kind, "manual_axis_type", None), "varying", frozenset())
+
+
+def _on_devices(shape: tuple[int, ...], dtype: Any, like: Any) -> jax.ShapeDtypeStruct:
+    """A shape that varies over the devices of a ``shard_map`` as an array does."""
+    kind: Any = jax.typeof(like)
+    whole = jax.NamedSharding(kind.sharding.mesh, jax.P(*[None] * len(shape)))
+    return jax.ShapeDtypeStruct(
+        shape, dtype, sharding=whole, manual_axis_type=kind.manual_axis_type
+    )
 
 
 def check_call(fn: Any, keywords: Mapping[str, Any], user: Callable[..., Any]) -> None:

@@ -22,6 +22,7 @@ from jaxprune.graph._network import (
     Network,
     mirrored_outputs,
     network,
+    specs_beside,
 )
 from jaxprune.graph._site import Rule
 from jaxprune.graph._take import take
@@ -133,8 +134,9 @@ def small_function(surgery: Surgery, carried: CarryCut) -> Callable[..., Any]:
         cuts = dict(zip(numbers, carried, strict=True))
         values = [_enter(x, cuts[i]) if i in cuts else x for i, x in enumerate(arrays)]
         specs = [_as_whole(x, cuts[i]) if i in cuts else x for i, x in enumerate(values)]
-        (_, *inputs), keywords = join_static(specs, static)
-        return surgery.plan(inputs, keywords).run(values)
+        (params, *inputs), keywords = join_static(specs, static)
+        whole = specs_beside(surgery.whole, params)
+        return dataclasses.replace(surgery, whole=whole).plan(inputs, keywords).run(values)
 
     def small_fn(params: Params, *inputs: Any, **keywords: Any) -> Any:
         _check_small(params, surgery.whole, surgery.kept)
@@ -160,7 +162,7 @@ def _enter(x: Any, cut: Sequence[tuple[int, np.ndarray] | None]) -> Any:
 
 def _as_whole(x: Any, cut: Sequence[tuple[int, np.ndarray] | None]) -> jax.ShapeDtypeStruct:
     shape = [n if axis is None else axis[0] for n, axis in zip(jnp.shape(x), cut, strict=True)]
-    return jax.ShapeDtypeStruct(shape, x.dtype)
+    return specs_beside(jax.ShapeDtypeStruct(shape, x.dtype), x)
 
 
 def _check_small(params: Params, whole: Params, kept: Kept) -> None:

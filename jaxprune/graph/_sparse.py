@@ -25,7 +25,10 @@ from jaxprune.graph._line import bind
 from jaxprune.graph._loops import scan_sizes
 from jaxprune.graph._source import describe
 
-_ELEMENTWISE = ("copy", "copy_p", "name", "reduce_precision", "stop_gradient", "neg")
+_ELEMENTWISE = (
+    *("copy", "copy_p", "name", "reduce_precision", "stop_gradient", "neg"),
+    *("pvary", "pcast"),  # what varies over the devices of a shard_map
+)
 _CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 _REMAT = ("remat", "remat2", "checkpoint")
 

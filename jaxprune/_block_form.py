@@ -101,6 +101,8 @@ def form_of(mask: np.ndarray, path: str) -> Form | None:
         return _with_single(form_of(mask.squeeze(), path), mask.shape)
     changes = [_changes(mask, axis) for axis in range(mask.ndim)]
     sizes = [math.gcd(n, *found) for n, found in zip(mask.shape, changes, strict=True)]
+    if max(sizes) == 1:
+        raise ValueError(_ragged(mask.shape, changes, path) or _single(path))
     units = mask[tuple(slice(None, None, s) for s in sizes)]
     grids = [_grid(units, sizes, mask.shape, *way) for way in _ways(mask.ndim)]
     grids.sort(key=lambda grid: -grid.area)  # of equals the first way stays first
@@ -209,14 +211,18 @@ def _block(
     return size, tuple(own)
 
 
+def _single(path: str) -> str:
+    return (
+        f"The mask of {path!r} removes single weights, of which no product gets faster. Find "
+        'masks with `pattern=jp.patterns.Blocks((128, 128), axes=("in", "out")), '
+        "scope=jp.scopes.per_output`, or leave it out with `only`."
+    )
+
+
 def _why(grid: Grid, path: str) -> str:
     """Why a mask cannot be read as balanced blocks."""
     if grid.area == 1:
-        return (
-            f"The mask of {path!r} removes single weights, of which no product gets faster. Find "
-            'masks with `pattern=jp.patterns.Blocks((128, 128), axes=("in", "out")), '
-            "scope=jp.scopes.per_output`, or leave it out with `only`."
-        )
+        return _single(path)
     counts, (bi, bo) = grid.counts, grid.block
     usual = int(np.bincount(counts.reshape(-1)).argmax())
     other = [tuple(map(int, at)) for at in np.argwhere(counts != usual)]

@@ -294,6 +294,17 @@ def test_it_lives_in_jit_grad_vmap_scan_donation_and_export(small):
     assert sparse_fn(step(jax.tree.map(jnp.copy, sparse_params)), x).shape == want.shape
 
 
+def test_data_without_rows_and_single_vectors_go_through(small):
+    params, masks, x = small
+    sparse_fn, sparse_params = jp.compact(lambda p, x: x @ p["up"], params, masks, only="up")
+    assert sparse_fn(sparse_params, x[:0]).shape == (0, 32)
+    want = sparse_fn(sparse_params, x)[0]
+    np.testing.assert_allclose(sparse_fn(sparse_params, x[0]), want, rtol=1e-5)
+    back = lambda p, x: x @ p["up"].T  # noqa: E731
+    sparse_fn, sparse_params = jp.compact(back, params, masks, only="up")
+    assert sparse_fn(sparse_params, jnp.ones((0, 32))).shape == (0, 16)
+
+
 def test_nnx_models_and_flax_variables_go_in_as_they_are():
     model = nnx.Sequential(
         nnx.Linear(16, 32, rngs=nnx.Rngs(0)), nnx.Linear(32, 8, rngs=nnx.Rngs(1))

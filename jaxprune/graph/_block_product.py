@@ -69,7 +69,7 @@ def _parts(rows: int, blocks: tuple[int, ...]) -> int:
     columns, kept, bi, _ = blocks
     if not isinstance(rows, int):  # an exported program for any number of rows
         return 1
-    wanted = -(-rows * columns * kept * bi // _AT_ONCE)
+    wanted = max(-(-rows * columns * kept * bi // _AT_ONCE), 1)
     return next((n for n in range(wanted, columns) if columns % n == 0), columns)
 
 
@@ -82,10 +82,11 @@ def _at_once(x: jax.Array, blocks: jax.Array, index: jax.Array, numerics: Numeri
     """All columns in one batched product; ``x`` is `[rows, inputs]`."""
     columns, kept, bi, bo = blocks.shape
     rows = x.shape[0]
-    laid = x.reshape(rows, -1, bi).transpose(1, 0, 2)
+    laid = x.reshape(rows, x.shape[1] // bi, bi).transpose(1, 0, 2)
     gathered = jnp.take(laid, index.reshape(-1), axis=0, mode="clip")  # it is in bounds
     gathered = gathered.reshape(columns, kept, rows, bi).transpose(0, 2, 1, 3)
-    y = _dot(gathered.reshape(columns, rows, -1), blocks.reshape(columns, -1, bo), numerics)
+    gathered = gathered.reshape(columns, rows, kept * bi)
+    y = _dot(gathered, blocks.reshape(columns, kept * bi, bo), numerics)
     return y.transpose(1, 0, 2).reshape(rows, columns * bo)
 
 
@@ -113,9 +114,9 @@ def transposed_product(
 
     def add(y: jax.Array, part: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[jax.Array, None]:
         x, blocks, index = part
-        wide = blocks.transpose(0, 3, 1, 2).reshape(-1, bo, kept * bi)
-        found = _dot(x, wide, numerics).reshape(-1, rows, kept, bi)
-        found = found.transpose(0, 2, 1, 3).reshape(-1, rows, bi)
+        wide = blocks.transpose(0, 3, 1, 2).reshape(len(x), bo, kept * bi)
+        found = _dot(x, wide, numerics).reshape(len(x), rows, kept, bi)
+        found = found.transpose(0, 2, 1, 3).reshape(len(x) * kept, rows, bi)
         return y.at[index.reshape(-1)].add(found, mode="promise_in_bounds"), None
 
     dtype = numerics.dtype or jnp.result_type(x, blocks)

@@ -192,7 +192,7 @@ def blocked_conv(eqn: core.JaxprEqn, x: Value, w: Value) -> Found | None:
     split = Split([], plain, [i for i in order if i > places])
     lead = patches.shape[: 1 + places]
     laid = patches.transpose(*range(1 + places), *(1 + places + i for i in contracted))
-    rows = laid.reshape(math.prod(lead), -1)
+    rows = laid.reshape(math.prod(lead), math.prod(laid.shape[1 + places :]))
     numerics = Numerics(params["precision"], params["preferred_element_type"])
     y, met = _multiplied("dot", rows, w, split, numerics)
     y = y.reshape(*lead, w.shape[-1])  # [batch, *places, out]

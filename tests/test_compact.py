@@ -300,7 +300,7 @@ def test_data_without_rows_and_single_vectors_go_through(small):
     assert sparse_fn(sparse_params, x[:0]).shape == (0, 32)
     want = sparse_fn(sparse_params, x)[0]
     np.testing.assert_allclose(sparse_fn(sparse_params, x[0]), want, rtol=1e-5)
-    back = lambda p, x: x @ p["up"].T  # noqa: E731
+    back = lambda p, x: x @ p["up"].T
     sparse_fn, sparse_params = jp.compact(back, params, masks, only="up")
     assert sparse_fn(sparse_params, jnp.ones((0, 32))).shape == (0, 16)
 

@@ -189,6 +189,10 @@ class Parts:
         layout = self.layout if self.apart_by is None else None
         return [layout.layers(s.path, s.leaf.ndim) if layout else () for s in named_leaves(units)]
 
+    def apart_of(self, units: Units) -> list[tuple[int, ...]]:
+        """For each leaf of the units the axes at each index of which they compete by themselves."""
+        return declared(self.scope, "apart")(units)
+
     def counts(self, units: Units, sparsity: Sparsity) -> Any:
         """What the scope takes for a sparsity: counts, if it counts beforehand."""
         counts = declared(self.scope, "counts")

@@ -35,6 +35,7 @@ __all__ = (
     "Tree",
     "Units",
     "Where",
+    "WithinLeaf",
 )
 
 Tree: TypeAlias = Any  # any pytree
@@ -223,6 +224,20 @@ class Choosy(Scope, Protocol):
 
         Asked by ``find_masks`` and ``make_masks``, exactly, and by what has a schedule about the
         number that it ends with.
+        """
+
+
+class WithinLeaf(Scope, Protocol):
+    """A scope that lets units compete inside of a leaf only, as ``rigl`` and ``set`` ask for it.
+
+    They keep the balance that it promises: at each index of those axes as many units grow as are
+    dropped.
+    """
+
+    def apart(self, units: Units) -> list[tuple[int, ...]]:
+        """Give, for each leaf, the axes at each index of which units compete by themselves.
+
+        `()` where all units of the leaf do. Of ``units`` shapes suffice.
         """
 
 

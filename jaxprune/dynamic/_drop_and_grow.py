@@ -58,7 +58,9 @@ def drop_and_grow(
 ) -> Moves:
     """Move a fraction of the kept units of each leaf: the worst ones to the most promising zeros.
 
-    As many grow as are dropped, at most as many as were zero: the number kept stays the same.
+    As many grow as are dropped, at most as many as were zero: the number kept stays the same, in
+    each competition that the scope tells apart. The worst are those of the whole leaf, though: of
+    two outputs with the kept units 1 2 and 3 4, half of which move, the first moves both.
 
     Args:
       masks: those in force; lazy ones where units are the weights.
@@ -74,10 +76,11 @@ def drop_and_grow(
     alive = parts.alive(like, masks)
     dead = jax.tree.map(lambda a: _lazily(_removed, a), alive, is_leaf=is_lazy)
     units = parts.pool(worth)
-    layers = parts.layers_of(units)
-    leaves = jax.tree.leaves(units, is_leaf=is_lazy)
-    sizes = [_size(u, axes) for u, axes in zip(leaves, layers, strict=True)]
-    kept, moving = _counted(alive, sizes, layers, fraction, due)
+    apart = parts.apart_of(units)
+    sizes = _sizes(units, apart)
+    kept = _counted(alive, apart, due)
+    worst = _worst(units, alive, kept, fraction, parts=parts, due=due)
+    moving = [least(m, n - k) for m, n, k in zip(worst, sizes, kept, strict=True)]
     staying = [where(due, k - m, n) for k, m, n in zip(kept, moving, sizes, strict=True)]
     growing = [where(due, m, n) for m, n in zip(moving, sizes, strict=True)]
     each = tuple((i,) for i in range(len(sizes)))
@@ -86,28 +89,45 @@ def drop_and_grow(
     return Moves(parts.expand(stay, like=like), parts.expand(grow, like=like))
 
 
-def _size(units: jax.Array | Lazy, layers: tuple[int, ...]) -> Whole:
-    """How many units a leaf has, or, in the shape of the counts, each layer of a stack."""
-    shape = shape_of_counts(units.shape, layers)
+def _worst(
+    units: Units, alive: Units, kept: list[Whole], fraction: Any, *, parts: Parts, due: jax.Array
+) -> list[Whole]:
+    """How many of the worst units of each leaf, or layer, are in each competition of the scope.
+
+    A fraction of the few units of one output would round to none, for ever, at which few blocks
+    of each column stay; so it is one of all units of the leaf.
+    """
+    apart, layers = parts.apart_of(units), parts.layers_of(units)
+    if apart == layers:
+        return [_floor(fraction, n) for n in kept]
+    every = _counted(alive, layers, due)
+    sizes = _sizes(units, layers)
+    staying = [where(due, k - _floor(fraction, k), n) for k, n in zip(every, sizes, strict=True)]
+    stay = keep_largest(units, staying, tuple((i,) for i in range(len(sizes))), alive)
+    return _counted(jax.tree.map(_but, alive, stay, is_leaf=is_lazy), apart, due)
+
+
+def _sizes(units: Units, apart: Sequence[tuple[int, ...]]) -> list[Whole]:
+    """How many units each leaf has, or each of its competitions, in the shape of their counts."""
+    leaves = jax.tree.leaves(units, is_leaf=is_lazy)
+    return [_size(u, axes) for u, axes in zip(leaves, apart, strict=True)]
+
+
+def _size(units: jax.Array | Lazy, apart: tuple[int, ...]) -> Whole:
+    shape = shape_of_counts(units.shape, apart)
     if not shape:
         return in_words(units.size)
     each = in_words(units.size // max(math.prod(shape), 1))
     return Whole(np.full(shape, each.high), np.full(shape, each.low))
 
 
-def _counted(
-    alive: Units,
-    sizes: list[Whole],
-    layers: Sequence[tuple[int, ...]],
-    fraction: Any,
-    due: jax.Array,
-) -> tuple[list[Whole], list[Whole]]:
-    """How many units each leaf keeps, or each layer of a stack, and how many of them move."""
-    leaves = jax.tree.leaves(alive, is_leaf=is_lazy)
-    shapes = [shape_of_counts(a.shape, axes) for a, axes in zip(leaves, layers, strict=True)]
+def _counted(some: Units, apart: Sequence[tuple[int, ...]], due: jax.Array) -> list[Whole]:
+    """How many bools are True of each leaf, or of each of its competitions."""
+    leaves = jax.tree.leaves(some, is_leaf=is_lazy)
+    shapes = [shape_of_counts(a.shape, axes) for a, axes in zip(leaves, apart, strict=True)]
 
     def count(_: list[Whole]) -> list[Whole]:
-        counts = [count_true(read(a), axes) for a, axes in zip(leaves, layers, strict=True)]
+        counts = [count_true(read(a), axes) for a, axes in zip(leaves, apart, strict=True)]
         flat = zip(counts, shapes, strict=True)
         return [jax.tree.map(lambda n, shape=shape: n.reshape(shape), c) for c, shape in flat]
 
@@ -116,9 +136,7 @@ def _counted(
         in_words(count_none(jax.tree.leaves(a)[0], shape))
         for a, shape in zip(leaves, shapes, strict=True)
     ]
-    kept = at_most_once(due, count, nothing)
-    moving = [least(_floor(fraction, k), n - k) for k, n in zip(kept, sizes, strict=True)]
-    return kept, moving
+    return at_most_once(due, count, nothing)
 
 
 def _floor(fraction: Any, n: Whole) -> Whole:
@@ -133,6 +151,16 @@ def _lazily(f: Callable[..., jax.Array], mask: jax.Array | Lazy) -> jax.Array | 
 
 def _removed(mask: jax.Array | Lazy) -> jax.Array:
     return ~read(mask)
+
+
+def _but(mask: jax.Array | Lazy, other: jax.Array | Lazy) -> jax.Array | Lazy:
+    """What is True of a mask and not of another one; lazy where the mask is."""
+    lazy = Lazy((mask, other), _difference, jnp.dtype(bool))
+    return lazy if is_lazy(mask) else read(lazy)
+
+
+def _difference(mask: jax.Array | Lazy, other: jax.Array | Lazy) -> jax.Array:
+    return read(mask) & ~read(other)
 
 
 def decay(user: str, drop_fraction: float, begin: int, end: int, every: int) -> Schedule:

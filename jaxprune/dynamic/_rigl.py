@@ -12,7 +12,8 @@ from jaxprune.criteria import magnitude, random
 from jaxprune.dynamic._drop_and_grow import decay
 from jaxprune.dynamic._train import sparse_training
 from jaxprune.patterns import Weights
-from jaxprune.typing import Params, Pattern, Scores, Sparsity, Where
+from jaxprune.scopes import per_leaf
+from jaxprune.typing import Params, Pattern, Scope, Scores, Sparsity, Where
 
 
 @readable
@@ -25,6 +26,7 @@ def rigl(
     every: int,
     drop_fraction: float = 0.3,
     pattern: Pattern = Weights(),
+    scope: Scope = per_leaf,
     where: Where = is_matrix,
     key: jax.Array | None = None,
     packed: bool = False,
@@ -57,11 +59,17 @@ def rigl(
       drop_fraction: fraction of the kept weights that moves at ``begin``, in [0, 1]; 0.3 is the
         paper's.
       pattern: what is dropped and grown together; units are counted and scored instead of weights.
+      scope: within which units the number kept never changes: ``per_leaf``, or ``per_output`` for
+        masks that ``jp.compact`` takes. The worst of the leaf are dropped in either case, and in
+        each output as many grow as it has lost, or as it had zeros. Then each output of a leaf
+        loses ``round(s * n)`` of its ``n`` units, of whatever ``erk`` says that the leaf loses, and
+        the total is exact for each output only. Any other scope that says what competes inside of
+        a leaf will do (``jp.typing.WithinLeaf``).
       where: predicate of path and array: which leaves are prunable.
       key: random key for the start; without it the largest weights start.
       packed: keep the masks as bits, for ``patterns.Blocks`` one a block.
       layout: what each axis means, from ``jp.find_layout`` or declared: what moves is then counted
-        in each layer of a stack; see ``find_masks``.
+        in each layer of a stack, and outputs are those that it knows; see ``find_masks``.
 
     Returns:
       An optax transformation with a ``PruneState``.
@@ -69,8 +77,9 @@ def rigl(
     Raises:
       TypeError: ``inner`` is no optimizer, or ``init`` finds that its state cannot be mapped.
       ValueError: a sparsity or ``drop_fraction`` is outside [0, 1], a step is no integer from 0
-        on, ``end`` is before ``begin``, or nothing is prunable; at ``update``, params are missing
-        or gradients are not like them.
+        on, ``end`` is before ``begin``, the scope ranks leaves together or does not go with the
+        pattern, or nothing is prunable; at ``update``, params are missing or gradients are not
+        like them.
 
     Example:
       >>> import jax.numpy as jnp, optax
@@ -86,9 +95,20 @@ def rigl(
       >>> optax.apply_updates(params, updates)["kernel"]
       Array([[4., 0., 0., 0.]], dtype=float32)
 
+      As many inputs of every output:
+
+      >>> tx = jp.dynamic.rigl(
+      ...     optax.sgd(0.1), sparsity=0.5, begin=0, end=10, every=5, scope=jp.scopes.per_output)
+      >>> jp.get_masks(tx.init({"kernel": jnp.array([[4.0, 3.0], [5.0, 1.0]])}))["kernel"]
+      Array([[False,  True],
+             [ True, False]], dtype=bool)
+
     References:
       Evci et al., `Rigging the Lottery: Making All Tickets Winners
       <https://arxiv.org/abs/1911.11134>`_, 2020. There a dropped weight may grow back at once.
+      Dropping by the leaf and growing by the output is from Lasby et al., `Dynamic Sparse Training
+      with Structured Sparsity <https://arxiv.org/abs/2305.02299>`_, 2024, who also remove outputs
+      that have lost most of their weights; here all stay.
     """
     return sparse_training(
         inner,
@@ -98,6 +118,7 @@ def rigl(
         sparsity=sparsity,
         events=decay("rigl", drop_fraction, begin, end, every),
         pattern=pattern,
+        scope=scope,
         where=where,
         key=key,
         packed=packed,

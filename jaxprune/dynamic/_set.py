@@ -15,7 +15,8 @@ from jaxprune.criteria import random
 from jaxprune.dynamic._drop_and_grow import decay
 from jaxprune.dynamic._train import sparse_training
 from jaxprune.patterns import Weights
-from jaxprune.typing import Params, Pattern, Scores, Sparsity, Where
+from jaxprune.scopes import per_leaf
+from jaxprune.typing import Params, Pattern, Scope, Scores, Sparsity, Where
 
 
 @readable
@@ -29,6 +30,7 @@ def set(
     every: int,
     drop_fraction: float = 0.3,
     pattern: Pattern = Weights(),
+    scope: Scope = per_leaf,
     where: Where = is_matrix,
     packed: bool = False,
     layout: Layout | None = None,
@@ -47,10 +49,12 @@ def set(
       drop_fraction: fraction of the kept weights that moves at ``begin``, in [0, 1]; falls to 0
         at ``end`` along a cosine.
       pattern: what is dropped and grown together.
+      scope: within which units the number kept never changes, as for ``rigl``: ``per_leaf``, or
+        ``per_output`` for as many in each output, ``round(s * n)`` of whose units go.
       where: predicate of path and array: which leaves are prunable.
       packed: keep the masks as bits, for ``patterns.Blocks`` one a block.
       layout: what each axis means, from ``jp.find_layout`` or declared: what moves is then counted
-        in each layer of a stack; see ``find_masks``.
+        in each layer of a stack, and outputs are those that it knows; see ``find_masks``.
 
     Returns:
       An optax transformation with a ``PruneState``.
@@ -89,6 +93,7 @@ def set(
         sparsity=sparsity,
         events=decay("set", drop_fraction, begin, end, every),
         pattern=pattern,
+        scope=scope,
         where=where,
         key=key,
         packed=packed,

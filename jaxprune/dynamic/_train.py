@@ -11,14 +11,14 @@ import optax
 
 from jaxprune._checks import check_extra, check_inner
 from jaxprune._enforce import common, enforce, live
-from jaxprune._errors import check_key, check_sparsity
+from jaxprune._errors import check_key, check_sparsity, short
 from jaxprune._find import find
 from jaxprune._frozen import Moving, moving
 from jaxprune._layout import Layout
 from jaxprune._masks import check_masks, is_packed, unpack
 from jaxprune._mesh import in_auto_mode, is_explicit
 from jaxprune._numbers import is_tree
-from jaxprune._parts import Parts
+from jaxprune._parts import Parts, declared
 from jaxprune._pruner import as_tree, lazy_masks, widen
 from jaxprune._ranking import Lazy, is_lazy, read
 from jaxprune._state import is_placeholder
@@ -27,8 +27,18 @@ from jaxprune._where import by_default, everything, with_layout
 from jaxprune._wrap import Done, First, Inner, Step, Store, at_most_once, wrap
 from jaxprune.dynamic._drop_and_grow import Moves, drop_and_grow
 from jaxprune.dynamic._moments import check_moments, reset_moments
-from jaxprune.scopes import erk, per_leaf
-from jaxprune.typing import Criterion, Masks, Params, Pattern, Schedule, Scores, Sparsity, Where
+from jaxprune.scopes import erk
+from jaxprune.typing import (
+    Criterion,
+    Masks,
+    Params,
+    Pattern,
+    Schedule,
+    Scope,
+    Scores,
+    Sparsity,
+    Where,
+)
 
 
 def sparse_training(
@@ -40,6 +50,7 @@ def sparse_training(
     sparsity: Sparsity,
     events: Schedule,
     pattern: Pattern,
+    scope: Scope,
     where: Where,
     key: jax.Array | None,
     packed: bool,
@@ -56,6 +67,7 @@ def sparse_training(
       sparsity: a number, shared out by ``erk``, or a tree of numbers.
       events: what fraction of the kept units moves, and when.
       pattern: what moves together; units lie within a leaf.
+      scope: which units of a leaf compete; one that says ``apart``.
       where: which leaves are prunable.
       key: for the two criteria.
       packed: keep the masks as bits.
@@ -64,7 +76,7 @@ def sparse_training(
     """
     check_inner(inner, user)
     check_sparsity(sparsity, user)
-    parts = Parts(user, start, pattern, per_leaf, where, layout)
+    parts = Parts(user, start, pattern, scope, where, layout)
     check_key(user, key)
     _check_parts(parts, sparsity)
 
@@ -208,12 +220,21 @@ def _size(weight: jax.Array, update: jax.Array) -> jax.Array:
 
 
 def _check_parts(parts: Parts, sparsity: Sparsity) -> None:
+    # What `partial` binds, such as mesh axes to rank over, a scope would mind and drops not.
+    if isinstance(parts.scope, partial) or declared(parts.scope, "apart") is None:
+        name = getattr(parts.scope, "__name__", None) or short(parts.scope)
+        raise ValueError(
+            f"`{parts.user}` grows what it drops among the same competitors inside of a leaf, and "
+            f"`{name}` does not say who they are (`jp.typing.WithinLeaf`). Use `scope=jp.scopes."
+            "per_leaf` or `per_output` here, or `jp.prune`, which takes any scope."
+        )
     if parts.crosses_leaves:
         name = type(parts.pattern).__name__
         raise ValueError(
             f"`{parts.user}` grows what it drops within a leaf, and `{name}` groups own parts of "
             "many leaves. Use `jp.prune` for them, or `pattern=jp.patterns.Channels(-1)` here."
         )
+    parts.check(sparsity, exact=False)
     if isinstance(sparsity, jax.core.Tracer):
         raise TypeError(
             f"`{parts.user}` got a traced sparsity, which `jp.scopes.erk` cannot share out among "

@@ -69,6 +69,10 @@ class WithLayout:
         """What stays, lazily where units are lazy."""
         return self.scope.lazily(units, sparsity, layout=self.layout, **settings)
 
+    def apart(self, units: Units) -> list[tuple[int, ...]]:
+        """The axes that the function tells apart."""
+        return self.scope.apart(units, self.layout)
+
     def refuses(self, pattern: Pattern) -> str | None:
         """Refuse what the function refuses."""
         return self.scope.refuses(pattern)
@@ -90,6 +94,7 @@ def counted_by(
     *,
     refuses: Callable[[Pattern], str | None] = _refuses_none,
     fits: Callable[[Params, Where, Layout | None], None] = _fits,
+    apart: Callable[..., list[tuple[int, ...]]] | None = None,
 ) -> Callable[[F], F]:
     """Let a scope that is a plain function declare what it can do beside ranking.
 
@@ -98,6 +103,8 @@ def counted_by(
       lazily: how it keeps lazily.
       refuses: why it does not go with a pattern.
       fits: raises for params whose axes are not known as it needs them.
+      apart: from units and a layout to the axes that tell the competitions of each leaf apart; None
+        where leaves compete with one another.
     """
 
     def declare(scope: Any) -> Any:
@@ -107,6 +114,8 @@ def counted_by(
 
         scope.counts, scope.lazily, scope.lazy = counts, lazily, True
         scope.refuses, scope.bind = refuses, bind
+        if apart is not None:
+            scope.apart = apart
         return scope
 
     return declare

@@ -3,7 +3,7 @@
 from typing import Any
 
 from jaxprune._layout import Layout
-from jaxprune._ranking import AxisName, keep_largest, shards
+from jaxprune._ranking import AxisName, keep_largest, named_leaves, shards
 from jaxprune.scopes._count import (
     Counts,
     counted_by,
@@ -46,7 +46,12 @@ def _lazily(
     return keep_largest(units, kept, tuple((i,) for i in range(len(parts))), within, parts)
 
 
-@counted_by(_counts, _lazily)
+def _apart(units: Units, layout: Layout | None = None) -> list[tuple[int, ...]]:
+    """For each leaf the axes that count layers."""
+    return [layout.layers(s.path, s.leaf.ndim) if layout else () for s in named_leaves(units)]
+
+
+@counted_by(_counts, _lazily, apart=_apart)
 def per_leaf(
     units: Units,
     sparsity: Sparsity,

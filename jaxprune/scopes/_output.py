@@ -11,6 +11,7 @@ from jaxprune.scopes._count import (
     counted_by,
     each_layer,
     kept,
+    leaves_of,
     one_each,
     over,
     read_kept,
@@ -18,8 +19,12 @@ from jaxprune.scopes._count import (
 from jaxprune.typing import Params, Pattern, Sparsity, Units, Where
 
 
-def _apart(layout: Layout | None, path: str, rank: int) -> tuple[int, ...]:
-    """The axes that tell outputs apart: all that are no input and no place in a window."""
+def _apart(units: Units, layout: Layout | None = None) -> list[tuple[int, ...]]:
+    """For each leaf the axes that tell outputs apart: all that are no input and no window's."""
+    return [_outputs(layout, slot.path, slot.leaf.ndim) for slot in named_leaves(units)]
+
+
+def _outputs(layout: Layout | None, path: str, rank: int) -> tuple[int, ...]:
     if layout is None:
         return (rank - 1,) if rank else ()
     return tuple(i for i, r in enumerate(layout.roles(path, rank)) if r not in ("in", "window"))
@@ -27,9 +32,10 @@ def _apart(layout: Layout | None, path: str, rank: int) -> tuple[int, ...]:
 
 def _shapes(units: Units, layout: Layout | None) -> list[tuple[tuple[int, ...], int]]:
     """For each leaf the shape of its counts, and how many units an output has."""
-    leaves = [(slot.path, slot.leaf) for slot in named_leaves(units)]
-    shapes = [shape_of_counts(x.shape, _apart(layout, path, x.ndim)) for path, x in leaves]
-    sizes = [x.size // max(math.prod(s), 1) for (_, x), s in zip(leaves, shapes, strict=True)]
+    leaves = leaves_of(units)
+    apart = _apart(units, layout)
+    shapes = [shape_of_counts(x.shape, axes) for x, axes in zip(leaves, apart, strict=True)]
+    sizes = [x.size // max(math.prod(s), 1) for x, s in zip(leaves, shapes, strict=True)]
     return list(zip(shapes, sizes, strict=True))
 
 
@@ -82,7 +88,7 @@ def _fits(params: Params, where: Where, layout: Layout | None) -> None:
         )
 
 
-@counted_by(_counts, _lazily, refuses=_refuses, fits=_fits)
+@counted_by(_counts, _lazily, refuses=_refuses, fits=_fits, apart=_apart)
 def per_output(
     units: Units, sparsity: Sparsity, *, within: Units = None, layout: Layout | None = None
 ) -> Units:

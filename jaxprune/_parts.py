@@ -191,7 +191,10 @@ class Parts:
 
     def apart_of(self, units: Units) -> list[tuple[int, ...]]:
         """For each leaf of the units the axes at each index of which they compete by themselves."""
-        return declared(self.scope, "apart")(units)
+        shapes = jax.tree.map(
+            lambda u: jax.ShapeDtypeStruct(u.shape, u.dtype), units, is_leaf=is_lazy
+        )
+        return declared(self.scope, "apart")(shapes)
 
     def counts(self, units: Units, sparsity: Sparsity) -> Any:
         """What the scope takes for a sparsity: counts, if it counts beforehand."""

@@ -275,10 +275,16 @@ def test_prune_under_every_schedule(name):
     assert_same(weights, leaves)
 
 
-@pytest.mark.parametrize("name", fast_if(lambda n: n != "set", ["rigl", "set", "straight_through"]))
-def test_other_wrappers(name):
+@pytest.mark.parametrize(
+    ("name", "scope"),
+    fast_if(
+        lambda n, s: n != "set" and s == "per_leaf",
+        [*((n, "per_leaf") for n in ("rigl", "set", "straight_through")), ("rigl", "per_output")],
+    ),
+)
+def test_other_wrappers(name, scope):
     def find(params, grads, layout):
-        wrap = trainings.wrappers(layout=layout, packed=True)[name]
+        wrap = trainings.wrappers(layout=layout, packed=True, scope=SCOPES[scope])[name]
         return trained(wrap(optax.sgd(0.25)), params, grads)
 
     (weights, masks), (leaves, want) = both(find)

@@ -104,11 +104,13 @@ def form_of(mask: np.ndarray, path: str) -> Form | None:
     if max(sizes) == 1:
         raise ValueError(_ragged(mask.shape, changes, path) or _single(path))
     units = mask[tuple(slice(None, None, s) for s in sizes)]
-    grids = [_grid(units, sizes, mask.shape, *way) for way in _ways(mask.ndim)]
-    grids.sort(key=lambda grid: -grid.area)  # of equals the first way stays first
+    # Of ways with blocks as large the first one comes first.
+    ways = sorted(_ways(mask.ndim), key=lambda way: -_area(sizes, mask.shape, *way))
+    grids = (_grid(units, sizes, mask.shape, *way) for way in ways)
     found = next((grid for grid in grids if grid.balanced and grid.area > 1), None)
     if found is None:
-        raise ValueError(_ragged(mask.shape, changes, path) or _why(grids[0], path))
+        first = _grid(units, sizes, mask.shape, *ways[0])
+        raise ValueError(_ragged(mask.shape, changes, path) or _why(first, path))
     if not found.kept.any():
         raise ValueError(
             f"The mask of {path!r} keeps nothing of any column, so that its outputs are constant. "
@@ -148,22 +150,29 @@ def _ragged(shape: Sequence[int], changes: Sequence[Sequence[int]], path: str) -
 
 
 def _ways(rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Ways to read axes: a run of them as inputs, another one as outputs, the rest leads.
+    """Ways to read axes: some are inputs, some outputs, the rest leads.
 
-    Within a run one axis counts fastest, the one that blocks lie along: `[out, in, h, w]` may have
-    blocks of inputs inside of each place of a window. Ways with more leading axes come first, then
-    inputs before outputs, then those whose outputs come last and whose last axis counts fastest.
+    Of several inputs (the places of a window, heads) one counts fastest, the one that blocks lie
+    along, and so of several outputs. Ways with more leading axes come first, then inputs before
+    outputs, then those whose outputs come last and whose last axis counts fastest.
     """
-    runs = [tuple(range(a, b)) for a in range(rank) for b in range(a + 1, rank + 1)]
-    pairs = [(i, o) for i, o in itertools.permutations(runs, 2) if not set(i) & set(o)]
+    some = [s for n in range(1, rank) for s in itertools.combinations(range(rank), n)]
+    pairs = [(i, o) for i, o in itertools.permutations(some, 2) if not set(i) & set(o)]
     pairs.sort(key=lambda p: (len(p[0]) + len(p[1]), p[0] > p[1], -p[1][-1], -p[0][-1]))
     for inputs, outputs in pairs:
         for i, o in itertools.product(reversed(inputs), reversed(outputs)):
             yield _fastest(inputs, i), _fastest(outputs, o)
 
 
-def _fastest(run: tuple[int, ...], axis: int) -> tuple[int, ...]:
-    return (*(i for i in run if i != axis), axis)
+def _area(
+    sizes: Sequence[int], shape: Sequence[int], inputs: tuple[int, ...], outputs: tuple[int, ...]
+) -> int:
+    """How large blocks are if these axes are the inputs and the outputs."""
+    return _block(sizes, shape, inputs)[0] * _block(sizes, shape, outputs)[0]
+
+
+def _fastest(axes: tuple[int, ...], axis: int) -> tuple[int, ...]:
+    return (*(i for i in axes if i != axis), axis)
 
 
 def _grid(

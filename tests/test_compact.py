@@ -92,6 +92,8 @@ def test_models_of_the_zoo_give_what_their_masked_networks_give(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_models_of_the_table_of_layouts_do_so_too(name):
+    if name == "while_by_data":
+        pytest.skip("with half of its weights it never stops")
     model = MODELS[name]()
     params, inputs = drawn(model.params), drawn(model.inputs, 1)
     masks = balanced_masks(params, jp.find_layout(model.fn, params, *inputs))
@@ -170,6 +172,7 @@ MOVES = {
         lambda w: w.T.reshape(4, 8, 16).transpose(2, 0, 1).reshape(16, 32),
         (16, 32),
     ),
+    "quantized": (lambda w: w + lax.stop_gradient(jnp.round(w * 4) / 4 - w), (16, 32)),
     "a layer": (lambda w: w[1], (3, 16, 32)),
     "a layer by a number": (
         lambda w: lax.dynamic_index_in_dim(w, jnp.int32(2), 0, False),

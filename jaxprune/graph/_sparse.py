@@ -26,9 +26,11 @@ from jaxprune.graph._loops import scan_sizes
 from jaxprune.graph._source import describe
 
 _ELEMENTWISE = (
-    *("copy", "copy_p", "name", "reduce_precision", "stop_gradient", "neg"),
+    *("copy", "copy_p", "name", "reduce_precision", "stop_gradient", "neg", "abs", "sign"),
+    *("round", "tanh", "sin", "square"),  # of zero they are zero
     *("pvary", "pcast"),  # what varies over the devices of a shard_map
 )
+_PAIRS = ("add", "add_any", "sub", "mul", "div", "max", "min")
 _CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 _REMAT = ("remat", "remat2", "checkpoint")
 
@@ -182,10 +184,8 @@ def _moved(name: str, eqn: core.JaxprEqn, ins: Sequence[Value]) -> Sequence[Valu
     """What an equation makes of a weight that it moves; None if it does more."""
     if name == "optimization_barrier":
         return list(ins)
-    if name == "concatenate":
-        return _listed(_concatenated(ins, eqn.params["dimension"]))
-    if name in ("mul", "div"):
-        return _listed(_scaled(name, *ins))
+    if name in _SEVERAL:
+        return _listed(_SEVERAL[name](eqn, *ins))
     first, *others = ins
     if not isinstance(first, Blocked) or any(isinstance(x, Blocked) for x in others):
         return None
@@ -209,10 +209,18 @@ def _converted(eqn: core.JaxprEqn, w: Blocked) -> Blocked | None:
     return w.each(lambda x: x.astype(dtype)) if floats else None
 
 
+def _combined(eqn: core.JaxprEqn, a: Value, b: Value) -> Blocked | None:
+    """A weight times a number, or two values of one weight, such as it and its rounded self."""
+    if not (isinstance(a, Blocked) and isinstance(b, Blocked)):
+        return _scaled(eqn.primitive.name, a, b)
+    same = a.index is b.index and a.axes == b.axes and eqn.primitive.name != "div"
+    return a.each(lambda x: bind(eqn, x, b.blocks)[0]) if same else None
+
+
 def _scaled(name: str, a: Value, b: Value) -> Blocked | None:
     """A weight times a number, or divided by one."""
     w, number = (a, b) if isinstance(a, Blocked) else (b, a)
-    if isinstance(number, Blocked) or jnp.size(number) != 1 or (name == "div" and w is b):
+    if name not in ("mul", "div") or jnp.size(number) != 1 or (name == "div" and w is b):
         return None
     number = jnp.reshape(number, ())
     return w.each(lambda x: x * number if name == "mul" else x / number)
@@ -256,8 +264,9 @@ def _split(w: Blocked, params: Mapping[str, Any]) -> list[Value] | None:
     return found
 
 
-def _concatenated(ins: Sequence[Value], axis: int) -> Blocked | None:
+def _concatenated(eqn: core.JaxprEqn, *ins: Value) -> Blocked | None:
     """Weights side by side along their outputs, if they have lost as many blocks."""
+    axis = eqn.params["dimension"]
     if not all(isinstance(x, Blocked) for x in ins):
         return None
     first, rest = ins[0], [(*x.axes[:axis], *x.axes[axis + 1 :]) for x in ins]
@@ -284,6 +293,10 @@ def _transposed(eqn: core.JaxprEqn, w: Blocked) -> Blocked:
     return w.transpose(eqn.params["permutation"])
 
 
+_SEVERAL: dict[str, Callable[..., Blocked | None]] = {
+    **dict.fromkeys(_PAIRS, _combined),
+    "concatenate": _concatenated,
+}
 _MOVES: dict[str, Callable[..., Blocked | None]] = {
     **dict.fromkeys(_ELEMENTWISE, _elementwise),
     "convert_element_type": _converted,

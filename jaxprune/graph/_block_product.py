@@ -9,16 +9,24 @@
 # is gathered is `columns * kept * bi` numbers a row, and a CPU slows down once that is more than
 # its caches hold, so that there a few columns at a time are done. Derivatives are those that JAX
 # finds: with respect to the blocks one more batched product, with respect to x a scatter.
+#
+# On one TPU the way forward is a kernel where it takes such sizes; derivatives are those above.
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxprune.graph._block_kernel import kernel_product, on_one_chip, takes
 
 Precision: TypeAlias = lax.PrecisionLike
 
 _AT_ONCE = 1 << 21  # gathered numbers that are still in the caches of a CPU
+_AS_IT_IS = (None, lax.Precision.DEFAULT)
 
 
 class Numerics(NamedTuple):
@@ -52,8 +60,6 @@ def block_product(
         one = lambda x, b, i: block_product(x, b, i, numerics)  # noqa: E731
         return jax.vmap(one)(x, blocks, index)
     parts = _parts(x.shape[0], blocks.shape)
-    if parts == 1:
-        return _at_once(x, blocks, index, numerics)
 
     def in_parts(x: jax.Array, blocks: jax.Array, index: jax.Array) -> jax.Array:
         one = jax.checkpoint(lambda part: _at_once(x, part[0], part[1], numerics))
@@ -61,7 +67,41 @@ def block_product(
         return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1)
 
     whole = lambda x, b, i: _at_once(x, b, i, numerics)  # noqa: E731
-    return lax.platform_dependent(x, blocks, index, cpu=in_parts, default=whole)
+    ways: dict[str, Callable[..., jax.Array]] = {"cpu": in_parts} if parts > 1 else {}
+    if numerics.precision in _AS_IT_IS and takes(x, blocks) and on_one_chip():
+        ways["tpu"] = lambda x, b, i: _in_kernel(x, b, i, numerics.dtype)
+    if not ways:
+        return whole(x, blocks, index)
+    return lax.platform_dependent(x, blocks, index, default=whole, **ways)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
+def _in_kernel(
+    x: jax.Array,
+    blocks: jax.Array,
+    index: jax.Array,
+    dtype: jax.typing.DTypeLike | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """The kernel, whose derivatives are those of the plain product."""
+    return kernel_product(x, blocks, index, dtype, interpret=interpret)
+
+
+@functools.partial(_in_kernel.defjvp, symbolic_zeros=True)
+def _tangent(
+    dtype: jax.typing.DTypeLike | None,
+    interpret: bool,
+    primals: tuple[jax.Array, jax.Array, jax.Array],
+    tangents: tuple[jax.Array | SymbolicZero, ...],
+) -> tuple[jax.Array, jax.Array]:
+    x, blocks, index = primals
+    y = _in_kernel(x, blocks, index, dtype, interpret)
+    moved = jnp.zeros_like(y)
+    # Linear in x and in the blocks; what does not move is not multiplied.
+    for of_x, of_blocks in ((tangents[0], blocks), (x, tangents[1])):
+        if not isinstance(of_x, SymbolicZero) and not isinstance(of_blocks, SymbolicZero):
+            moved += _at_once(of_x, of_blocks, index, Numerics(dtype=dtype))
+    return y, moved
 
 
 def _parts(rows: int, blocks: tuple[int, ...]) -> int:

@@ -1,0 +1,121 @@
+"""The kernel of the product with blocks gives what a slow loop gives, step by step on a CPU."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxprune.graph import _block_product
+from jaxprune.graph._block_kernel import kernel_product, row_tile, takes
+from jaxprune.graph._block_product import Numerics, block_product
+
+BF16 = jnp.bfloat16
+in_kernel = functools.partial(_block_product._in_kernel, dtype=None, interpret=True)
+
+
+def draw(key, rows, inputs, columns, kept, bi, bo):
+    """Small whole numbers, of which bfloat16 loses nothing."""
+    keys = jax.random.split(key, 3)
+    x = jax.random.randint(keys[0], (rows, inputs), -3, 4).astype(BF16)
+    blocks = jax.random.randint(keys[1], (columns, kept, bi, bo), -3, 4).astype(BF16)
+    rank = jax.random.uniform(keys[2], (columns, inputs // bi))
+    return x, blocks, jnp.argsort(rank)[:, :kept].astype(jnp.int32)
+
+
+def slow(x, blocks, index):
+    """A product a block, in NumPy."""
+    x, blocks = np.asarray(x, np.float32), np.asarray(blocks, np.float32)
+    columns, kept, bi, bo = blocks.shape
+    y = np.zeros((x.shape[0], columns, bo), np.float32)
+    for c in range(columns):
+        for k in range(kept):
+            start = int(index[c, k]) * bi
+            y[:, c] += x[:, start : start + bi] @ blocks[c, k]
+    return y.reshape(x.shape[0], -1)
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "columns", "kept", "bi", "bo"),
+    [
+        (128, 256, 2, 2, 128, 128),
+        (128, 128, 3, 2, 16, 128),  # three columns go one a step
+        (384, 128, 4, 1, 64, 64),  # three tiles of rows, and four columns go at once
+    ],
+)
+def test_the_kernel_gives_what_a_loop_over_blocks_gives(key, rows, inputs, columns, kept, bi, bo):
+    x, blocks, index = draw(key, rows, inputs, columns, kept, bi, bo)
+    assert takes(x, blocks)
+    y = kernel_product(x, blocks, index, jnp.float32, interpret=True)
+    np.testing.assert_array_equal(y, slow(x, blocks, index))
+
+
+def test_results_are_rounded_once_to_the_dtype_that_is_asked_for(key):
+    x, blocks, index = draw(key, 128, 128, 2, 2, 64, 64)
+    y = kernel_product(x, blocks, index, interpret=True)
+    assert y.dtype == BF16
+    np.testing.assert_array_equal(y, jnp.asarray(slow(x, blocks, index), BF16))
+
+
+def test_derivatives_of_the_kernel_are_those_of_the_plain_product(key):
+    x, blocks, index = draw(key, 128, 128, 2, 2, 64, 64)
+    dx, db, _ = draw(jax.random.key(1), 128, 128, 2, 2, 64, 64)
+
+    def both(product, x, blocks):
+        one = lambda x, b: product(x, b, index)
+        y, tangent = jax.jvp(one, (x, blocks), (dx, db))
+        grads = jax.grad(lambda x, b: jnp.sum(jnp.square(one(x, b))), (0, 1))(x, blocks)
+        return y, tangent, grads, jax.grad(lambda b: jnp.sum(one(x, b)))(blocks)
+
+    ours, plain = (
+        jax.jit(functools.partial(both, f))(x, blocks) for f in (in_kernel, block_product)
+    )
+    jax.tree.map(np.testing.assert_array_equal, ours, plain)
+
+
+def test_the_kernel_runs_under_vmap_and_in_a_scan_over_stacked_layers(key):
+    x, *_ = draw(key, 128, 128, 2, 2, 64, 64)
+    layers = [draw(k, 128, 128, 2, 2, 64, 64)[1:] for k in jax.random.split(key, 2)]
+    blocks, index = (jnp.stack(each) for each in zip(*layers, strict=True))
+    want = np.stack([slow(x, *layer) for layer in layers])
+    side = jax.jit(jax.vmap(in_kernel, (None, 0, 0)))(x, blocks, index)
+    _, one_by_one = jax.lax.scan(lambda c, w: (c, in_kernel(x, *w)), 0, (blocks, index))
+    for y in (side, one_by_one):
+        np.testing.assert_array_equal(y, jnp.asarray(want, BF16))
+
+
+@pytest.mark.parametrize(
+    ("rows", "inputs", "columns", "kept", "bi", "bo", "dtype"),
+    [
+        (100, 256, 2, 1, 128, 128, BF16),  # rows are no tiles
+        (128, 192, 2, 1, 64, 64, BF16),  # inputs are no lanes
+        (128, 256, 2, 1, 128, 128, jnp.float32),
+        (128, 256, 3, 1, 64, 64, BF16),  # columns of half a lane come in pairs
+        (128, 256, 8, 1, 16, 16, BF16),
+        (128, 256, 2, 1, 8, 128, BF16),
+        (128, 256, 2, 1, 128, 64, BF16),
+        (128, 1 << 15, 2, 1, 128, 128, BF16),  # no tile of x fits
+        (128, 16384, 2, 300, 16, 128, BF16),
+    ],
+)
+def test_other_sizes_and_numbers_go_the_plain_way(rows, inputs, columns, kept, bi, bo, dtype):
+    x = jax.ShapeDtypeStruct((rows, inputs), dtype)
+    assert not takes(x, jax.ShapeDtypeStruct((columns, kept, bi, bo), dtype))
+
+
+def test_a_tile_of_rows_fits_into_fast_memory():
+    assert [row_tile(512, n) for n in (4096, 8192, 16384, 32768)] == [512, 256, 128, 0]
+    assert [row_tile(n, 1024) for n in (1, 384, 1024, 1000)] == [0, 128, 512, 0]
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_tpu_is_given_the_kernel_if_it_is_alone(key, alone, monkeypatch):
+    monkeypatch.setattr(_block_product, "on_one_chip", lambda: alone)
+    x, blocks, index = draw(key, 128, 128, 2, 2, 64, 64)
+    traced = jax.jit(lambda *a: block_product(*a, Numerics(dtype=jnp.float32))).trace(
+        x, blocks, index
+    )
+    for platform, has in (("tpu", alone), ("cpu", False), ("cuda", False)):
+        text = traced.lower(lowering_platforms=(platform,)).as_text()
+        assert ("tpu_custom_call" in text) == has

@@ -178,7 +178,7 @@ def transformer(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
     """Logits `[batch, tokens, 256]`; heads are 64 wide."""
 
     def norm(x: jax.Array, scale: jax.Array) -> jax.Array:
-        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale
+        return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6) * scale[None, None]
 
     def layer(x: jax.Array, p: dict[str, jax.Array]) -> tuple[jax.Array, None]:
         y = norm(x, p["norm"][0])

@@ -25,7 +25,8 @@ from jaxprune.graph._block_kernel import kernel_product, on_one_chip, takes
 
 Precision: TypeAlias = lax.PrecisionLike
 
-_AT_ONCE = 1 << 21  # gathered numbers that are still in the caches of a CPU
+# Gathered numbers above which parts of half a million to a million are faster on a CPU.
+_AT_ONCE = 1 << 20
 _AS_IT_IS = (None, lax.Precision.DEFAULT)
 
 
@@ -60,16 +61,12 @@ def block_product(
         one = lambda x, b, i: block_product(x, b, i, numerics)  # noqa: E731
         return jax.vmap(one)(x, blocks, index)
     parts = _parts(x.shape[0], blocks.shape)
-
-    def in_parts(x: jax.Array, blocks: jax.Array, index: jax.Array) -> jax.Array:
-        one = jax.checkpoint(lambda part: _at_once(x, part[0], part[1], numerics))
-        y = lax.map(one, (_split(blocks, parts), _split(index, parts)))
-        return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1)
-
-    whole = lambda x, b, i: _at_once(x, b, i, numerics)  # noqa: E731
-    ways: dict[str, Callable[..., jax.Array]] = {"cpu": in_parts} if parts > 1 else {}
+    whole = functools.partial(_plain, numerics=numerics)
+    ways: dict[str, Callable[..., jax.Array]] = {}
+    if parts > 1:
+        ways["cpu"] = functools.partial(_plain, numerics=numerics, parts=parts)
     if numerics.precision in _AS_IT_IS and takes(x, blocks) and on_one_chip():
-        ways["tpu"] = lambda x, b, i: _in_kernel(x, b, i, numerics.dtype)
+        ways["tpu"] = lambda x, blocks, index: _in_kernel(x, blocks, index, numerics.dtype)
     if not ways:
         return whole(x, blocks, index)
     return lax.platform_dependent(x, blocks, index, default=whole, **ways)
@@ -100,7 +97,7 @@ def _tangent(
     # Linear in x and in the blocks; what does not move is not multiplied.
     for of_x, of_blocks in ((tangents[0], blocks), (x, tangents[1])):
         if not isinstance(of_x, SymbolicZero) and not isinstance(of_blocks, SymbolicZero):
-            moved += _at_once(of_x, of_blocks, index, Numerics(dtype=dtype))
+            moved += _plain(of_x, of_blocks, index, numerics=Numerics(dtype=dtype))
     return y, moved
 
 
@@ -118,16 +115,29 @@ def _split(x: jax.Array, parts: int) -> jax.Array:
     return x.reshape(parts, -1, *x.shape[1:])
 
 
-def _at_once(x: jax.Array, blocks: jax.Array, index: jax.Array, numerics: Numerics) -> jax.Array:
-    """All columns in one batched product; ``x`` is `[rows, inputs]`."""
+def _plain(
+    x: jax.Array, blocks: jax.Array, index: jax.Array, *, numerics: Numerics, parts: int = 1
+) -> jax.Array:
+    """A batched product, or one for each of some parts of the columns; ``x`` is `[rows, inputs]`.
+
+    What is gathered is gathered again on the way back, rather than kept for all parts.
+    """
     columns, kept, bi, bo = blocks.shape
     rows = x.shape[0]
-    laid = x.reshape(rows, x.shape[1] // bi, bi).transpose(1, 0, 2)
-    gathered = jnp.take(laid, index.reshape(-1), axis=0, mode="clip")  # it is in bounds
-    gathered = gathered.reshape(columns, kept, rows, bi).transpose(0, 2, 1, 3)
-    gathered = gathered.reshape(columns, rows, kept * bi)
-    y = _dot(gathered, blocks.reshape(columns, kept * bi, bo), numerics)
-    return y.transpose(1, 0, 2).reshape(rows, columns * bo)
+    laid = x.reshape(rows, x.shape[1] // bi, bi).transpose(1, 0, 2)  # once, and not in each part
+
+    def product(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        blocks, index = part
+        gathered = jnp.take(laid, index.reshape(-1), axis=0, mode="clip")  # it is in bounds
+        gathered = gathered.reshape(*index.shape, rows, bi).transpose(0, 2, 1, 3)
+        gathered = gathered.reshape(len(index), rows, kept * bi)
+        return _dot(gathered, blocks.reshape(len(index), kept * bi, bo), numerics)
+
+    if parts == 1:
+        y = product((blocks, index))
+    else:
+        y = lax.map(jax.checkpoint(product), (_split(blocks, parts), _split(index, parts)))
+    return y.reshape(columns, rows, bo).transpose(1, 0, 2).reshape(rows, columns * bo)
 
 
 def transposed_product(

@@ -78,6 +78,7 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m benchmarks.compile
 	$(BIN)/python -m benchmarks.layout
 	$(BIN)/python -m benchmarks.tpu
+	$(BIN)/python -m benchmarks.tpu_blocks
 	$(BIN)/python -m benchmarks.post_training
 	$(BIN)/python -m benchmarks.compact
 

@@ -25,14 +25,7 @@ _UNROLLED = 256  # blocks that a step reads one after the other
 def row_tile(rows: int, inputs: int) -> int:
     """Rows of x that a step works on, 0 if no tile fits."""
     fits = (n for n in (512, 256, 128) if rows % n == 0 and 2 * n * inputs <= _BYTES)
-    return next(fits, 0)
-
-
-def on_one_chip() -> bool:
-    """Whether the program that is traced is for one TPU: no compiler cuts a kernel over several."""
-    mesh = jax.sharding.get_abstract_mesh()
-    by_hand = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
-    return jax.default_backend() == "tpu" and (by_hand or jax.device_count() == 1)
+    return next(fits, 0) if rows else 0
 
 
 def takes(x: jax.Array, blocks: jax.Array) -> bool:
@@ -51,7 +44,7 @@ def takes(x: jax.Array, blocks: jax.Array) -> bool:
     lanes = bo % LANES == 0 or (bo == LANES // 2 and bi <= bo and at_once > 1)
     inside = bi % LANES == 0 or (LANES % bi == 0 and bi % _SUBLANES == 0)
     small = at_once * kept <= _UNROLLED and 2 * at_once * kept * bi * bo <= _BYTES
-    whole = inputs % LANES == 0 and row_tile(rows, inputs) > 0
+    whole = inputs % LANES == 0 and row_tile(rows, inputs) * kept > 0
     return lanes and inside and small and whole
 
 

@@ -10,7 +10,8 @@
 # its caches hold, so that there a few columns at a time are done. Derivatives are those that JAX
 # finds: with respect to the blocks one more batched product, with respect to x a scatter.
 #
-# On one TPU the way forward is a kernel where it takes such sizes; derivatives are those above.
+# On one TPU or NVIDIA GPU the way forward is a kernel where it takes such sizes; derivatives are
+# those above, but that a GPU, to which a scatter is dear, multiplies with the whole transpose.
 
 import functools
 from collections.abc import Callable
@@ -21,13 +22,14 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxprune.graph._block_kernel import kernel_product, on_one_chip, takes
+from jaxprune.graph import _block_kernel, _block_kernel_gpu
 
 Precision: TypeAlias = lax.PrecisionLike
 
 # Gathered numbers above which parts of half a million to a million are faster on a CPU.
 _AT_ONCE = 1 << 20
 _AS_IT_IS = (None, lax.Precision.DEFAULT)
+_KERNELS = {"tpu": _block_kernel, "cuda": _block_kernel_gpu}
 
 
 class Numerics(NamedTuple):
@@ -65,40 +67,69 @@ def block_product(
     ways: dict[str, Callable[..., jax.Array]] = {}
     if parts > 1:
         ways["cpu"] = functools.partial(_plain, numerics=numerics, parts=parts)
-    if numerics.precision in _AS_IT_IS and takes(x, blocks) and on_one_chip():
-        ways["tpu"] = lambda x, blocks, index: _in_kernel(x, blocks, index, numerics.dtype)
+    platform = kernel_platform()
+    if platform and numerics.precision in _AS_IT_IS and _KERNELS[platform].takes(x, blocks):
+        ways[platform] = lambda x, b, i: _in_kernel(x, b, i, _Kernel(platform, numerics.dtype))
     if not ways:
         return whole(x, blocks, index)
     return lax.platform_dependent(x, blocks, index, default=whole, **ways)
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(3, 4))
-def _in_kernel(
-    x: jax.Array,
-    blocks: jax.Array,
-    index: jax.Array,
-    dtype: jax.typing.DTypeLike | None,
-    interpret: bool = False,
-) -> jax.Array:
-    """The kernel, whose derivatives are those of the plain product."""
-    return kernel_product(x, blocks, index, dtype, interpret=interpret)
+def kernel_platform() -> str | None:
+    """The platform for which the program that is traced may hold kernels.
+
+    It runs on one device, or is written for one inside of ``shard_map``: no compiler cuts a kernel
+    over several.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    by_hand = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    alone = by_hand or jax.device_count() == 1
+    return {"tpu": "tpu", "gpu": "cuda"}.get(jax.default_backend()) if alone else None
+
+
+class _Kernel(NamedTuple):
+    """Which kernel, the dtype of its results, and whether it only runs step by step."""
+
+    platform: str
+    dtype: jax.typing.DTypeLike | None = None
+    interpret: bool = False
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _in_kernel(x: jax.Array, blocks: jax.Array, index: jax.Array, kernel: _Kernel) -> jax.Array:
+    """The kernel, whose derivatives are products in plain XLA."""
+    product = _KERNELS[kernel.platform].kernel_product
+    return product(x, blocks, index, kernel.dtype, interpret=kernel.interpret)
 
 
 @functools.partial(_in_kernel.defjvp, symbolic_zeros=True)
 def _tangent(
-    dtype: jax.typing.DTypeLike | None,
-    interpret: bool,
+    kernel: _Kernel,
     primals: tuple[jax.Array, jax.Array, jax.Array],
     tangents: tuple[jax.Array | SymbolicZero, ...],
 ) -> tuple[jax.Array, jax.Array]:
     x, blocks, index = primals
-    y = _in_kernel(x, blocks, index, dtype, interpret)
+    of_x, of_blocks, _ = tangents
+    numerics = Numerics(dtype=kernel.dtype)
+    y = _in_kernel(x, blocks, index, kernel)
     moved = jnp.zeros_like(y)
     # Linear in x and in the blocks; what does not move is not multiplied.
-    for of_x, of_blocks in ((tangents[0], blocks), (x, tangents[1])):
-        if not isinstance(of_x, SymbolicZero) and not isinstance(of_blocks, SymbolicZero):
-            moved += _plain(of_x, of_blocks, index, numerics=Numerics(dtype=dtype))
+    if not isinstance(of_x, SymbolicZero):
+        product = _whole if kernel.platform == "cuda" else _plain
+        moved += product(of_x, blocks, index, numerics=numerics)
+    if not isinstance(of_blocks, SymbolicZero):
+        moved += _plain(x, of_blocks, index, numerics=numerics)
     return y, moved
+
+
+def _whole(x: jax.Array, blocks: jax.Array, index: jax.Array, *, numerics: Numerics) -> jax.Array:
+    """A product with the whole matrix, zeros and all; ``x`` is `[rows, inputs]`."""
+    columns, _, bi, bo = blocks.shape
+    inputs = x.shape[1]
+    whole = jnp.zeros((inputs // bi, columns, bi, bo), blocks.dtype)
+    whole = whole.at[index, jnp.arange(columns)[:, None]].set(blocks, unique_indices=True)
+    whole = whole.transpose(0, 2, 1, 3).reshape(inputs, columns * bo)
+    return jnp.matmul(x, whole, preferred_element_type=numerics.dtype)
 
 
 def _parts(rows: int, blocks: tuple[int, ...]) -> int:

@@ -29,7 +29,7 @@ from benchmarks import hlo
 from benchmarks.common import machine, print_table, write_json
 from benchmarks.tpu import ENVIRONMENT, cut, libtpu_version, topology_mesh
 from jaxprune.graph import _block_product
-from jaxprune.graph._block_kernel import LANES, columns_at_once, row_tile
+from jaxprune.graph._block_kernel_tpu import LANES, columns_at_once, row_tile
 
 TOPOLOGY = "v5e:2x2"
 BYTES_A_CYCLE = 819 / 1.5  # GB/s of the memory, and GHz, of a v5e

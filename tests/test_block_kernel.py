@@ -7,15 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxprune.graph import _block_kernel, _block_kernel_gpu, _block_product
-from jaxprune.graph._block_kernel import row_tile
+from jaxprune.graph import _block_kernel_gpu, _block_kernel_tpu, _block_product
+from jaxprune.graph._block_kernel_tpu import row_tile
 from jaxprune.graph._block_product import Numerics, block_product
 
 BF16 = jnp.bfloat16
-KERNELS = {"tpu": _block_kernel, "cuda": _block_kernel_gpu}
+KERNELS = {"tpu": _block_kernel_tpu, "cuda": _block_kernel_gpu}
 
 
-def in_kernel(x, blocks, index, platform="tpu"):
+def in_kernel(x, blocks, index, platform):
     kernel = _block_product._Kernel(platform, interpret=True)
     return _block_product._in_kernel(x, blocks, index, kernel)
 
@@ -85,13 +85,15 @@ def test_derivatives_of_a_kernel_are_those_of_the_plain_product(key, platform):
     jax.tree.map(np.testing.assert_array_equal, ours, plain)
 
 
-def test_the_kernel_runs_under_vmap_and_in_a_scan_over_stacked_layers(key):
+@pytest.mark.parametrize("platform", KERNELS)
+def test_a_kernel_runs_under_vmap_and_in_a_scan_over_stacked_layers(key, platform):
+    product = functools.partial(in_kernel, platform=platform)
     x, *_ = draw(key, 128, 128, 2, 2, 64, 64)
     layers = [draw(k, 128, 128, 2, 2, 64, 64)[1:] for k in jax.random.split(key, 2)]
     blocks, index = (jnp.stack(each) for each in zip(*layers, strict=True))
     want = np.stack([slow(x, *layer) for layer in layers])
-    side = jax.jit(jax.vmap(in_kernel, (None, 0, 0)))(x, blocks, index)
-    _, one_by_one = jax.lax.scan(lambda c, w: (c, in_kernel(x, *w)), 0, (blocks, index))
+    side = jax.jit(jax.vmap(product, (None, 0, 0)))(x, blocks, index)
+    _, one_by_one = jax.lax.scan(lambda c, w: (c, product(x, *w)), 0, (blocks, index))
     for y in (side, one_by_one):
         np.testing.assert_array_equal(y, jnp.asarray(want, BF16))
 
@@ -115,7 +117,7 @@ def test_other_sizes_and_numbers_go_the_plain_way_on_a_tpu(
     rows, inputs, columns, kept, bi, bo, dtype
 ):
     x = jax.ShapeDtypeStruct((rows, inputs), dtype)
-    assert not _block_kernel.takes(x, jax.ShapeDtypeStruct((columns, kept, bi, bo), dtype))
+    assert not _block_kernel_tpu.takes(x, jax.ShapeDtypeStruct((columns, kept, bi, bo), dtype))
 
 
 def test_a_tile_of_rows_fits_into_fast_memory():

@@ -22,14 +22,13 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from jaxprune.graph import _block_kernel, _block_kernel_gpu
+from jaxprune.graph import _block_kernel_gpu, _block_kernel_tpu
 
 Precision: TypeAlias = lax.PrecisionLike
 
 # Gathered numbers above which parts of half a million to a million are faster on a CPU.
 _AT_ONCE = 1 << 20
 _AS_IT_IS = (None, lax.Precision.DEFAULT)
-_KERNELS = {"tpu": _block_kernel, "cuda": _block_kernel_gpu}
 
 
 class Numerics(NamedTuple):
@@ -68,7 +67,7 @@ def block_product(
     if parts > 1:
         ways["cpu"] = functools.partial(_plain, numerics=numerics, parts=parts)
     platform = kernel_platform()
-    if platform and numerics.precision in _AS_IT_IS and _KERNELS[platform].takes(x, blocks):
+    if platform and numerics.precision in _AS_IT_IS and _takes(platform, x, blocks):
         ways[platform] = lambda x, b, i: _in_kernel(x, b, i, _Kernel(platform, numerics.dtype))
     if not ways:
         return whole(x, blocks, index)
@@ -87,6 +86,11 @@ def kernel_platform() -> str | None:
     return {"tpu": "tpu", "gpu": "cuda"}.get(jax.default_backend()) if alone else None
 
 
+def _takes(platform: str, x: jax.Array, blocks: jax.Array) -> bool:
+    of = _block_kernel_tpu if platform == "tpu" else _block_kernel_gpu
+    return of.takes(x, blocks)
+
+
 class _Kernel(NamedTuple):
     """Which kernel, the dtype of its results, and whether it only runs step by step."""
 
@@ -98,8 +102,8 @@ class _Kernel(NamedTuple):
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
 def _in_kernel(x: jax.Array, blocks: jax.Array, index: jax.Array, kernel: _Kernel) -> jax.Array:
     """The kernel, whose derivatives are products in plain XLA."""
-    product = _KERNELS[kernel.platform].kernel_product
-    return product(x, blocks, index, kernel.dtype, interpret=kernel.interpret)
+    of = _block_kernel_tpu if kernel.platform == "tpu" else _block_kernel_gpu
+    return of.kernel_product(x, blocks, index, kernel.dtype, interpret=kernel.interpret)
 
 
 @functools.partial(_in_kernel.defjvp, symbolic_zeros=True)

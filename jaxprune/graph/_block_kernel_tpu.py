@@ -18,7 +18,7 @@ from jax import lax
 
 LANES = 128
 _SUBLANES = 16  # of a tile of bfloat16
-_BYTES = 1 << 22  # of a tile of x, and of the blocks of a step
+_BYTES = 1 << 22  # of a tile of x; of the blocks of a step a quarter: of both there are two
 _UNROLLED = 256  # blocks that a step reads one after the other
 
 
@@ -43,7 +43,7 @@ def takes(x: jax.Array, blocks: jax.Array) -> bool:
     # Columns narrower than lanes are laid anew for each call if their blocks are taller than wide.
     lanes = bo % LANES == 0 or (bo == LANES // 2 and bi <= bo and at_once > 1)
     inside = bi % LANES == 0 or (LANES % bi == 0 and bi % _SUBLANES == 0)
-    small = at_once * kept <= _UNROLLED and 2 * at_once * kept * bi * bo <= _BYTES
+    small = at_once * kept <= _UNROLLED and 8 * at_once * kept * bi * bo <= _BYTES
     whole = inputs % LANES == 0 and row_tile(rows, inputs) * kept > 0
     return lanes and inside and small and whole
 

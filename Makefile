@@ -78,7 +78,9 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m benchmarks.compile
 	$(BIN)/python -m benchmarks.layout
 	$(BIN)/python -m benchmarks.tpu
+	$(BIN)/python -m benchmarks.tpu_blocks
 	$(BIN)/python -m benchmarks.post_training
+	$(BIN)/python -m benchmarks.compact
 
 # The lock names the public package index; where that is not reachable, take what there is.
 $(VENV)/ready: pyproject.toml uv.lock

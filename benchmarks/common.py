@@ -8,9 +8,17 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from experiments.common.timing import Task, interleave, machine, paired_ratio
+from experiments.common.timing import Task, in_turns, interleave, machine, paired_ratio
 
-__all__ = ("Task", "interleave", "machine", "paired_ratio", "print_table", "write_json")
+__all__ = (
+    "Task",
+    "in_turns",
+    "interleave",
+    "machine",
+    "paired_ratio",
+    "print_table",
+    "write_json",
+)
 
 
 def write_json(path: Path, result: dict[str, Any]) -> None:

@@ -164,6 +164,12 @@ def _cycles(program: Program, name: str) -> int:
     return total
 
 
+def bundles(text: str) -> Counter[int]:
+    """Count the bundles of a kernel's schedule by how many loops are around them."""
+    lines = re.findall(r"^\s*(?:0x)?[0-9a-f]+\s+(?:[A-Z]{2})?\s*:( >*) \{", text, re.MULTILINE)
+    return Counter(line.count(">") for line in lines)
+
+
 def searches(program: Program) -> int:
     """Count loops whose rounds depend on data, and conditionals."""
     every = [i for computation in program.computations.values() for i in computation.values()]

@@ -11,6 +11,7 @@ pytest.importorskip("safetensors")
 
 from benchmarks import (
     checkpoint,
+    compact,
     compile,
     events,
     parallel_seeds,
@@ -183,3 +184,21 @@ def test_post_training_prunes_a_small_llama_and_names_a_peer_that_is_missing(tmp
     assert json.loads(out.read_text())["cases"][0]["zeros"] == 0.5
     if not result["ours_over_peer"]:
         assert "Skipped llm-compressor" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_compact_compares_products_a_network_and_its_training_with_the_dense_ones(tmp_path):
+    out = tmp_path / "compact.json"
+    config = compact.Config(
+        **{"sizes": (256,), "sparsities": (0.75,), "blocks": ("64x64", "16x16"), "rows": (1, 8)},
+        **{"width": 256, "layers": 2, "batch": (2, 8), "network_blocks": (64,)},
+        turns=2,
+        out=out,
+    )
+    compact.main(config)
+    result = json.loads(out.read_text())
+    assert len(result["products"]) == 2 * 2 * 2  # blocks, rows, ways
+    assert {case["way"] for case in result["networks"]} == {"forward", "training step"}
+    quarter, with_more_indices = (case["bytes_over_dense"] for case in result["products"][:2])
+    assert quarter == (4 * 128 * 128 + 4 * 4) / (4 * 256 * 256)
+    assert with_more_indices == (4 * 128 * 128 + 4 * 64) / (4 * 256 * 256)

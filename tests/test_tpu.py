@@ -12,7 +12,7 @@ import pytest
 pytest.importorskip("tyro")
 pytest.importorskip("rich")
 
-from benchmarks import hlo, tpu
+from benchmarks import hlo, tpu, tpu_blocks
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("bfloat16", "float32")
@@ -123,6 +123,19 @@ def test_bytes_of_a_type_leave_its_layout_aside(type_, size):
     assert hlo.bytes_of(type_) == size
 
 
+def test_bundles_of_a_schedule_are_counted_by_the_loops_around_them():
+    schedule = """\
+LB: loop body
+     0   :  { %s1 = smov 0 }
+   0x1 LB: > { %s2 = sadd.s32 1, %s1  ;;  %s3 = smov 2 }
+   0x2   : > { %dma = dma.hbm_to_vmem
+base_bounds: (32, 4) }
+   0x3 LB: >> { %v1 = vld [vmem:[%s2] sm:$0xff] }
+  0x1f PF: > {}
+"""
+    assert hlo.bundles(schedule) == {0: 1, 1: 3, 2: 1}
+
+
 def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.parse("module @jit_step {}")
@@ -150,20 +163,23 @@ def test_limits_are_set_for_every_row_of_the_table():
     assert {*MEMORY, "bare"} == tpu.wrappers().keys()
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """All that the benchmark says, from one process of it."""
+def said(module, out):
+    """All that a benchmark says, from one process of it."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed: pip install 'jaxprune[tpu-aot]'")
-    out = tmp_path_factory.mktemp("tpu") / "tpu.json"
     # The settings of the tests would have programs compiled in a hurry, and kept.
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
-    command = [sys.executable, "-m", "benchmarks.tpu", "--out", str(out)]
+    command = [sys.executable, "-m", module.__name__, "--out", str(out)]
     subprocess.run(command, cwd=ROOT, env=env | {"XLA_FLAGS": ""}, check=True)
     result = json.loads(out.read_text())
     if "error" in result:
         pytest.skip(result["error"])
     return result
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    return said(tpu, tmp_path_factory.mktemp("tpu") / "tpu.json")
 
 
 def row(compiled, name, dtype):
@@ -205,3 +221,13 @@ def test_across_ranks_seventy_billion_weights(compiled):
     assert "error" not in compiled["llama"], compiled["llama"]["error"]
     assert compiled["llama"]["weights"] > 68e9
     assert compiled["llama"]["aliased"] == compiled["llama"]["donated"]
+
+
+@pytest.mark.slow
+def test_a_product_with_an_eighth_of_the_blocks_takes_a_fraction_of_the_cycles(tmp_path):
+    cases = said(tpu_blocks, tmp_path / "tpu_blocks.json")["cases"]
+    assert len(cases) == 6
+    for case in cases:
+        assert case["plain_over_dense"] < 0.7, case
+        assert case["kernel_over_dense"] < 0.35, case
+        assert case["kernel"] < case["plain"] / 1.3, case

@@ -9,16 +9,26 @@
 # is gathered is `columns * kept * bi` numbers a row, and a CPU slows down once that is more than
 # its caches hold, so that there a few columns at a time are done. Derivatives are those that JAX
 # finds: with respect to the blocks one more batched product, with respect to x a scatter.
+#
+# On one TPU or NVIDIA GPU the way forward is a kernel where it takes such sizes; derivatives are
+# those above, but that a GPU, to which a scatter is dear, multiplies with the whole transpose.
 
+import functools
+from collections.abc import Callable
 from typing import NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
+
+from jaxprune.graph import _block_kernel_gpu, _block_kernel_tpu
 
 Precision: TypeAlias = lax.PrecisionLike
 
-_AT_ONCE = 1 << 21  # gathered numbers that are still in the caches of a CPU
+# Gathered numbers above which parts of half a million to a million are faster on a CPU.
+_AT_ONCE = 1 << 20
+_AS_IT_IS = (None, lax.Precision.DEFAULT)
 
 
 class Numerics(NamedTuple):
@@ -52,16 +62,78 @@ def block_product(
         one = lambda x, b, i: block_product(x, b, i, numerics)  # noqa: E731
         return jax.vmap(one)(x, blocks, index)
     parts = _parts(x.shape[0], blocks.shape)
-    if parts == 1:
-        return _at_once(x, blocks, index, numerics)
+    whole = functools.partial(_plain, numerics=numerics)
+    ways: dict[str, Callable[..., jax.Array]] = {}
+    if parts > 1:
+        ways["cpu"] = functools.partial(_plain, numerics=numerics, parts=parts)
+    platform = kernel_platform()
+    if platform and numerics.precision in _AS_IT_IS and _takes(platform, x, blocks):
+        ways[platform] = lambda x, b, i: _in_kernel(x, b, i, _Kernel(platform, numerics.dtype))
+    if not ways:
+        return whole(x, blocks, index)
+    return lax.platform_dependent(x, blocks, index, default=whole, **ways)
 
-    def in_parts(x: jax.Array, blocks: jax.Array, index: jax.Array) -> jax.Array:
-        one = jax.checkpoint(lambda part: _at_once(x, part[0], part[1], numerics))
-        y = lax.map(one, (_split(blocks, parts), _split(index, parts)))
-        return jnp.moveaxis(y, 0, 1).reshape(x.shape[0], -1)
 
-    whole = lambda x, b, i: _at_once(x, b, i, numerics)  # noqa: E731
-    return lax.platform_dependent(x, blocks, index, cpu=in_parts, default=whole)
+def kernel_platform() -> str | None:
+    """The platform for which the program that is traced may hold kernels.
+
+    It runs on one device, or is written for one inside of ``shard_map``: no compiler cuts a kernel
+    over several.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    by_hand = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
+    alone = by_hand or jax.device_count() == 1
+    return {"tpu": "tpu", "gpu": "cuda"}.get(jax.default_backend()) if alone else None
+
+
+def _takes(platform: str, x: jax.Array, blocks: jax.Array) -> bool:
+    of = _block_kernel_tpu if platform == "tpu" else _block_kernel_gpu
+    return of.takes(x, blocks)
+
+
+class _Kernel(NamedTuple):
+    """Which kernel, the dtype of its results, and whether it only runs step by step."""
+
+    platform: str
+    dtype: jax.typing.DTypeLike | None = None
+    interpret: bool = False
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _in_kernel(x: jax.Array, blocks: jax.Array, index: jax.Array, kernel: _Kernel) -> jax.Array:
+    """The kernel, whose derivatives are products in plain XLA."""
+    of = _block_kernel_tpu if kernel.platform == "tpu" else _block_kernel_gpu
+    return of.kernel_product(x, blocks, index, kernel.dtype, interpret=kernel.interpret)
+
+
+@functools.partial(_in_kernel.defjvp, symbolic_zeros=True)
+def _tangent(
+    kernel: _Kernel,
+    primals: tuple[jax.Array, jax.Array, jax.Array],
+    tangents: tuple[jax.Array | SymbolicZero, ...],
+) -> tuple[jax.Array, jax.Array]:
+    x, blocks, index = primals
+    of_x, of_blocks, _ = tangents
+    numerics = Numerics(dtype=kernel.dtype)
+    y = _in_kernel(x, blocks, index, kernel)
+    moved = jnp.zeros_like(y)
+    # Linear in x and in the blocks; what does not move is not multiplied.
+    if not isinstance(of_x, SymbolicZero):
+        product = _whole if kernel.platform == "cuda" else _plain
+        moved += product(of_x, blocks, index, numerics=numerics)
+    if not isinstance(of_blocks, SymbolicZero):
+        moved += _plain(x, of_blocks, index, numerics=numerics)
+    return y, moved
+
+
+def _whole(x: jax.Array, blocks: jax.Array, index: jax.Array, *, numerics: Numerics) -> jax.Array:
+    """A product with the whole matrix, zeros and all; ``x`` is `[rows, inputs]`."""
+    columns, _, bi, bo = blocks.shape
+    inputs = x.shape[1]
+    whole = jnp.zeros((inputs // bi, columns, bi, bo), blocks.dtype)
+    whole = whole.at[index, jnp.arange(columns)[:, None]].set(blocks, unique_indices=True)
+    whole = whole.transpose(0, 2, 1, 3).reshape(inputs, columns * bo)
+    return jnp.matmul(x, whole, preferred_element_type=numerics.dtype)
 
 
 def _parts(rows: int, blocks: tuple[int, ...]) -> int:
@@ -78,16 +150,29 @@ def _split(x: jax.Array, parts: int) -> jax.Array:
     return x.reshape(parts, -1, *x.shape[1:])
 
 
-def _at_once(x: jax.Array, blocks: jax.Array, index: jax.Array, numerics: Numerics) -> jax.Array:
-    """All columns in one batched product; ``x`` is `[rows, inputs]`."""
+def _plain(
+    x: jax.Array, blocks: jax.Array, index: jax.Array, *, numerics: Numerics, parts: int = 1
+) -> jax.Array:
+    """A batched product, or one for each of some parts of the columns; ``x`` is `[rows, inputs]`.
+
+    What is gathered is gathered again on the way back, rather than kept for all parts.
+    """
     columns, kept, bi, bo = blocks.shape
     rows = x.shape[0]
-    laid = x.reshape(rows, x.shape[1] // bi, bi).transpose(1, 0, 2)
-    gathered = jnp.take(laid, index.reshape(-1), axis=0, mode="clip")  # it is in bounds
-    gathered = gathered.reshape(columns, kept, rows, bi).transpose(0, 2, 1, 3)
-    gathered = gathered.reshape(columns, rows, kept * bi)
-    y = _dot(gathered, blocks.reshape(columns, kept * bi, bo), numerics)
-    return y.transpose(1, 0, 2).reshape(rows, columns * bo)
+    laid = x.reshape(rows, x.shape[1] // bi, bi).transpose(1, 0, 2)  # once, and not in each part
+
+    def product(part: tuple[jax.Array, jax.Array]) -> jax.Array:
+        blocks, index = part
+        gathered = jnp.take(laid, index.reshape(-1), axis=0, mode="clip")  # it is in bounds
+        gathered = gathered.reshape(*index.shape, rows, bi).transpose(0, 2, 1, 3)
+        gathered = gathered.reshape(len(index), rows, kept * bi)
+        return _dot(gathered, blocks.reshape(len(index), kept * bi, bo), numerics)
+
+    if parts == 1:
+        y = product((blocks, index))
+    else:
+        y = lax.map(jax.checkpoint(product), (_split(blocks, parts), _split(index, parts)))
+    return y.reshape(columns, rows, bo).transpose(1, 0, 2).reshape(rows, columns * bo)
 
 
 def transposed_product(

@@ -105,7 +105,7 @@ def form_of(mask: np.ndarray, path: str) -> Form | None:
         raise ValueError(_ragged(mask.shape, changes, path) or _single(path))
     units = mask[tuple(slice(None, None, s) for s in sizes)]
     # Of ways with blocks as large the first one comes first.
-    ways = sorted(_ways(mask.ndim), key=lambda way: -_area(sizes, mask.shape, *way))
+    ways = sorted(_ways(sizes, mask.shape), key=lambda way: -_area(sizes, mask.shape, *way))
     grids = (_grid(units, sizes, mask.shape, *way) for way in ways)
     found = next((grid for grid in grids if grid.balanced and grid.area > 1), None)
     if found is None:
@@ -149,18 +149,23 @@ def _ragged(shape: Sequence[int], changes: Sequence[Sequence[int]], path: str) -
     return ""
 
 
-def _ways(rank: int) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+def _ways(
+    sizes: Sequence[int], shape: Sequence[int]
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
     """Ways to read axes: some are inputs, some outputs, the rest leads.
 
     Of several inputs (the places of a window, heads) one counts fastest, the one that blocks lie
-    along, and so of several outputs. Ways with more leading axes come first, then inputs before
-    outputs, then those whose outputs come last and whose last axis counts fastest.
+    along, and so of several outputs; one along which nothing changes only if it is the last. Ways
+    with more leading axes come first, then inputs before outputs, then those whose outputs come
+    last and whose last axis counts fastest.
     """
+    rank = len(shape)
     some = [s for n in range(1, rank) for s in itertools.combinations(range(rank), n)]
     pairs = [(i, o) for i, o in itertools.permutations(some, 2) if not set(i) & set(o)]
     pairs.sort(key=lambda p: (len(p[0]) + len(p[1]), p[0] > p[1], -p[1][-1], -p[0][-1]))
+    fast = lambda axes: [i for i in axes[::-1] if i == axes[-1] or sizes[i] < shape[i]]  # noqa: E731
     for inputs, outputs in pairs:
-        for i, o in itertools.product(reversed(inputs), reversed(outputs)):
+        for i, o in itertools.product(fast(inputs), fast(outputs)):
             yield _fastest(inputs, i), _fastest(outputs, o)
 
 
@@ -209,14 +214,16 @@ def _block(
 ) -> tuple[int, tuple[int, ...]]:
     """How long blocks are along merged axes, and which of the axes have a part in that.
 
-    The last axis does; one before it only if blocks span all axes behind it.
+    The last axis does; one before it only if blocks span all axes behind it, and if something
+    changes along it: layers that have all lost the same blocks are layers still.
     """
-    size, own = 1, []
-    for i in reversed(run):
+    *others, last = run
+    size, own = sizes[last], [last]
+    for i in reversed(others):
+        if sizes[own[-1]] != shape[own[-1]] or sizes[i] == shape[i]:
+            break
         own.append(i)
         size *= sizes[i]
-        if sizes[i] != shape[i]:
-            break
     return size, tuple(own)
 
 

@@ -1,5 +1,6 @@
 """What masks removed in blocks is not computed: functions, params and states by kept blocks."""
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -134,7 +135,7 @@ def compact_state(
     opt_state = _inner(tx, opt_state, plain)
     held = list(found.dense)
     removing = [p for p in held if not bool(jnp.all(_by_path(found.masks, p)))]
-    if removing and not list(pruners(jax.eval_shape(tx.init, plain))):
+    if removing and not pruners(jax.eval_shape(tx.init, plain)):
         raise ValueError(
             f"`compact_state` would let removed weights of {list_paths(removing, 6)} come back: "
             f"they stay as they are ({found.dense[removing[0]]}), and this optimizer holds no "
@@ -147,10 +148,11 @@ def compact_state(
 def _inner(
     tx: optax.GradientTransformation, opt_state: optax.OptState, params: Params
 ) -> optax.OptState:
-    """The state of the inner optimizer of a pruner, if that goes on alone."""
-    if is_pruner(opt_state) and not is_pruner(jax.eval_shape(tx.init, params)):
-        return opt_state.inner_state
-    return opt_state
+    """The state without its pruners, where their inner optimizers go on alone."""
+    if pruners(jax.eval_shape(tx.init, params)):
+        return opt_state
+    alone = lambda node: node.inner_state if is_pruner(node) else node  # noqa: E731
+    return jax.tree.map(alone, opt_state, is_leaf=is_pruner)
 
 
 def _by_path(tree: Params, path: str) -> Any:
@@ -230,11 +232,11 @@ def sparse_function(fn: Callable[..., Any], found: Compaction) -> Callable[..., 
     @functools.partial(jax.jit, static_argnums=1)
     def run(arrays: Sequence[Any], static: Any) -> Any:
         (params, *inputs), keywords = join_static(arrays, static)
-        whole = specs_beside(found.whole, params)
-        program = trace(fn, found, whole, inputs, keywords)
+        now = dataclasses.replace(found, whole=specs_beside(found.whole, params))
+        program = trace(fn, now, inputs, keywords)
         seen: list[Seen] = []
-        outs = evaluate(program, found, arrays, seen)
-        _warn_of_whole(found, seen)
+        outs = evaluate(program, now, arrays, seen)
+        _warn_of_whole(now, seen)
         return jax.tree.unflatten(jax.tree.structure(program.outputs), outs)
 
     def sparse_fn(params: Params, *inputs: Any, **keywords: Any) -> Any:
@@ -246,14 +248,10 @@ def sparse_function(fn: Callable[..., Any], found: Compaction) -> Callable[..., 
 
 
 def trace(
-    fn: Callable[..., Any],
-    found: Compaction,
-    whole: Params,
-    inputs: Sequence[Any],
-    keywords: dict[str, Any],
+    fn: Callable[..., Any], found: Compaction, inputs: Sequence[Any], keywords: dict[str, Any]
 ) -> Program:
     """Trace the whole function on the shapes of its params."""
-    return program_of(fn, (whole, *inputs), keywords, len(paths_of(found)))
+    return program_of(fn, (found.whole, *inputs), keywords, len(paths_of(found)))
 
 
 def paths_of(found: Compaction) -> list[str]:

@@ -127,7 +127,7 @@ def compact_plan(
     """
     check_call(fn, keywords, compact_plan)
     found = compaction_of(params, masks, only, "compact_plan")
-    program = trace(fn, found, found.whole, inputs, keywords)
+    program = trace(fn, found, inputs, keywords)
     paths = paths_of(found)
     specs = list(program.specs)
     for number, path in enumerate(paths):

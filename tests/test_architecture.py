@@ -271,7 +271,7 @@ def public():
 
 # Made by functions that show one.
 RESULTS = (
-    *("Check", "Group", "Level", "Overlap", "Packed", "PruneState", "PruneWarning"),
+    *("Check", "CompactPlan", "Group", "Level", "Overlap", "Packed", "PruneState", "PruneWarning"),
     *("StraightThroughState", "Summary"),
     *("export.Report", "graph.Axis", "graph.Site"),
 )

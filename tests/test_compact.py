@@ -297,6 +297,51 @@ def test_it_lives_in_jit_grad_vmap_scan_donation_and_export(small):
     assert sparse_fn(step(jax.tree.map(jnp.copy, sparse_params)), x).shape == want.shape
 
 
+def test_an_index_of_a_layer_is_clamped_as_the_program_clamps_it():
+    params, masks = {"w": normal(0, 3, 16, 16)}, {"w": mask(1, 3, 16, 16, block=(4, 4))}
+    x = normal(2, 5, 16)
+
+    def clamped(p, x, i):
+        w = lax.dynamic_slice(p["w"], (i, 0, 0), (1, 16, 16), allow_negative_indices=False)
+        return x @ w[0]
+
+    for fn in (clamped, lambda p, x, i: x @ p["w"][i]):
+        sparse_fn, sparse_params = jp.compact(fn, params, masks, only="w")
+        for i in (-5, -1, 1, 4):
+            want = fn(jp.apply_masks(params, masks), x, jnp.int32(i))
+            np.testing.assert_allclose(sparse_fn(sparse_params, x, jnp.int32(i)), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1 << 21, 1 << 10])
+def test_half_precision_adds_up_columns_as_a_product_does(monkeypatch, at_once):
+    monkeypatch.setattr(_block_product, "_AT_ONCE", at_once)
+    draw = lambda *shape: jnp.asarray(jnp.abs(normal(0, *shape)) + 0.5, jnp.bfloat16)
+    params, x, back = {"w": draw(16, 2048)}, draw(2, 16), draw(2, 2048)
+    masks = {"w": mask(1, 16, 2048, block=(8, 8))}
+    fn = lambda p, x: x @ p["w"]
+    sparse_fn, sparse_params = jp.compact(fn, params, masks, only="w")
+    whole = np.float64(jp.apply_masks(params, masks)["w"])
+    (got,) = jax.vjp(lambda x: sparse_fn(sparse_params, x), x)[1](back)
+    np.testing.assert_allclose(np.float64(got), np.float64(back) @ whole.T, rtol=8e-3)
+    turned, sparse_params = jp.compact(lambda p, x: x @ p["w"].T, params, masks, only="w")
+    got = turned(sparse_params, back)
+    np.testing.assert_allclose(np.float64(got), np.float64(back) @ whole.T, rtol=8e-3)
+
+
+def test_numbers_among_the_params_and_their_dtypes_are_those_that_are_passed(small):
+    _, masks, x = small
+    params = {"scale": 0.5, "bias": normal(0, 32), "up": normal(1, 16, 32)}
+    masks = {"scale": None, "bias": None, "up": masks["up"]}
+    fn = lambda p, x: p["scale"] * (x @ p["up"] + jnp.broadcast_to(p["bias"], (6, 32)))
+    sparse_fn, sparse_params = jp.compact(fn, params, masks, only="up")
+    want = fn({**jp.apply_masks(params, masks), "scale": 2.0}, x)
+    other = {**sparse_params, "scale": 2.0}
+    np.testing.assert_allclose(sparse_fn(other, x), want, rtol=1e-5)
+    np.testing.assert_allclose(jax.jit(sparse_fn)(other, x), want, rtol=1e-5)
+    half = jax.tree.map(lambda a: jnp.asarray(a, jnp.bfloat16), (other, x))
+    assert sparse_fn(*half).dtype == jnp.bfloat16
+
+
 def test_data_without_rows_and_single_vectors_go_through(small):
     params, masks, x = small
     sparse_fn, sparse_params = jp.compact(lambda p, x: x @ p["up"], params, masks, only="up")
@@ -456,6 +501,25 @@ def test_training_in_blocks_is_training_the_masked_network(small):
         back = jp.expand(small, params, masks, only=".*")
         close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6)
         jax.tree.map(close, back, large)
+
+
+def test_a_pruner_inside_of_a_chain_hands_over_to_its_inner_optimizer():
+    params, masks = {"w": normal(0, 16, 16)}, {"w": mask(1, 16, 16, block=(4, 4))}
+    held = optax.chain(optax.clip(1.0), jp.hold(optax.adam(0.1)))
+    alone = optax.chain(optax.clip(1.0), optax.adam(0.1))
+    state = jp.with_masks(held.init(params), masks)
+    got = jp.compact_state(alone, state, params, masks, only="w")
+    _, sparse_params = jp.compact(lambda p, x: x @ p["w"], params, masks, only="w")
+    assert jax.tree.structure(got) == jax.tree.structure(alone.init(sparse_params))
+
+
+def test_layers_that_have_lost_the_same_blocks_are_layers_still():
+    params = {"w": normal(0, 3, 16, 16)}
+    one = mask(1, 16, 16, block=(4, 4))
+    fn = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+    for masks in ({"w": jnp.stack([one] * 3)}, {"w": one[None]}):
+        (row,) = jp.compact_plan(fn, params, masks, normal(2, 5, 16), only="w").rows
+        assert row.blocks == (4, 4) and row.kept == (2, 4) and not row.whole
 
 
 def test_a_state_is_refused_where_removed_weights_would_come_back_or_nothing_fits():

@@ -672,3 +672,13 @@ def test_the_small_function_runs_where_devices_hold_parts_of_the_data():
     mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     apart = jax.shard_map(small_fn, mesh=mesh, in_specs=(jax.P(), jax.P("x")), out_specs=jax.P("x"))
     np.testing.assert_allclose(jax.jit(apart)(small, x), small_fn(small, x), rtol=1e-6)
+
+
+def test_numbers_among_the_params_are_those_that_are_passed():
+    fn = lambda p, x: p["scale"] * (jnp.tanh(x @ p["w"]) @ p["v"])
+    params = {"scale": 0.5, "w": jnp.arange(12.0).reshape(4, 3) / 9, "v": jnp.ones((3, 2))}
+    groups = jp.find_groups(fn, params, jnp.ones((2, 4)))
+    masks = jp.find_masks(params, 0.3, pattern=jp.patterns.Coupled(groups))
+    small_fn, small = jp.shrink(fn, params, masks)
+    half, whole = (small_fn({**small, "scale": s}, jnp.ones((2, 4))) for s in (0.5, 1.0))
+    np.testing.assert_allclose(whole, 2 * half, rtol=1e-6)

@@ -113,7 +113,10 @@ class Blocked:
         return None
 
     def _cut(self, at: int, start: Start, n: int) -> "Blocked":
-        cut = lambda x: lax.dynamic_slice_in_dim(x, start, n, at)  # noqa: E731
+        # As the primitive does: what is out of bounds is clamped, and -1 is not the last.
+        cut = lambda x: lax.dynamic_slice_in_dim(  # noqa: E731
+            x, start, n, at, allow_negative_indices=False
+        )
         return dataclasses.replace(self, blocks=cut(self.blocks), index=cut(self.index))
 
     def _without(self, i: int) -> "Blocked":

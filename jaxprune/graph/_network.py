@@ -231,18 +231,24 @@ def spec_of(x: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(x), x.dtype, sharding=layout if keep else None)
 
 
-def specs_beside(whole: Params, arrays: Params) -> Params:
-    """The shapes of a tree, each varying as the array in the same place does.
+def specs_beside(whole: Params, params: Params) -> Params:
+    """The shapes of whole params, with all else as some given ones have it in the same place.
 
-    A ``shard_map`` traces nothing that mixes what varies over its devices with what does not, and
-    shapes that were noted outside of it do not know.
+    Those may be of another dtype by now, and hold numbers where arrays were, or the other way
+    round, as inside of ``jit``. Inside of a ``shard_map`` each varies over its devices as the given
+    one does: nothing may be traced that mixes what varies with what does not.
     """
 
     def one(spec: Any, x: Any) -> Any:
-        mixed = is_array(spec) and is_array(x) and _varying(x)
-        return _on_devices(spec.shape, spec.dtype, x) if mixed else spec
+        if not is_array(x):
+            return x
+        shape = spec.shape if is_array(spec) else jnp.shape(x)
+        if _varying(x):
+            return _on_devices(shape, x.dtype, x)
+        sharding = spec.sharding if is_array(spec) else None
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=sharding)
 
-    return jax.tree.map(one, whole, arrays)
+    return jax.tree.map(one, whole, params)
 
 
 def _varying(x: Any) -> frozenset[str]:

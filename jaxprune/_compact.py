@@ -11,12 +11,22 @@ import jax.numpy as jnp
 import optax
 
 from jaxprune._advice import PruneWarning
+from jaxprune._checks import check_inner
 from jaxprune._compaction import Compaction, Only, compaction_of
-from jaxprune._cut_state import cut_state
+from jaxprune._cut_state import adopted, cut_state
 from jaxprune._masks import apply_masks
 from jaxprune._state import without_variables
 from jaxprune._states import is_pruner, pruners
-from jaxprune._tree import is_array, join_static, leaves_with_path, list_paths, split_static
+from jaxprune._tree import (
+    is_array,
+    join_static,
+    leaves_by_path,
+    leaves_with_path,
+    list_paths,
+    split_static,
+    wide,
+)
+from jaxprune._values import is_concrete
 from jaxprune._verify import difference, masks_over
 from jaxprune.graph._blocked import Blocked
 from jaxprune.graph._network import Program, check_call, program_of, specs_beside
@@ -44,7 +54,7 @@ def compact(
     Which way round a weight is used does not matter to what comes out; where a mask is balanced
     along both axes, it is read as `[..., in, out]`.
 
-    A weight stays as it is, masked, where it is smaller than 65,536 entries, or where
+    A weight stays as it is, masked, where its matrix has fewer than 65,536 entries, or where
     ``share * (1 + 200 / bo)`` exceeds 0.8: what is left times the cost of gathering for blocks of
     ``bo`` outputs, measured on a CPU at 64 rows of data and more. At one row blocks gain sooner;
     ``only`` overrides it, and ``print(jp.compact_plan(...))`` shows the choice.
@@ -130,11 +140,12 @@ def compact_state(
       >>> state[0].mu["w"].shape
       (4, 1, 128, 128)
     """
+    check_inner(tx, "compact_state")
     plain = without_variables(params)
     found = compaction_of(plain, masks, only, "compact_state")
     opt_state = _inner(tx, opt_state, plain)
-    held = list(found.dense)
-    removing = [p for p in held if not bool(jnp.all(_by_path(found.masks, p)))]
+    masked = leaves_by_path(found.masks, "compact_state")
+    removing = [path for path, mask in masked.items() if not bool(jnp.all(mask))]
     if removing and not pruners(jax.eval_shape(tx.init, plain)):
         raise ValueError(
             f"`compact_state` would let removed weights of {list_paths(removing, 6)} come back: "
@@ -142,7 +153,9 @@ def compact_state(
             "masks. Go on with `tx = jp.hold(inner)`, or hold them by blocks, too, with `only`."
         )
     small = jax.eval_shape(found.params, plain)
-    return cut_state(tx, opt_state, plain, small, found.place, user="compact_state")
+    state = cut_state(tx, opt_state, plain, small, found.place, user="compact_state")
+    _warn_of_shapes(tx, (opt_state, state), plain, found)
+    return state
 
 
 def _inner(
@@ -155,8 +168,41 @@ def _inner(
     return jax.tree.map(alone, opt_state, is_leaf=is_pruner)
 
 
-def _by_path(tree: Params, path: str) -> Any:
-    return dict(leaves_with_path(tree))[path]
+def _warn_of_shapes(
+    tx: optax.GradientTransformation,
+    states: tuple[optax.OptState, optax.OptState],
+    params: Params,
+    found: Compaction,
+) -> None:
+    """Say where an optimizer treats blocks otherwise than the weights that they are of.
+
+    What looks at a whole leaf, its axes or a mean over it, cannot know; an update of each tells.
+    """
+    whole, blocks = adopted(tx, without_variables(states[0]), params), without_variables(states[1])
+    if not is_concrete((params, jax.tree.leaves((whole, blocks)))):
+        return
+    small = found.params(params)
+    drawn = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size)).reshape(p.shape), small)
+    drawn = jax.tree.map(lambda g, p: g.astype(p.dtype), drawn, small)
+    try:
+        want = found.params(tx.update(found.expand(drawn), whole, found.expand(small))[0])
+        got = tx.update(drawn, blocks, small)[0]
+    except (TypeError, ValueError):  # it asks for more than gradients
+        return
+    told = []
+    for (path, a), (_, b) in zip(leaves_with_path(want), leaves_with_path(got), strict=True):
+        apart = jnp.max(jnp.abs(wide(a) - wide(b))) / jnp.max(jnp.abs(wide(a)))
+        if path in found.forms and apart > 0.01:
+            told.append(f"\n- {path!r}: by {float(apart):.0%} of its largest update")
+    if told:
+        warnings.warn(
+            "`compact_state`: this optimizer moves blocks otherwise than the weights they are of"
+            f"{''.join(told)}\nIt looks at whole arrays (their number of axes, a mean over them), "
+            "which are others now. Let masks tell weights by their paths, and choose optimizers "
+            "that work elementwise or by norms.",
+            PruneWarning,
+            stacklevel=3,
+        )
 
 
 def expand(sparse_params: Params, params: Params, masks: Masks, *, only: Only = None) -> Params:

@@ -71,6 +71,8 @@ class CompactPlan:
         notes = [f"dense: {row.path!r}: {row.why}" for row in self.rows if row.why]
         for row in self.rows:
             notes += [f"made whole: {row.path!r}: {at} reads it" for at in row.whole]
+            if row.blocks and not row.products and not row.whole:
+                notes.append(f"never read: {row.path!r}")
         return notes
 
 
@@ -83,8 +85,8 @@ def _cells(row: PlanRow) -> tuple[str, ...]:
         pair(row.kept, " / "),
         in_bytes(row.bytes),
         in_bytes(row.dense_bytes),
-        f"{row.time:.2f}",
-        "; ".join(row.products) if row.blocks else "dense",
+        f"{row.time:.2f}" if row.products or not row.blocks else "-",
+        "; ".join(row.products) or "none" if row.blocks else "dense",
     )
 
 

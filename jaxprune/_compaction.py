@@ -15,7 +15,16 @@ from jaxprune._cut_state import CannotCutError
 from jaxprune._errors import check_living
 from jaxprune._kept import check_fit, shapes_of
 from jaxprune._masks import apply_masks
-from jaxprune._tree import check_regexes_match, is_array, leaves_by_path, map_with_path
+from jaxprune._mesh import is_explicit
+from jaxprune._tree import (
+    check_regexes_match,
+    is_array,
+    leaves_by_path,
+    leaves_with_path,
+    list_paths,
+    map_with_path,
+)
+from jaxprune._where import compile_regex
 from jaxprune.graph._blocked import put_blocks, take_blocks
 from jaxprune.graph._network import spec_of
 from jaxprune.typing import Leaf, Masks, Params
@@ -49,10 +58,22 @@ class Compaction:
 
     def params(self, tree: Params) -> Params:
         """Params with blocks in the place of weights, and masked where they stay as they are."""
-        return map_with_path(self._take, apply_masks(tree, self._over(tree)))
+
+        def take(tree: Params) -> Params:
+            return map_with_path(self._take, apply_masks(tree, self._over(tree)))
+
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(tree)):
+            return jax.eval_shape(take, tree)
+        return take(tree)
 
     def expand(self, tree: Params) -> Params:
         """The whole params, with zeros where blocks are gone."""
+        missing = [p for p in self.forms if p not in dict(leaves_with_path(tree))]
+        if missing:
+            raise ValueError(
+                f"`expand` got a tree without {list_paths(missing)}. Pass the params that "
+                "`jp.compact` gave, or that were trained from them, nested as the whole ones."
+            )
 
         def put(path: str, leaf: Leaf) -> Leaf:
             form = self.forms.get(path)
@@ -74,7 +95,12 @@ class Compaction:
 
     def _take(self, path: str, leaf: Leaf) -> Leaf:
         form = self.forms.get(path)
-        return leaf if form is None else take_blocks(leaf, form.index, form.axes, form.block)
+        if form is None:
+            return leaf
+        take = lambda w: take_blocks(w, form.index, form.axes, form.block)  # noqa: E731
+        if not is_explicit(leaf):
+            return take(leaf)
+        return jax.sharding.auto_axes(take, out_sharding=jax.P(*[None] * len(form.shape)))(leaf)
 
     def _over(self, tree: Params) -> Masks:
         """Masks of what stays dense, for all of a tree."""
@@ -131,7 +157,7 @@ def compaction_of(params: Params, masks: Masks, only: Only, user: str) -> Compac
     check_living(masks)
     shapes = shapes_of(params, user)
     check_fit(masks, shapes, user)
-    regexes = () if only is None else (only,) if isinstance(only, str) else tuple(only)
+    regexes = _regexes(only, user)
     check_regexes_match(regexes, masks, user)
     forms: dict[str, Form] = {}
     dense: dict[str, str] = {}
@@ -148,11 +174,20 @@ def compaction_of(params: Params, masks: Masks, only: Only, user: str) -> Compac
         raise ValueError(
             f"`{user}` found no weight to hold by its blocks{': ' if told else ''}{told}. Prune "
             'larger blocks, `pattern=jp.patterns.Blocks((128, 128), axes=("in", "out")), '
-            'scope=jp.scopes.per_output`, or insist with `only=".*"`.'
+            f"scope=jp.scopes.per_output`{', or insist with `only=...`' * (only is None)}."
         )
     left = map_with_path(lambda path, mask: mask if path in dense else None, masks)
     whole = jax.tree.map(lambda x: spec_of(x) if is_array(x) else x, params)
     return Compaction(whole, forms, dense, left)
+
+
+def _regexes(only: Only, user: str) -> tuple[str, ...]:
+    if only is None:
+        return ()
+    regexes = tuple(only) if isinstance(only, list | tuple) else (only,)
+    for regex in regexes:
+        compile_regex(regex, f"{user}(only=...)")
+    return regexes
 
 
 def _form(path: str, mask: jax.Array, shape: Sequence[int]) -> Form | str:

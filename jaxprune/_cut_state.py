@@ -56,7 +56,7 @@ def cut_state(
         )
     _refuse_events(tx, opt_state, user)
     beside = map_with_path(lambda path, leaf: places(path, jnp.shape(leaf)), whole)
-    opt_state = _adopted(tx, opt_state, whole)
+    opt_state = adopted(tx, opt_state, whole)
     given = without_variables(opt_state)
     old = jax.tree.map(_unpacked, given, is_leaf=is_pruner)
     try:
@@ -113,7 +113,7 @@ def _cut_one(part: Any, place: "Place") -> Tree:
     return place.take(part) if part.ndim == len(place.shape) else part
 
 
-def _adopted(tx: optax.GradientTransformation, state: Tree, params: Params) -> Tree:
+def adopted(tx: optax.GradientTransformation, state: Tree, params: Params) -> Tree:
     """Let ``hold`` take over from a pruner: all that it needs are the masks."""
 
     def adopt(want: Tree, got: Tree) -> Any:

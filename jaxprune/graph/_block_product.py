@@ -232,7 +232,9 @@ def transposed_product(
 
         def in_parts(*each: jax.Array) -> jax.Array:
             split = tuple(_split(a, parts) for a in each)
-            return lax.scan(jax.checkpoint(add), nothing, split)[0]
+            # The first sum varies over the devices of a shard_map as all others do; zeros do not.
+            first = whole(*(a[0] for a in split))
+            return lax.scan(jax.checkpoint(add), first, tuple(a[1:] for a in split))[0]
 
         y = lax.platform_dependent(laid, blocks, index, cpu=in_parts, default=whole)
     return y.transpose(1, 0, 2).reshape(rows, inputs).astype(dtype)

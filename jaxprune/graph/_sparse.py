@@ -16,11 +16,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
+from jax.sharding import auto_axes
 
 from jaxprune.graph._blocked import Blocked
 from jaxprune.graph._blocked_products import Met, blocked_conv, blocked_dot
 from jaxprune.graph._calls import switch
-from jaxprune.graph._frames import Value, dtype_of, shape_of
+from jaxprune.graph._frames import Value, shape_of
 from jaxprune.graph._line import bind
 from jaxprune.graph._loops import scan_sizes
 from jaxprune.graph._source import describe
@@ -76,7 +77,7 @@ class Evaluation(NamedTuple):
     def whole(self, closed: core.ClosedJaxpr, values: Sequence[Value]) -> list[Value]:
         """The same, with weights that are given back as they are made whole."""
         outs = self.run(closed, values)
-        return [self._made_whole(x, "it is given back as it is") for x in outs]
+        return [self._made_whole(x, "the result, as it is,") for x in outs]
 
     def inside(self, eqn: core.JaxprEqn) -> "Evaluation":
         """What goes on inside of an equation."""
@@ -107,12 +108,22 @@ class Evaluation(NamedTuple):
         self, name: str, eqn: core.JaxprEqn, ins: Sequence[Value]
     ) -> Sequence[Value] | None:
         product = {"dot_general": blocked_dot, "conv_general_dilated": blocked_conv}.get(name)
-        found = product(eqn, *ins) if product is not None else None
-        if found is None:
+        kind: Any = eqn.outvars[0].aval
+        met: list[Met] = []
+
+        def run(*ins: Value) -> Value:
+            found = product(eqn, *ins) if product is not None else None
+            met.extend([] if found is None else [found.met])
+            return None if found is None else found.value.astype(kind.dtype)
+
+        # Rows are joined and blocks are gathered, whatever the mesh: explicit axes refuse that.
+        explicit = product is not None and kind.sharding.mesh.explicit_axes
+        value = auto_axes(run, out_sharding=kind.sharding)(*ins) if explicit else run(*ins)
+        if value is None:
             return None
         weight = next(x for x in ins if isinstance(x, Blocked))
-        self.note(Seen(weight.leaves, found.met, self._at(eqn)))
-        return [found.value.astype(dtype_of(eqn.outvars[0]))]
+        self.note(Seen(weight.leaves, met[0], self._at(eqn)))
+        return [value]
 
     # Calls and loops.
 

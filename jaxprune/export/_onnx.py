@@ -19,6 +19,7 @@ from jaxprune.export._culprits import culprits
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._fold import equations, fold
+from jaxprune.export._moves import ease_moves
 from jaxprune.export._pools import free_pools
 from jaxprune.export._products import is_known, is_narrow
 from jaxprune.export._program import Program, cpu, draw, make_program, names, trials
@@ -204,6 +205,7 @@ def _to_onnx(
         )
     free_pools(model)
     merge_biases(model)
+    ease_moves(model)
     del model.graph.value_info[:]  # shapes in between: runtimes infer them, and some are wrong
     need("onnx.checker", "onnx").check_model(model)
     return bytes(model.SerializeToString())

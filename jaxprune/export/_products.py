@@ -45,10 +45,17 @@ def _matmul(eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
     ((i,), (j,)), (left, right) = eqn.params["dimension_numbers"]
     (rows,) = set(range(np.ndim(x))) - {i, *left}
     (columns,) = set(range(np.ndim(y))) - {j, *right}
-    x, y = jnp.transpose(x, (*left, rows, i)), jnp.transpose(y, (*right, j, columns))
+    x, y = permuted(x, (*left, rows, i)), permuted(y, (*right, j, columns))
     if not left and x.dtype.kind != "f":  # of two matrices it would make a Gemm
         return jnp.matmul(x[None], y[None], precision=eqn.params["precision"])[0]
     return jnp.matmul(x, y, precision=eqn.params["precision"])
+
+
+def permuted(x: Value, axes: tuple[int, ...]) -> Value:
+    """Transpose, a constant at once; what is in order already stays without an operation."""
+    if axes == tuple(range(np.ndim(x))):
+        return x
+    return np.transpose(np.asarray(x), axes) if is_known(x) else jnp.transpose(x, axes)
 
 
 def _outer(eqn: core.JaxprEqn, x: Value, y: Value) -> Value:

@@ -112,6 +112,15 @@ def test_of_branches_for_platforms_one_is_written():
     np.testing.assert_array_equal(fold(jax.make_jaxpr(known)(X), X)[0], 2 * X)
 
 
+def test_heads_that_share_keys_are_a_matrix_product(tmp_path):
+    queries, keys = jnp.ones((2, 3, 2, 4, 5)), jnp.linspace(0, 1, 2 * 6 * 2 * 5)
+    fn = lambda keys, x: jnp.einsum("btkgd,bskd->bkgts", x, x[:, :, :, 0] + keys[None, :3])
+    keys = keys.reshape(-1, 2, 5)
+    report = jp.export.onnx(tmp_path / "net", fn, keys, queries, latency=())
+    assert "Einsum" not in kinds(report.path) and "MatMul" in kinds(report.path)
+    np.testing.assert_allclose(run(report.path, queries[:1])[0], fn(keys, queries[:1]), rtol=1e-5)
+
+
 def test_places_beyond_the_array_are_clipped_in_the_file(tmp_path):
     fn = lambda p, x: jnp.take(x, p, axis=1, mode="clip")
     places = jnp.array([-3, 2, WIDTH + 5])

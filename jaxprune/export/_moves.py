@@ -53,6 +53,7 @@ def ease_moves(model: Any) -> None:
             _gather_behind(chain, constants[chain.joined.input[1]].tolist(), model, constants)
             for node in (chain.turned, chain.joined):
                 graph.node.remove(node)
+    _share_constants(model)
     _drop_unread(found)
 
 
@@ -144,6 +145,20 @@ def _set(node: Any, name: str, value: Any) -> None:
     rest = [a for a in node.attribute if a.name != name]
     del node.attribute[:]
     node.attribute.extend([*rest, need("onnx.helper", "onnx").make_attribute(name, value)])
+
+
+def _share_constants(model: Any) -> None:
+    """Let nodes read one constant where several are the same, such as a mask of each layer."""
+    found, first, same = list(graphs(model.graph)), {}, {}
+    for tensor in model.graph.initializer:
+        key = tensor.data_type, tuple(tensor.dims), tensor.raw_data
+        if tensor.raw_data:
+            same[tensor.name] = first.setdefault(key, tensor.name)
+    inner = {tensor.name for graph in found[1:] for tensor in graph.initializer}
+    for node in (node for graph in found for node in graph.node):
+        for i, name in enumerate(node.input):
+            if name not in inner:
+                node.input[i] = same.get(name, name)
 
 
 def _drop_unread(found: list[Any]) -> None:

@@ -149,7 +149,9 @@ def _set(node: Any, name: str, value: Any) -> None:
 
 def _share_constants(model: Any) -> None:
     """Let nodes read one constant where several are the same, such as a mask of each layer."""
-    found, first, same = list(graphs(model.graph)), {}, {}
+    found = list(graphs(model.graph))
+    first: dict[Any, str] = {}
+    same: dict[str, str] = {}
     for tensor in model.graph.initializer:
         key = tensor.data_type, tuple(tensor.dims), tensor.raw_data
         if tensor.raw_data:

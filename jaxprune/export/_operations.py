@@ -200,6 +200,14 @@ def _simplest_gather(x: Value, places: Any, dims: Any, sizes: Sequence[Any], mod
     return lax.gather(x, places, dims, sizes, mode=mode)
 
 
+def _choose(eqn: core.JaxprEqn, which: Value, *cases: Value) -> Rewritten:
+    """Choose between truths by logic: onnxruntime has no ``Where`` for them."""
+    if cases[0].dtype != np.bool_ or len(cases) != 2:
+        return None
+    no, yes = cases
+    return jnp.logical_or(jnp.logical_and(which, yes), jnp.logical_and(~which, no))
+
+
 def _cumprod(eqn: core.JaxprEqn, x: Value) -> Value:
     """Multiply with what lies 1, 2, 4, ... entries before: ONNX has but sums that run."""
     axis, reverse = eqn.params["axis"], eqn.params["reverse"]
@@ -222,6 +230,6 @@ SAME: dict[str, Callable[..., Any]] = {
 RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), _pool),
     **{"reduce_window": _pool_from, "pad": _pad},
-    **{"gather": _gather, "cumprod": _cumprod},
+    **{"gather": _gather, "cumprod": _cumprod, "select_n": _choose},
     **SAME,
 }

@@ -138,13 +138,11 @@ def test_a_folder_in_use_and_another_config_are_refused(toy, tmp_path):
         ("n:m", 0.5, (2, 4)),
         ("n:m", 0.875, (1, 8)),
         ("blocks_16", 0.75, None),
-        ("blocks_64_unbalanced", 0.5, None),
+        ("blocks_16_unbalanced", 0.75, None),
         ("channels", 0.75, None),
     ],
 )
 def test_each_kind_leaves_as_many_weights_and_runs_as_what_is_deployed(task, kind, level, blocks):
-    wide = dataclasses.replace(TOY, width=128) if "64" in kind else TOY
-    task = fast_zeros.load_task(resolve(wide), "mlp") if "64" in kind else task
     params, masks = masks_of(task, kind, level)
     fn, small = fast_zeros_kinds.deployed(task, kind, params, masks)
     x = task.rows(5)
@@ -156,7 +154,7 @@ def test_each_kind_leaves_as_many_weights_and_runs_as_what_is_deployed(task, kin
     else:
         assert sum(np.count_nonzero(w) for w in task.pruned(params)) == (1 - level) * total
     if kind == "blocks_16":
-        assert small["hidden_1"]["kernel"].shape == (4, 1, 16, 16)
+        assert small["hidden_1"]["kernel"].size == 64 * 16
     if blocks:
         kept, m = blocks
         windows = np.asarray(params["hidden_1"]["kernel"]).reshape(-1, m, 64)

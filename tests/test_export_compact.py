@@ -20,6 +20,7 @@ LAYERS, COLUMNS, KEPT, BLOCK = 3, 4, 2, 16
 WIDTH = COLUMNS * BLOCK
 INDEX = np.array([[0, 3], [1, 2], [0, 1], [2, 3]], np.int32)
 GATHERED = ["Reshape", "Gather", "Reshape", "Transpose", "MatMul", "Transpose", "Reshape"]
+WEIGHTS = jnp.cos(jnp.arange(5120.0)).reshape(512, 10)
 X = jnp.sin(jnp.arange(5.0 * WIDTH)).reshape(5, WIDTH)
 
 
@@ -66,15 +67,26 @@ def test_a_product_with_kept_blocks_is_a_gather_and_a_product(blocks, batch, tmp
     np.testing.assert_allclose(got, one(blocks, x), rtol=1e-5, atol=1e-5)
 
 
-def test_kept_blocks_alone_are_on_disk(key, tmp_path):
-    index = np.tile(np.arange(2, dtype=np.int32), (16, 1))
-    blocks = jax.random.normal(key, (16, 2, 32, 32))  # of 16 x 16 blocks an eighth
-    fn, x = lambda p, x: block_product(x, p, index), jnp.ones((4, 512))
-    for export, room in ((jp.export.onnx, 8 * index.size + 1500), (jp.export.stablehlo, 10_000)):
+def test_a_compacted_network_is_on_disk_by_its_kept_blocks_alone(key, tmp_path):
+    mlp = lambda p, x: jax.nn.relu(x @ p["w"] + p["b"][None]) @ p["v"]
+    wide = {"w": jax.random.normal(key, (512, 512)), "b": jnp.ones(512), "v": WEIGHTS}
+    x = jnp.sin(jnp.arange(4.0 * 512)).reshape(4, 512)
+    blocks = jp.patterns.Blocks((32, 32), axes=("in", "out"))
+    layout, where = jp.find_layout(mlp, wide, x), jp.by_path("w")
+    parts = {"pattern": blocks, "scope": jp.scopes.per_output, "layout": layout, "where": where}
+    masks = jp.find_masks(wide, 0.875, **parts)
+    sparse_fn, sparse = jp.compact(mlp, wide, masks, only="w")
+    kept = sum(leaf.nbytes for leaf in jax.tree.leaves(sparse))
+    assert sparse["w"].size * 8 == wide["w"].size
+    for export, room in ((jp.export.onnx, 8 * 32 + 2000), (jp.export.stablehlo, 10_000)):
         kwargs = {"latency": ()} if export is jp.export.onnx else {}
-        report = export(tmp_path / "net", fn, blocks, x, **kwargs)
-        assert blocks.nbytes < report.bytes < blocks.nbytes + room
-        assert report.gzip_bytes > blocks.nbytes / 2  # no zeros that compress away
+        report = export(tmp_path / "net", sparse_fn, sparse, x, **kwargs)
+        assert kept < report.bytes < kept + room and report.parity < 1e-5
+        assert report.gzip_bytes > kept / 2  # no zeros that compress away
+        if export is jp.export.onnx:
+            assert kinds(report.path) == [*GATHERED, "Add", "Relu", "Gemm"]
+            want = mlp(jp.apply_masks(wide, masks), x[:3])
+            np.testing.assert_allclose(run(report.path, x[:3])[0], want, rtol=1e-4, atol=1e-4)
 
 
 def test_stacked_layers_are_written_one_by_one(params, tmp_path):

@@ -47,8 +47,10 @@ def onnx(
     """Write a function with its parameters as one ONNX file, weights inside.
 
     The function is traced and its program converted, whatever library it is written with; the small
-    function of ``shrink`` is one like any other. What depends on no input is computed now, and
-    batch normalisation goes into the weights of the product in front of it. The file is loaded by
+    function of ``shrink`` is one like any other. So is the sparse one of ``compact``, whose file
+    holds the kept blocks alone: a ``Gather`` and a ``MatMul`` for each product. What depends on no
+    input is computed now, layers stacked under ``scan`` are written one by one, and batch
+    normalisation goes into the weights of the product in front of it. The file is loaded by
     onnxruntime and compared with ``fn`` before it is put in place; an older file stays until then,
     and stays if something is wrong.
 
@@ -57,7 +59,8 @@ def onnx(
 
     Args:
       path: where to write; a file that is there is replaced at once and whole.
-      fn: function of params and inputs, also the small one of ``shrink``.
+      fn: function of params and inputs, also the small one of ``shrink`` and the sparse one of
+        ``compact``.
       params: its parameters; they become part of the file.
       *inputs: examples, trees of arrays or of ``jax.ShapeDtypeStruct``. What is no array, such as
         a flag, is held fixed and is no input of the file.

@@ -148,13 +148,16 @@ def _set(node: Any, name: str, value: Any) -> None:
 
 
 def _share_constants(model: Any) -> None:
-    """Let nodes read one constant where several are the same, such as a mask of each layer."""
+    """Let nodes read one table where several are the same, such as the angles of all layers.
+
+    Vectors stay: a quantizer gives each bias the scale of its own product.
+    """
     found = list(graphs(model.graph))
     first: dict[Any, str] = {}
     same: dict[str, str] = {}
     for tensor in model.graph.initializer:
         key = tensor.data_type, tuple(tensor.dims), tensor.raw_data
-        if tensor.raw_data:
+        if tensor.raw_data and len(tensor.dims) > 1:
             same[tensor.name] = first.setdefault(key, tensor.name)
     inner = {tensor.name for graph in found[1:] for tensor in graph.initializer}
     for node in (node for graph in found for node in graph.node):

@@ -100,6 +100,23 @@ def test_stacked_layers_are_written_one_by_one(params, tmp_path):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+def test_kept_blocks_in_int8_have_one_scale_for_a_product_of_integers(blocks, tmp_path):
+    both = lambda p, x: one(p["blocks"], x) @ p["head"]
+    params = {"blocks": blocks, "head": jnp.cos(jnp.arange(WIDTH * 10.0)).reshape(WIDTH, 10)}
+    jp.export.onnx(tmp_path / "float", both, params, X, latency=())
+    calibration = np.random.default_rng(0).normal(size=(64, WIDTH)).astype(np.float32)
+    path, source = tmp_path / "int8", tmp_path / "float"
+    report = jp.export.quantize_onnx(path, source, calibration, latency=())
+    tensors = {tensor.name: tensor for tensor in onnx.load(path).graph.initializer}
+    (kept,) = (t for t in tensors.values() if len(t.dims) == 3)
+    assert kept.data_type == onnx.TensorProto.INT8
+    scales = sorted(
+        list(t.dims) for n, t in tensors.items() if n.startswith("const") and "scale" in n
+    )
+    assert scales == [[], [10]]  # of the head each output has its own
+    assert report.parity < 0.1
+
+
 def test_a_program_for_xla_runs_after_it_is_read_back(params, tmp_path):
     report = jp.export.stablehlo(tmp_path / "net", stacked, params, X)
     exported = jax.export.deserialize(bytearray(report.path.read_bytes()))

@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
 # Else each of some hundred processes of the tests compiles the sources of jax.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help ticket compare structured edge language test test-slow lint types notebooks benchmarks clean
+.PHONY: help ticket compare structured edge language zeros test test-slow lint types notebooks benchmarks clean
 
 help:
 	@echo "make ticket      find a lottery ticket on the digits (a minute or two)"
@@ -19,6 +19,7 @@ help:
 	@echo "make structured  cut channels and layers out of networks (some ten minutes)"
 	@echo "make edge        from a trained network to files in int8 (some ten minutes)"
 	@echo "make language    prune a toy language model in one pass (less than a minute)"
+	@echo "make zeros       which kind of zero is worth it (some fifteen minutes)"
 	@echo "make test        lint, types, doctests and the fast tests"
 	@echo "make test-slow   all tests, the slow ones too"
 	@echo "make notebooks   execute the notebooks whose results are at hand"
@@ -39,6 +40,9 @@ edge: $(VENV)/ready
 
 language: $(VENV)/ready
 	$(BIN)/python -m experiments.language_model --model toy
+
+zeros: $(VENV)/ready
+	$(BIN)/python -m experiments.fast_zeros
 
 test: lint types
 	$(PYTEST)

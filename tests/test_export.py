@@ -241,7 +241,13 @@ def test_products_with_weights_become_matrix_products_with_their_norms_inside(su
     )
 
 
-@pytest.mark.parametrize("sums", ["bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", "bij,bjk->bik"])
+@pytest.mark.parametrize(
+    "sums",
+    [
+        *("bqhd,bkhd->bhqk", "bhqk,bkhd->bqhd", "bij,bjk->bik"),
+        *("bqhid,bkhd->bhiqk", "bhiqk,bkhd->bqhid", "bij,jqk->biqk", "bqi,qib->i", "bq,bqi->i"),
+    ],
+)
 def test_batches_of_products_keep_their_values(sums):
     rng = np.random.default_rng(0)
     sizes = dict(zip("bqkhdij", (2, 3, 3, 4, 5, 3, 6), strict=True))

@@ -31,6 +31,7 @@ CALLS = {
     **dict.fromkeys(("core_call", "custom_jvp_call", "custom_vjp_call"), "call_jaxpr"),
 }
 SMALL = 65536  # entries; a larger constant is only kept if it is no larger than what made it
+LAYERS = 128  # that are written one by one
 
 
 class Empty(NamedTuple):
@@ -128,6 +129,8 @@ def _is_narrow_type(value: Value) -> bool:
 def _scan(params: Any, values: Sequence[Value]) -> list[Value]:
     body, (n, k) = params["jaxpr"], scan_sizes(params)
     fixed, start, rows = values[:n], values[n : n + k], values[n + k :]
+    if _are_layers(rows, params["length"]):
+        return _one_by_one(params, fixed, start, [np.asarray(row) for row in rows])
 
     def step(carry: Any, row: Any) -> Value:
         outs = _run(body.jaxpr, body.consts, [*fixed, *carry, *row])
@@ -139,6 +142,25 @@ def _scan(params: Any, values: Sequence[Value]) -> list[Value]:
         step, list(map(jnp.asarray, start)), list(map(turn, rows)), length=length
     )
     return [*carry, *map(turn, stacked)]
+
+
+def _are_layers(rows: Sequence[Value], length: Any) -> bool:
+    """Tell constants, one for each turn of a loop, from data."""
+    plain = all(is_known(x) and not jnp.issubdtype(x.dtype, jax.dtypes.extended) for x in rows)
+    return bool(rows) and plain and 0 < length <= LAYERS
+
+
+def _one_by_one(
+    params: Any, fixed: Sequence[Value], carry: Sequence[Value], rows: Sequence[np.ndarray]
+) -> list[Value]:
+    """Write layers out: runtimes prepare constant weights for products, not slices of a stack."""
+    body, steps, outs = params["jaxpr"], range(params["length"]), []
+    for i in reversed(steps) if params["reverse"] else steps:
+        results = _run(body.jaxpr, body.consts, [*fixed, *carry, *(row[i] for row in rows)])
+        carry, out = results[: len(carry)], results[len(carry) :]
+        outs.append(out)
+    order = outs[::-1] if params["reverse"] else outs
+    return [*carry, *(jnp.stack(each) for each in zip(*order, strict=True))]
 
 
 def _while(params: Any, values: Sequence[Value]) -> list[Value]:
@@ -155,9 +177,17 @@ def _while(params: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def _cond(params: Any, values: Sequence[Value]) -> list[Value]:
-    """Compute all branches and choose: jax2onnx loses the constants of branches."""
+    """Compute a known branch, or all and choose: jax2onnx loses the constants of branches.
+
+    Of branches for platforms a file takes the one for all others.
+    """
     index, *operands = values
-    results = [_run(b.jaxpr, b.consts, operands) for b in params["branches"]]
+    branches, platforms = params["branches"], params.get("branches_platforms") or ()
+    if None in platforms:
+        index = platforms.index(None)
+    if is_known(index):
+        branches = [branches[int(np.clip(index, 0, len(branches) - 1))]]
+    results = [_run(b.jaxpr, b.consts, operands) for b in branches]
     return [_chosen(index, outs) for outs in zip(*results, strict=True)]
 
 

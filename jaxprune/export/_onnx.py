@@ -19,6 +19,7 @@ from jaxprune.export._culprits import culprits
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._fold import equations, fold
+from jaxprune.export._moves import ease_moves
 from jaxprune.export._pools import free_pools
 from jaxprune.export._products import is_known, is_narrow
 from jaxprune.export._program import Program, cpu, draw, make_program, names, trials
@@ -46,8 +47,10 @@ def onnx(
     """Write a function with its parameters as one ONNX file, weights inside.
 
     The function is traced and its program converted, whatever library it is written with; the small
-    function of ``shrink`` is one like any other. What depends on no input is computed now, and
-    batch normalisation goes into the weights of the product in front of it. The file is loaded by
+    function of ``shrink`` is one like any other. So is the sparse one of ``compact``, whose file
+    holds the kept blocks alone: a ``Gather`` and a ``MatMul`` for each product. What depends on no
+    input is computed now, layers stacked under ``scan`` are written one by one, and batch
+    normalisation goes into the weights of the product in front of it. The file is loaded by
     onnxruntime and compared with ``fn`` before it is put in place; an older file stays until then,
     and stays if something is wrong.
 
@@ -56,7 +59,8 @@ def onnx(
 
     Args:
       path: where to write; a file that is there is replaced at once and whole.
-      fn: function of params and inputs, also the small one of ``shrink``.
+      fn: function of params and inputs, also the small one of ``shrink`` and the sparse one of
+        ``compact``.
       params: its parameters; they become part of the file.
       *inputs: examples, trees of arrays or of ``jax.ShapeDtypeStruct``. What is no array, such as
         a flag, is held fixed and is no input of the file.
@@ -204,6 +208,7 @@ def _to_onnx(
         )
     free_pools(model)
     merge_biases(model)
+    ease_moves(model)
     del model.graph.value_info[:]  # shapes in between: runtimes infer them, and some are wrong
     need("onnx.checker", "onnx").check_model(model)
     return bytes(model.SerializeToString())

@@ -159,19 +159,53 @@ def _spread(x: Value, value: np.ndarray, axis: int, interior: int) -> Value:
 
 
 def _gather(eqn: core.JaxprEqn, x: Value, places: Any) -> Rewritten:
-    """Drop places along axes that are taken whole, where there is but one: the start."""
+    """Drop places along axes that are taken whole, where there is but one: the start.
+
+    Places that are known to lie inside are promised to, or the file would clip them at each call.
+    """
     dims, sizes = eqn.params["dimension_numbers"], eqn.params["slice_sizes"]
-    mode = eqn.params["mode"]
+    mode, promised = eqn.params["mode"], lax.GatherScatterMode.PROMISE_IN_BOUNDS
     if x.dtype == np.float16:  # which jax2onnx would fill with a float32
         return eqn.primitive.bind(x.astype(np.float32), places, **eqn.params).astype(x.dtype)
-    free = [i for i, axis in enumerate(dims.start_index_map) if sizes[axis] != x.shape[axis]]
-    if len(free) in (0, len(dims.start_index_map)) or mode == lax.GatherScatterMode.FILL_OR_DROP:
+    if mode != promised and _are_inside(x.shape, places, eqn.params):
+        return _simplest_gather(x, places, dims, sizes, promised)
+    if mode == lax.GatherScatterMode.FILL_OR_DROP or not _droppable(x, dims, sizes):
         return None
-    if free != list(range(len(free))):
-        return None
-    places = lax.slice_in_dim(places, 0, len(free), axis=places.ndim - 1)
-    dims = dims._replace(start_index_map=tuple(dims.start_index_map[i] for i in free))
+    return _simplest_gather(x, places, dims, sizes, mode)
+
+
+def _are_inside(shape: Sequence[Any], places: Any, params: Any) -> bool:
+    """Tell constant places `[..., axes]` of which none reaches beyond the array."""
+    axes, sizes = params["dimension_numbers"].start_index_map, params["slice_sizes"]
+    ends = [shape[axis] for axis in axes]
+    if isinstance(places, jax.core.Tracer) or not all(isinstance(n, int) for n in ends):
+        return False
+    last = np.asarray(ends) - [sizes[axis] for axis in axes]
+    found = np.asarray(places)
+    return bool((found >= 0).all() and (found <= last).all())
+
+
+def _droppable(x: Value, dims: Any, sizes: Sequence[Any]) -> int:
+    """Count the first axes with places, if all others that have some are taken whole; else 0."""
+    axes = dims.start_index_map
+    free = [i for i, axis in enumerate(axes) if sizes[axis] != x.shape[axis]]
+    return len(free) if free == list(range(len(free))) and len(free) < len(axes) else 0
+
+
+def _simplest_gather(x: Value, places: Any, dims: Any, sizes: Sequence[Any], mode: Any) -> Value:
+    kept = _droppable(x, dims, sizes)
+    if kept:
+        places = lax.slice_in_dim(places, 0, kept, axis=places.ndim - 1)
+        dims = dims._replace(start_index_map=dims.start_index_map[:kept])
     return lax.gather(x, places, dims, sizes, mode=mode)
+
+
+def _choose(eqn: core.JaxprEqn, which: Value, *cases: Value) -> Rewritten:
+    """Choose between truths by logic: onnxruntime has no ``Where`` for them."""
+    if cases[0].dtype != np.bool_ or len(cases) != 2:
+        return None
+    no, yes = cases
+    return jnp.logical_or(jnp.logical_and(which, yes), jnp.logical_and(~which, no))
 
 
 def _cumprod(eqn: core.JaxprEqn, x: Value) -> Value:
@@ -196,6 +230,6 @@ SAME: dict[str, Callable[..., Any]] = {
 RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), _pool),
     **{"reduce_window": _pool_from, "pad": _pad},
-    **{"gather": _gather, "cumprod": _cumprod},
+    **{"gather": _gather, "cumprod": _cumprod, "select_n": _choose},
     **SAME,
 }

@@ -15,18 +15,18 @@ def free_pools(model: Any) -> None:
     jax2onnx puts two axes in front of them and pools over all, which no runtime does beyond three.
     For a sum it convolves with ones, here an average is taken that many times.
     """
-    graphs = list(_graphs(model.graph))
-    constants = {tensor.name: tensor for graph in graphs for tensor in graph.initializer}
-    for graph in graphs:
+    found = list(graphs(model.graph))
+    constants = {tensor.name: tensor for graph in found for tensor in graph.initializer}
+    for graph in found:
         for pool in [node for node in graph.node if node.op_type in ("MaxPool", "Conv")]:
             _free(pool, graph, constants)
 
 
-def _graphs(graph: Any) -> Iterator[Any]:
+def graphs(graph: Any) -> Iterator[Any]:
     """A graph and those inside of it: the bodies of loops."""
     yield graph
     for attribute in (a for node in graph.node for a in node.attribute if a.HasField("g")):
-        yield from _graphs(attribute.g)
+        yield from graphs(attribute.g)
 
 
 def _free(pool: Any, graph: Any, constants: Mapping[str, Any]) -> None:

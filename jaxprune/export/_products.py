@@ -1,5 +1,6 @@
 """Matrix products and convolutions of all kinds, in the forms that jax2onnx writes right."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,25 +31,58 @@ def common_type(eqn: core.JaxprEqn) -> np.dtype | None:
 
 def dot(eqn: core.JaxprEqn, x: Value, y: Value) -> Value | None:
     """Multiply matrices; None where the operation may stay as it is."""
-    (left, right), (many, _) = eqn.params["dimension_numbers"]
+    (left, right), (many, others) = eqn.params["dimension_numbers"]
     if not left:
         return _outer(eqn, x, y)
-    if len(left) > 1 or {np.ndim(x), np.ndim(y)} != {len(many) + 2}:
+    rows = [i for i in range(np.ndim(x)) if i not in (*left, *many)]
+    columns = [i for i in range(np.ndim(y)) if i not in (*right, *others)]
+    groups = [[x.shape[i] for i in rows], [y.shape[i] for i in columns], [x.shape[i] for i in left]]
+    if not rows or not columns or not all(map(_joins, groups)):
         return None
-    if not many and (left, right) == ((1,), (0,)) and x.dtype.kind == "f":
+    one = len(left) == len(rows) == len(columns) == 1
+    if one and not many and (left, right) == ((1,), (0,)) and x.dtype.kind == "f":
         return None  # a Gemm, which takes a bias in
-    return _matmul(eqn, x, y)
+    return _matmul(eqn, x, y, rows, columns)
 
 
-def _matmul(eqn: core.JaxprEqn, x: Value, y: Value) -> Value:
-    """Bring the axes into the order of ``MatMul``: ``Einsum`` is slower."""
-    ((i,), (j,)), (left, right) = eqn.params["dimension_numbers"]
-    (rows,) = set(range(np.ndim(x))) - {i, *left}
-    (columns,) = set(range(np.ndim(y))) - {j, *right}
-    x, y = jnp.transpose(x, (*left, rows, i)), jnp.transpose(y, (*right, j, columns))
-    if not left and x.dtype.kind != "f":  # of two matrices it would make a Gemm
-        return jnp.matmul(x[None], y[None], precision=eqn.params["precision"])[0]
-    return jnp.matmul(x, y, precision=eqn.params["precision"])
+def _joins(sizes: Sequence[Any]) -> bool:
+    """Tell axes that become one whose size a file can compute: no two of them are of any size."""
+    return len(sizes) == 1 or sum(not isinstance(n, int) for n in sizes) < 2
+
+
+def _matmul(
+    eqn: core.JaxprEqn, x: Value, y: Value, rows: Sequence[int], columns: Sequence[int]
+) -> Value:
+    """Bring the axes into the order of ``MatMul``: ``Einsum`` takes some ten times as long."""
+    (left, right), (many, others) = eqn.params["dimension_numbers"]
+    out = (
+        *(x.shape[i] for i in many),
+        *(x.shape[i] for i in rows),
+        *(y.shape[i] for i in columns),
+    )
+    x = _as_matrices(permuted(x, (*many, *rows, *left)), len(many), len(rows))
+    y = _as_matrices(permuted(y, (*others, *right, *columns)), len(others), len(right))
+    if not many and x.dtype.kind != "f":  # of two matrices it would make a Gemm
+        z = jnp.matmul(x[None], y[None], precision=eqn.params["precision"])[0]
+    else:
+        z = jnp.matmul(x, y, precision=eqn.params["precision"])
+    return z if np.ndim(z) == len(out) else lax.reshape(z, out)
+
+
+def _as_matrices(x: Value, many: int, rows: int) -> Value:
+    """Join axes to one of rows and one of columns, behind those that count matrices."""
+    lead, high, wide = x.shape[:many], x.shape[many : many + rows], x.shape[many + rows :]
+    if len(high) == len(wide) == 1:
+        return x
+    shape = (*lead, math.prod(high), math.prod(wide))
+    return np.reshape(np.asarray(x), shape) if is_known(x) else lax.reshape(x, shape)
+
+
+def permuted(x: Value, axes: tuple[int, ...]) -> Value:
+    """Transpose, a constant at once; what is in order already stays without an operation."""
+    if axes == tuple(range(np.ndim(x))):
+        return x
+    return np.transpose(np.asarray(x), axes) if is_known(x) else jnp.transpose(x, axes)
 
 
 def _outer(eqn: core.JaxprEqn, x: Value, y: Value) -> Value:

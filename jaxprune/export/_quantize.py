@@ -134,6 +134,7 @@ def _quantize(
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
                 calibrate_method=getattr(quantization.CalibrationMethod, method),
+                extra_options={"TensorQuantOverrides": _one_scale_each(prepared)},
             )
         return Session(written, "quantize_onnx")
     except Exception as error:
@@ -141,6 +142,19 @@ def _quantize(
             f"`export.quantize_onnx` cannot quantize {str(source)!r}: {type(error).__name__}: "
             f"{error}. Export the float file with `opset=20`, or leave some of `operators` out."
         ) from error
+
+
+def _one_scale_each(file: str) -> dict[str, list[dict[str, Any]]]:
+    """Name weights in batches, such as kept blocks: each has one scale.
+
+    Of `[columns, inputs, outputs]` onnxruntime takes the inputs for the channels, and for integers
+    that are scaled so there is no product: it would make floats of them at every call.
+    """
+    graph = need("onnx", "quantize_onnx").load(file).graph
+    batches = {tensor.name for tensor in graph.initializer if len(tensor.dims) > 2}
+    read = {node.input[1] for node in graph.node if node.op_type == "MatMul"}
+    kind = need("onnxruntime.quantization", "quantize_onnx").QuantType.QInt8
+    return {name: [{"quant_type": kind, "symmetric": True}] for name in sorted(batches & read)}
 
 
 class _Reader:

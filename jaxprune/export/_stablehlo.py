@@ -37,7 +37,8 @@ def stablehlo(
 
     Args:
       path: where to write; a file that is there is replaced at once and whole.
-      fn: function of params and inputs, also the small one of ``shrink``.
+      fn: function of params and inputs, also the small one of ``shrink`` and the sparse one of
+        ``compact``.
       params: its parameters; they become part of the file.
       *inputs: examples, trees of arrays or of ``jax.ShapeDtypeStruct``. What is no array, such as
         a flag, is held fixed and is no input of the file.

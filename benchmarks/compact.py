@@ -183,7 +183,7 @@ def transformer(params: dict[str, Any], tokens: jax.Array) -> jax.Array:
     def layer(x: jax.Array, p: dict[str, jax.Array]) -> tuple[jax.Array, None]:
         y = norm(x, p["norm"][0])
         q, k, v = ((y @ p[name]).reshape(*y.shape[:2], -1, 64) for name in "qkv")
-        scores = jnp.einsum("bthk,bshk->bhts", q, k) / np.sqrt(64)
+        scores = jnp.einsum("bthk,bshk->bhts", q, k) / 8  # the root of 64
         seen = jax.nn.softmax(jnp.where(past, scores, -jnp.inf))
         x = x + jnp.einsum("bhts,bshk->bthk", seen, v).reshape(x.shape) @ p["o"]
         y = norm(x, p["norm"][1])

@@ -67,7 +67,7 @@ def block_product(
     ways: dict[str, Callable[..., jax.Array]] = {}
     if parts > 1:
         ways["cpu"] = functools.partial(_plain, numerics=numerics, parts=parts)
-    platform = kernel_platform()
+    platform = None if _varies(x, blocks) else kernel_platform()
     if platform and numerics.precision in _AS_IT_IS and _takes(platform, x, blocks):
         ways[platform] = lambda x, b, i: _in_kernel(x, b, i, _Kernel(platform, numerics.dtype))
     if not ways:
@@ -78,13 +78,19 @@ def block_product(
 def kernel_platform() -> str | None:
     """The platform for which the program that is traced may hold kernels.
 
-    It runs on one device, or is written for one inside of ``shard_map``: no compiler cuts a kernel
-    over several.
+    It runs on one device, or is written for one inside of ``shard_map``, with ``check_vma=False``:
+    no compiler cuts a kernel over several.
     """
     mesh = jax.sharding.get_abstract_mesh()
     by_hand = bool(mesh.axis_names) and set(mesh.manual_axes) == set(mesh.axis_names)
     alone = by_hand or jax.device_count() == 1
     return {"tpu": "tpu", "gpu": "cuda"}.get(jax.default_backend()) if alone else None
+
+
+def _varies(*arrays: jax.Array) -> bool:
+    """Whether a ``shard_map`` checks where arrays differ, which nothing says of a kernel's."""
+    types = [getattr(jax.typeof(a), "manual_axis_type", None) for a in arrays]
+    return any(t is not None and t.varying for t in types)
 
 
 def _takes(platform: str, x: jax.Array, blocks: jax.Array) -> bool:

@@ -269,7 +269,7 @@ def test_what_also_reads_a_weight_gets_it_whole_and_that_is_said(small):
     np.testing.assert_allclose(got, fn(jp.apply_masks(params, masks), x), rtol=1e-5)
     plan = jp.compact_plan(fn, params, masks, x, only=".*")
     assert "made whole: 'up'" in str(plan) and plan.rows[0].products
-    with pytest.warns(jp.PruneWarning, match="given back as it is"):
+    with pytest.warns(jp.PruneWarning, match="the result, as it is, reads it"):
         jp.verify_compact(lambda p, x: (mlp(p, x), p["up"]), params, masks, x, only=".*")
 
 

@@ -148,8 +148,11 @@ def size_of(axes: Sequence[Axis], kind: str) -> int:
 def order_of(axes: Sequence[Axis]) -> list[int]:
     """The axes in the order in which blocks have them: leading, inputs, outputs; then single."""
     rank = {"lead": 0, "in": 1, "out": 2, "one": 3}
-    signs = {"lead": 1}
-    key = lambda i: (rank[axes[i].kind], axes[i].step * signs.get(axes[i].kind, -1))  # noqa: E731
+
+    def key(i: int) -> tuple[int, int]:
+        kind, _, step = axes[i]  # leads count up, and of inputs the one that counts fastest is last
+        return rank[kind], step if kind == "lead" else -step
+
     return sorted(range(len(axes)), key=key)
 
 

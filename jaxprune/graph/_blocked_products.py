@@ -86,21 +86,15 @@ def blocked_dot(eqn: core.JaxprEqn, a: Value, b: Value) -> Found | None:
         zip((*contract[side], *batch[side]), (*contract[1 - side], *batch[1 - side]), strict=True)
     )
     rows = [i for i in range(x.ndim) if i not in theirs.values()]
-    order = [theirs[i] for i in split.batched], rows, [theirs[i] for i in split.contracted]
-    laid = _laid(x, *order)
-    y, met = _multiplied(kind, laid, w, split, numerics)
+    laid = _laid(x, [theirs[i] for i in split.batched], rows, [theirs[i] for i in split.contracted])
+    y, met = _multiplied(kind, laid, _matrices(w, split), numerics)
     sizes = lambda axes: [w.shape[i] for i in axes]  # noqa: E731
     y = y.reshape(*sizes(split.batched), *(x.shape[i] for i in rows), *sizes(split.free))
-    ours = (
-        [("w", i) for i in split.batched]
-        + [("x", i) for i in rows]
-        + [("w", i) for i in split.free]
-    )
-    free_w = [("w", i) for i in sorted(split.free)]
-    free_x = [("x", i) for i in rows]
-    wanted = [("w", i) for i in batch[side] if i in split.batched]
-    wanted += free_w + free_x if side == 0 else free_x + free_w
-    y = y.transpose([ours.index(label) for label in wanted])
+    # As `dot_general` has it: batch axes, what is left of the first operand and of the second.
+    n, end = len(split.batched), len(split.batched) + len(rows)
+    lead = [split.batched.index(i) for i in batch[side] if i in split.batched]
+    own, others = [end + split.free.index(i) for i in sorted(split.free)], range(n, end)
+    y = y.transpose(*lead, *((*own, *others) if side == 0 else (*others, *own)))
     return Found(y.reshape(shape_of(eqn.outvars[0])), met)
 
 
@@ -133,37 +127,61 @@ def _laid(x: jax.Array, batched: list[int], rows: list[int], contracted: list[in
     return x.reshape(*lead, count, n)
 
 
-def _multiplied(
-    kind: str, x: jax.Array, w: Blocked, split: Split, numerics: Numerics
-) -> tuple[jax.Array, Met]:
-    """Data `[*batched, rows, contracted]` times a weight: `[*batched, rows, free]`."""
+class Matrices(NamedTuple):
+    """A weight as a product wants it.
+
+    Attributes:
+      blocks: `[*groups, heads, parts, columns, kept, bi, bo]`; heads are free and parts contracted.
+      places: `[*groups, heads, parts, columns, kept]`: which blocks of their columns they are.
+      inputs: of each part.
+    """
+
+    blocks: jax.Array
+    places: jax.Array
+    inputs: int
+
+
+def _matrices(w: Blocked, split: Split) -> Matrices:
+    """Sort leading axes by what happens to them; all heads are one axis then, and all parts."""
     steps = lambda axes: [w.axes[i].step for i in axes if w.axes[i].kind == "lead"]  # noqa: E731
     batched, free, summed = steps(split.batched), steps(split.free), steps(split.contracted)
-    order, b = (*batched, *free, *summed), len(batched)
-    blocks = w.blocks.transpose(*order, *range(len(order), w.blocks.ndim))
-    index = jnp.asarray(w.index).transpose(*order, *range(len(order), w.index.ndim))
-    groups, (columns, kept, bi, bo) = blocks.shape[:b], blocks.shape[len(order) :]
-    heads = math.prod(blocks.shape[b : b + len(free)])
-    parts = math.prod(blocks.shape[b + len(free) : len(order)])
-    inputs = w.size("in")
-    if kind == "dot":
-        blocks = blocks.reshape(*groups, heads, parts, columns, kept, bi, bo)
-        index = index.reshape(*groups, heads, parts, columns, kept)
-        first = np.arange(parts, dtype=index.dtype) * (inputs // bi)  # of the inputs of each part
-        index += first.reshape(*[1] * (b + 1), parts, 1, 1)
-        blocks, index = jnp.moveaxis(blocks, b + 1, b + 2), jnp.moveaxis(index, b + 1, b + 2)
-        blocks = blocks.reshape(*groups, heads * columns, parts * kept, bi, bo)
-        index = index.reshape(*groups, heads * columns, parts * kept)
-        y = block_product(x, blocks, index, numerics)
-    else:
-        blocks = blocks.reshape(*groups, parts * columns, kept, bi, bo)
-        index = index.reshape(*groups, parts * columns, kept)
-        y = transposed_product(x, blocks, index, inputs, numerics)
-    shape = (
-        (inputs * parts, columns * bo * heads) if kind == "dot" else (inputs, columns * bo * parts)
-    )
-    here = Met(kind, x.shape[-2], math.prod(groups), shape, (kept, inputs // bi))
-    return y, here
+    order = (*batched, *free, *summed)
+    sizes = lambda axes: [w.index.shape[i] for i in axes]  # noqa: E731
+    lead = (*sizes(batched), math.prod(sizes(free)), math.prod(sizes(summed)))
+
+    def sort(x: jax.Array) -> jax.Array:
+        x = jnp.asarray(x)
+        laid = x.transpose(*order, *range(len(order), x.ndim))
+        return laid.reshape(*lead, *laid.shape[len(order) :])
+
+    return Matrices(sort(w.blocks), sort(w.index), w.size("in"))
+
+
+def _multiplied(kind: str, x: jax.Array, w: Matrices, numerics: Numerics) -> tuple[jax.Array, Met]:
+    """Data `[*groups, rows, contracted]` times a weight: `[*groups, rows, free]`."""
+    y = (_forwards if kind == "dot" else _backwards)(x, w, numerics)
+    *groups, _, _, _, kept, bi, _ = w.blocks.shape
+    shape = (x.shape[-1], y.shape[-1]) if kind == "dot" else (y.shape[-1], x.shape[-1])
+    return y, Met(kind, x.shape[-2], math.prod(groups), shape, (kept, w.inputs // bi))
+
+
+def _forwards(x: jax.Array, w: Matrices, numerics: Numerics) -> jax.Array:
+    """Heads are more columns, and parts are more inputs."""
+    *groups, heads, parts, columns, kept, bi, bo = w.blocks.shape
+    first = np.arange(parts, dtype=w.places.dtype) * (w.inputs // bi)  # of the inputs of each part
+    index = w.places + first.reshape(*[1] * (len(groups) + 1), parts, 1, 1)
+    index = jnp.moveaxis(index, -3, -2).reshape(*groups, heads * columns, parts * kept)
+    blocks = jnp.moveaxis(w.blocks, -5, -4)
+    blocks = blocks.reshape(*groups, heads * columns, parts * kept, bi, bo)
+    return block_product(x, blocks, index, numerics)
+
+
+def _backwards(x: jax.Array, w: Matrices, numerics: Numerics) -> jax.Array:
+    """Parts are more columns; there are no heads."""
+    *groups, _, parts, columns, kept, bi, bo = w.blocks.shape
+    blocks = w.blocks.reshape(*groups, parts * columns, kept, bi, bo)
+    index = w.places.reshape(*groups, parts * columns, kept)
+    return transposed_product(x, blocks, index, w.inputs, numerics)
 
 
 # Convolutions.
@@ -194,7 +212,7 @@ def blocked_conv(eqn: core.JaxprEqn, x: Value, w: Value) -> Found | None:
     laid = patches.transpose(*range(1 + places), *(1 + places + i for i in contracted))
     rows = laid.reshape(math.prod(lead), math.prod(laid.shape[1 + places :]))
     numerics = Numerics(params["precision"], params["preferred_element_type"])
-    y, met = _multiplied("dot", rows, w, split, numerics)
+    y, met = _multiplied("dot", rows, _matrices(w, split), numerics)
     y = y.reshape(*lead, w.shape[-1])  # [batch, *places, out]
     spec = numbers.out_spec  # where batch, features and places are in the result
     to = [0] * y.ndim

@@ -224,6 +224,7 @@ def _combined(eqn: core.JaxprEqn, a: Value, b: Value) -> Blocked | None:
     """A weight times a number, or two values of one weight, such as it and its rounded self."""
     if not (isinstance(a, Blocked) and isinstance(b, Blocked)):
         return _scaled(eqn.primitive.name, a, b)
+    # One array of indices means one part of one weight: each slice makes an array of its own.
     same = a.index is b.index and a.axes == b.axes and eqn.primitive.name != "div"
     return a.each(lambda x: bind(eqn, x, b.blocks)[0]) if same else None
 

@@ -182,12 +182,11 @@ def _warn_of_shapes(
     if not is_concrete((params, jax.tree.leaves((whole, blocks)))):
         return
     small = found.params(params)
-    drawn = jax.tree.map(lambda p: jnp.sin(jnp.arange(p.size)).reshape(p.shape), small)
-    drawn = jax.tree.map(lambda g, p: g.astype(p.dtype), drawn, small)
+    drawn = jax.tree.map(_drawn, small)
     try:
         want = found.params(tx.update(found.expand(drawn), whole, found.expand(small))[0])
         got = tx.update(drawn, blocks, small)[0]
-    except (TypeError, ValueError):  # it asks for more than gradients
+    except (TypeError, ValueError, AttributeError, KeyError):  # it asks for more than gradients
         return
     told = []
     for (path, a), (_, b) in zip(leaves_with_path(want), leaves_with_path(got), strict=True):
@@ -203,6 +202,11 @@ def _warn_of_shapes(
             PruneWarning,
             stacklevel=3,
         )
+
+
+def _drawn(p: Any) -> jax.Array:
+    """Numbers like a parameter, all of them different."""
+    return jnp.sin(jnp.arange(jnp.size(p))).reshape(jnp.shape(p)).astype(jnp.result_type(p))
 
 
 def expand(sparse_params: Params, params: Params, masks: Masks, *, only: Only = None) -> Params:

@@ -29,6 +29,8 @@ from jaxprune._values import is_concrete
 from jaxprune.graph._take import take_kept
 from jaxprune.typing import Leaf, Params, Tree
 
+_OF_A_CUT = '; `cut.at("params")` of a cut.'
+
 
 def cut_state(
     tx: optax.GradientTransformation,
@@ -68,8 +70,8 @@ def cut_state(
             f"`{user}` got the state of another tree than its params, which have "
             f"{list_paths([path for path, _ in leaves_with_path(whole)])}. Pass `tx` as it made "
             "the state (or `jp.hold` of the same optimizer), and the tree that `tx.init` got with "
-            'the masks of this tree: `variables["params"]` and `masks["params"]`, mostly; '
-            '`cut.at("params")` of a cut.'
+            'the masks of this tree: `variables["params"]` and `masks["params"]`, mostly'
+            f"{_OF_A_CUT if user == 'shrink_state' else '.'}"
         ) from error
     cut = _settled(tx, jax.tree.map(_packed_like, given, cut, is_leaf=is_pruner), small)
     return _as_given(opt_state, cut)

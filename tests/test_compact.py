@@ -513,6 +513,18 @@ def test_a_pruner_inside_of_a_chain_hands_over_to_its_inner_optimizer():
     assert jax.tree.structure(got) == jax.tree.structure(alone.init(sparse_params))
 
 
+def test_what_an_optimizer_does_otherwise_with_blocks_is_said():
+    params, masks = {"w": normal(0, 16, 16)}, {"w": mask(1, 16, 16, block=(4, 4))}
+    for tx in (
+        optax.adamw(1e-3, mask=lambda p: jax.tree.map(lambda x: x.ndim == 2, p), weight_decay=1.0),
+        optax.chain(optax.adaptive_grad_clip(0.01), optax.sgd(0.1)),
+    ):
+        with pytest.warns(jp.PruneWarning, match=r"'w': by \d+% of its largest update"):
+            jp.compact_state(tx, tx.init(params), params, masks, only="w")
+    for tx in (optax.lamb(0.1), optax.chain(optax.clip_by_global_norm(0.1), optax.lion(0.1))):
+        jp.compact_state(tx, tx.init(params), params, masks, only="w")
+
+
 def test_layers_that_have_lost_the_same_blocks_are_layers_still():
     params = {"w": normal(0, 3, 16, 16)}
     one = mask(1, 16, 16, block=(4, 4))

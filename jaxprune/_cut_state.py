@@ -137,7 +137,14 @@ def _settled(tx: optax.GradientTransformation, state: Tree, small: Params) -> Tr
         fresh = jax.eval_shape(tx.init, small)
     except ValueError:  # a pruner around it has the groups of the whole params
         return state
-    state = jax.tree.map(_settle_masks, fresh, state, is_leaf=is_pruner)
+    try:
+        state = jax.tree.map(_settle_masks, fresh, state, is_leaf=is_pruner)
+    except ValueError as error:
+        raise CannotCutError(
+            "For the small params this optimizer keeps a state of another structure: the shape of "
+            "an array decides what it does with it, as in Muon. Start anew: "
+            "`tx.init(small_params)`, with masks of your own in the place of what looks at shapes."
+        ) from error
     leaves = leaves_with_path(_without_masks(fresh))
     for (path, want), got in zip(leaves, jax.tree.leaves(_without_masks(state)), strict=True):
         if want.shape != jnp.shape(got):

@@ -521,6 +521,9 @@ def test_what_an_optimizer_does_otherwise_with_blocks_is_said():
     ):
         with pytest.warns(jp.PruneWarning, match=r"'w': by \d+% of its largest update"):
             jp.compact_state(tx, tx.init(params), params, masks, only="w")
+    muon = optax.contrib.muon(0.1)
+    with pytest.raises(ValueError, match="another structure.*Muon.*Start anew"):
+        jp.compact_state(muon, muon.init(params), params, masks, only="w")
     for tx in (optax.lamb(0.1), optax.chain(optax.clip_by_global_norm(0.1), optax.lion(0.1))):
         jp.compact_state(tx, tx.init(params), params, masks, only="w")
 

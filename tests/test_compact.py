@@ -522,7 +522,7 @@ def test_what_an_optimizer_does_otherwise_with_blocks_is_said():
         with pytest.warns(jp.PruneWarning, match=r"'w': by \d+% of its largest update"):
             jp.compact_state(tx, tx.init(params), params, masks, only="w")
     muon = optax.contrib.muon(0.1)
-    with pytest.raises(ValueError, match="another structure.*Muon.*Start anew"):
+    with pytest.raises(ValueError, match=r"another structure.*Muon.*Start anew"):
         jp.compact_state(muon, muon.init(params), params, masks, only="w")
     for tx in (optax.lamb(0.1), optax.chain(optax.clip_by_global_norm(0.1), optax.lion(0.1))):
         jp.compact_state(tx, tx.init(params), params, masks, only="w")
@@ -532,6 +532,11 @@ def test_layers_that_have_lost_the_same_blocks_are_layers_still():
     params = {"w": normal(0, 3, 16, 16)}
     one = mask(1, 16, 16, block=(4, 4))
     fn = lambda p, x: lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, p["w"])[0]
+    single = {"w": params["w"][:1]}
+    assert_same(fn, single, {"w": one[None]}, normal(2, 5, 16))
+    assert (
+        not jp.compact_plan(fn, single, {"w": one[None]}, normal(2, 5, 16), only="w").rows[0].whole
+    )
     for masks in ({"w": jnp.stack([one] * 3)}, {"w": one[None]}):
         (row,) = jp.compact_plan(fn, params, masks, normal(2, 5, 16), only="w").rows
         assert row.blocks == (4, 4) and row.kept == (2, 4) and not row.whole

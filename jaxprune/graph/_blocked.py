@@ -80,7 +80,11 @@ class Blocked:
 
     def layers_first(self) -> "Blocked | None":
         """With its first axis as the first of its blocks, if that is a leading one."""
-        first = self.axes[0] if self.axes else Axis("one", 1)
+        first = self.axes[0] if self.axes else Axis("in", 0)
+        if first.kind == "one":  # a stack of one layer
+            leads = [a._replace(step=a.step + 1) if a.kind == "lead" else a for a in self.axes[1:]]
+            axes = (Axis("lead", 1, 0), *leads)
+            return Blocked(self.blocks[None], self.index[None], axes, self.leaves)
         if first.kind != "lead":
             return None
         move = lambda x: jnp.moveaxis(x, first.step, 0)  # noqa: E731

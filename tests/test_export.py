@@ -819,3 +819,15 @@ def test_jax_numpy_is_as_it_was_after_an_export(tmp_path):
     )
     assert [name for name, f in before.items() if getattr(jnp, name) is not f] == []
     assert jnp.cumsum(jnp.ones((2, 3)), 1).tolist() == [[1, 2, 3]] * 2
+
+
+def test_floats_beyond_a_narrow_integer_saturate_in_a_file_as_in_jax(tmp_path):
+    fn = lambda p, x: jnp.round(x * p).astype(jnp.int8).astype(jnp.float32)
+    x = jnp.array([[-300.0, -128.4, 127.6, 128.0, 300.0, 3.0]])
+    report = jp.export.onnx(tmp_path / "net.onnx", fn, jnp.float32(1.0), x)
+    assert report.parity == 0
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(tmp_path / "net.onnx"))
+    (got,) = session.run(None, {session.get_inputs()[0].name: np.asarray(x)})
+    np.testing.assert_array_equal(got, [[-128, -128, 127, 127, 127, 3]])

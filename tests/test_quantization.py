@@ -187,9 +187,10 @@ def test_small_params_go_into_a_module_of_the_small_width_and_into_int8(network,
 
 
 @pytest.mark.slow
-def test_a_quantized_function_goes_to_stablehlo_and_onnx_names_what_it_cannot_write(x, tmp_path):
+def test_a_quantized_function_goes_to_stablehlo_and_within_a_step_of_int8_to_onnx(x, tmp_path):
     pytest.importorskip("jax2onnx")
     fn, params = nnx_network(x, in_training())
     assert jp.export.stablehlo(tmp_path / "net", fn, params, x).parity < 1e-5
-    with pytest.raises(ValueError, match=r"`dot_general` at test_quantization.py"):
-        jp.export.onnx(tmp_path / "onnx", fn, params, x)
+    with pytest.raises(ValueError, match=r"differs from JAX by 0\.0"):
+        jp.export.onnx(tmp_path / "onnx", fn, params, x)  # what lies between two steps of int8
+    assert jp.export.onnx(tmp_path / "onnx", fn, params, x, tolerance=0.03).parity < 0.03

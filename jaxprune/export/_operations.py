@@ -208,6 +208,15 @@ def _choose(eqn: core.JaxprEqn, which: Value, *cases: Value) -> Rewritten:
     return jnp.logical_or(jnp.logical_and(which, yes), jnp.logical_and(~which, no))
 
 
+def _narrowed(eqn: core.JaxprEqn, x: Value) -> Rewritten:
+    """Keep floats inside of what a narrow integer holds: a file would wrap what JAX saturates."""
+    kind = np.dtype(eqn.params["new_dtype"])
+    if kind.kind not in "iu" or kind.itemsize > 2 or not jnp.issubdtype(x.dtype, jnp.floating):
+        return None
+    inside = jnp.clip(x, np.iinfo(kind).min, np.iinfo(kind).max)
+    return lax.convert_element_type(inside, kind)
+
+
 def _cumprod(eqn: core.JaxprEqn, x: Value) -> Value:
     """Multiply with what lies 1, 2, 4, ... entries before: ONNX has but sums that run."""
     axis, reverse = eqn.params["axis"], eqn.params["reverse"]
@@ -231,5 +240,6 @@ RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("reduce_window_max", "reduce_window_min", "reduce_window_sum"), _pool),
     **{"reduce_window": _pool_from, "pad": _pad},
     **{"gather": _gather, "cumprod": _cumprod, "select_n": _choose},
+    "convert_element_type": _narrowed,
     **SAME,
 }

@@ -15,7 +15,6 @@ from jaxprune._cut_state import CannotCutError
 from jaxprune._errors import check_living
 from jaxprune._kept import check_fit, shapes_of
 from jaxprune._masks import apply_masks
-from jaxprune._mesh import is_explicit
 from jaxprune._tree import (
     check_regexes_match,
     is_array,
@@ -95,12 +94,7 @@ class Compaction:
 
     def _take(self, path: str, leaf: Leaf) -> Leaf:
         form = self.forms.get(path)
-        if form is None:
-            return leaf
-        take = lambda w: take_blocks(w, form.index, form.axes, form.block)  # noqa: E731
-        if not is_explicit(leaf):
-            return take(leaf)
-        return jax.sharding.auto_axes(take, out_sharding=jax.P(*[None] * len(form.shape)))(leaf)
+        return leaf if form is None else take_blocks(leaf, form.index, form.axes, form.block)
 
     def _over(self, tree: Params) -> Masks:
         """Masks of what stays dense, for all of a tree."""

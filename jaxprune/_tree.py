@@ -342,7 +342,8 @@ def wide(x: jax.Array) -> jax.Array:
 
 def wide_dtype(dtype: DType) -> DType:
     """Float32 for narrower floats, eight bits included, which promote to nothing; else itself."""
-    return jnp.dtype(jnp.float32) if jnp.finfo(dtype).bits < 32 else jnp.dtype(dtype)
+    narrow = jnp.issubdtype(dtype, jnp.inexact) and jnp.finfo(dtype).bits < 32
+    return jnp.dtype(jnp.float32) if narrow else jnp.dtype(dtype)
 
 
 def mirrored(tree: Tree, params: Params, name: str) -> Tree:

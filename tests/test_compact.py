@@ -397,6 +397,42 @@ def test_blocks_and_data_that_are_sharded_give_what_one_device_gives(small, kind
     np.testing.assert_allclose(apart, want, rtol=1e-6, atol=scale)
 
 
+def test_what_is_sharded_over_explicit_axes_is_cut_into_blocks_and_put_back():
+    params, masks = {"w": normal(0, 16, 16)}, {"w": mask(1, 16, 16, block=(4, 4))}
+    tx = optax.adam(0.1)
+    _, want = jp.compact(lambda p, x: x @ p["w"], params, masks, only="w")
+    mesh = jax.make_mesh((2,), ("x",), axis_types=(jax.sharding.AxisType.Explicit,))
+    rows = jax.NamedSharding(mesh, jax.P("x"))
+    fn = lambda p, x: x @ p["w"] + jnp.sum(p["w"] ** 2)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(params, rows)
+        sparse_fn, sparse_params = jp.compact(fn, sharded, masks, only="w")
+        state = jp.compact_state(tx, tx.init(sharded), sharded, masks, only="w")
+        blocks = jax.device_put(sparse_params, rows)
+        back = jp.expand(blocks, sharded, masks, only="w")
+        with pytest.warns(jp.PruneWarning, match="whole weights"):
+            got = sparse_fn(blocks, jnp.ones((2, 16)))
+    np.testing.assert_array_equal(sparse_params["w"], want["w"])
+    assert state[0].mu["w"].shape == want["w"].shape
+    np.testing.assert_array_equal(back["w"], jp.apply_masks(params, masks)["w"])
+    np.testing.assert_allclose(got, fn(back, jnp.ones((2, 16))), rtol=1e-5)
+
+
+@pytest.mark.parametrize("at_once", [1 << 20, 16])
+@pytest.mark.parametrize("dtype", ["int8", "int32", "complex64", "float8_e4m3fn"])
+def test_weights_that_are_no_floats_are_multiplied_exactly(monkeypatch, dtype, at_once):
+    monkeypatch.setattr(_block_product, "_AT_ONCE", at_once)
+    kind = {"int8": "int32", "int32": "int32", "complex64": "complex64"}.get(dtype, "float32")
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.integers(-8, 9, n), dtype) for n in ((16, 16), (3, 16)))
+    x = x + 2**24 + 1 if dtype == "int32" else x  # which a float32 does not know
+    masks = {"w": mask(1, 16, 16, block=(4, 4))}
+    for contract in (0, 1):
+        numbers = (((1,), (contract,)), ((), ()))
+        fn = lambda p, x, n=numbers: lax.dot_general(x, p["w"], n, preferred_element_type=kind)
+        assert jp.verify_compact(fn, {"w": w}, masks, x, only="w") == 0
+
+
 # Which weights, and in what shape
 
 

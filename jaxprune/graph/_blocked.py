@@ -19,6 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import auto_axes
+
+from jaxprune._mesh import is_explicit, shapes_of
 
 Start: TypeAlias = int | jax.Array
 
@@ -174,6 +177,8 @@ def take_blocks(
     Returns:
       `[*lead, columns, kept, bi, bo]`.
     """
+    if is_explicit(w):
+        return _replicated(lambda w: take_blocks(w, index, axes, block), w)
     bi, bo = block
     lead = [axes[i].size for i in order_of(axes) if axes[i].kind == "lead"]
     grid = w.transpose(order_of(axes)).reshape(*lead, -1, bi, size_of(axes, "out") // bo, bo)
@@ -193,6 +198,8 @@ def put_blocks(blocks: jax.Array, index: jax.Array, axes: Sequence[Axis]) -> jax
     Returns:
       The weight, with ``axes``.
     """
+    if is_explicit((blocks, index)):
+        return _replicated(lambda b, i: put_blocks(b, i, axes), blocks, index)
     k, (bi, bo) = index.ndim - 2, blocks.shape[-2:]
     shape = (*index.shape[: k + 1], size_of(axes, "in") // bi, bi, bo)
     numbers = np.ix_(*(np.arange(n) for n in index.shape))[:-1]
@@ -206,6 +213,12 @@ def put_blocks(blocks: jax.Array, index: jax.Array, axes: Sequence[Axis]) -> jax
     order = order_of(axes)
     back = [order.index(i) for i in range(len(axes))]
     return laid.reshape([axes[i].size for i in order]).transpose(back)
+
+
+def _replicated(run: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Array:
+    """What is made of arrays on explicit mesh axes, which refuse to be cut into blocks: whole."""
+    shape = jax.eval_shape(run, *shapes_of(arrays)).shape
+    return auto_axes(run, out_sharding=jax.P(*[None] * len(shape)))(*arrays)
 
 
 def _reshaped(axes: Sequence[Axis], shape: Sequence[int]) -> tuple[Axis, ...] | None:

@@ -18,9 +18,8 @@ from experiments.common import data, runner, show
 from experiments.common import train as training
 from experiments.common.models import MLP, LeNet5, PatchConv
 from experiments.compare_methods import METHODS, Config, main, resolve
-from tests import crash
+from tests import crash, notebooks
 
-ROOT = Path(compare_methods.__file__).parents[1]
 TOY = Config(methods=("one_shot", "rigl"), sparsities=(0.8, 0.95), seeds=2, steps=20)
 TINY = MLP((8,), 4)
 ACROSS = ("random_init", "magnitude_init", "snip", "grasp", "synflow")
@@ -422,21 +421,11 @@ def test_regrown_weights_beat_static_ones_on_the_digits(tmp_path):
 
 
 def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():
-    jupytext = pytest.importorskip("jupytext")
-    notebook = jupytext.read(ROOT / "notebooks" / "compare_methods.ipynb")
-    script = jupytext.read(ROOT / "notebooks" / "compare_methods.py")
-    assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
-    for cell in notebook.cells:
-        assert not cell.get("outputs") and not cell.get("execution_count")
+    notebooks.assert_is_its_script("compare_methods")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["notebooks", "."])
 def test_the_notebook_runs_on_toy_results(toy, monkeypatch, folder):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("JAXPRUNE_RESULTS", str(toy))
-    notebook = nbformat.read(ROOT / "notebooks" / "compare_methods.ipynb", as_version=4)
-    resources = {"metadata": {"path": str(ROOT / folder)}}
-    nbclient.NotebookClient(notebook, resources=resources).execute()
-    drawn = [out for cell in notebook.cells for out in cell.get("outputs", []) if "data" in out]
-    assert sum("image/png" in out["data"] for out in drawn) == 4
+    assert notebooks.figures_in("compare_methods", folder) == 4

@@ -18,11 +18,10 @@ from experiments.common import data, device, runner, show, small_networks, timin
 from experiments.common.models import ResidualNet
 from experiments.edge_deployment import Config, Run, main, resolve
 from experiments.edge_deployment_training import Removal
-from tests import crash
+from tests import crash, notebooks
 
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 pytest.importorskip("jax2onnx")
-ROOT = Path(edge.__file__).parents[1]
 TOY = Config(
     channels=0.5,
     blocks=0.5,
@@ -523,21 +522,11 @@ def test_the_figure_shows_each_stage_in_both_panels():
 
 
 def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():
-    jupytext = pytest.importorskip("jupytext")
-    notebook = jupytext.read(ROOT / "notebooks" / "edge_deployment.ipynb")
-    script = jupytext.read(ROOT / "notebooks" / "edge_deployment.py")
-    assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
-    for cell in notebook.cells:
-        assert not cell.get("outputs") and not cell.get("execution_count")
+    notebooks.assert_is_its_script("edge_deployment")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["notebooks", "."])
 def test_the_notebook_runs_on_toy_results(whole, monkeypatch, folder):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("JAXPRUNE_RESULTS", str(whole))
-    notebook = nbformat.read(ROOT / "notebooks" / "edge_deployment.ipynb", as_version=4)
-    resources = {"metadata": {"path": str(ROOT / folder)}}
-    nbclient.NotebookClient(notebook, resources=resources).execute()
-    drawn = [out for cell in notebook.cells for out in cell.get("outputs", []) if "data" in out]
-    assert sum("image/png" in out["data"] for out in drawn) == 4
+    assert notebooks.figures_in("edge_deployment", folder) == 4

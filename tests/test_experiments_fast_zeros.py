@@ -14,9 +14,8 @@ from experiments import fast_zeros_figures as figures
 from experiments import fast_zeros_networks as networks
 from experiments.common import data, files, runner, show
 from experiments.fast_zeros import Config, Run, main, resolve
-from tests import crash
+from tests import crash, notebooks
 
-ROOT = Path(fast_zeros.__file__).parents[1]
 TOY = Config(
     models=("mlp",),
     kinds=("unstructured", "blocks_16"),
@@ -282,21 +281,11 @@ def test_settings_that_make_no_sense_are_refused(change, words):
 
 
 def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():
-    jupytext = pytest.importorskip("jupytext")
-    notebook = jupytext.read(ROOT / "notebooks" / "fast_zeros.ipynb")
-    script = jupytext.read(ROOT / "notebooks" / "fast_zeros.py")
-    assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
-    for cell in notebook.cells:
-        assert not cell.get("outputs") and not cell.get("execution_count")
+    notebooks.assert_is_its_script("fast_zeros")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["notebooks", "."])
 def test_the_notebook_runs_on_toy_results(toy, monkeypatch, folder):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("JAXPRUNE_RESULTS", str(toy))
-    notebook = nbformat.read(ROOT / "notebooks" / "fast_zeros.ipynb", as_version=4)
-    resources = {"metadata": {"path": str(ROOT / folder)}}
-    nbclient.NotebookClient(notebook, resources=resources).execute()
-    drawn = [out for cell in notebook.cells for out in cell.get("outputs", []) if "data" in out]
-    assert sum("image/png" in out["data"] for out in drawn) == 3
+    assert notebooks.figures_in("fast_zeros", folder) == 3

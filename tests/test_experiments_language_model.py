@@ -4,22 +4,20 @@ import dataclasses
 import functools
 import json
 import math
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import language_model
 from experiments import language_model_figures as figures
 from experiments import language_model_layers as layers
 from experiments import language_model_pruning as pruning
 from experiments.common import cost, data, llama, runner, smollm2, tokens
 from experiments.common.llama import Llama
 from experiments.language_model import Config, Run, main, plan, resolve
+from tests import notebooks
 
-ROOT = Path(language_model.__file__).parents[1]
 TOY = Config(
     model="toy", methods=("magnitude", "wanda"), amounts=("2:4",), neurons=(0.25,), blocks=(1,)
 )
@@ -254,12 +252,7 @@ def test_the_cost_of_a_task_is_its_own():
 
 
 def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():
-    jupytext = pytest.importorskip("jupytext")
-    notebook = jupytext.read(ROOT / "notebooks" / "language_model.ipynb")
-    script = jupytext.read(ROOT / "notebooks" / "language_model.py")
-    assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
-    for cell in notebook.cells:
-        assert not cell.get("outputs") and cell.get("execution_count") is None
+    notebooks.assert_is_its_script("language_model")
 
 
 def test_the_command_line_has_a_name_for_every_setting():

@@ -17,9 +17,8 @@ from experiments.common import data, runner, train
 from experiments.common.data import Examples
 from experiments.common.models import MLP
 from experiments.lottery_ticket import CONTROLS, Config, main, resolve
-from tests import crash
+from tests import crash, notebooks
 
-ROOT = Path(lottery_ticket.__file__).parents[1]
 SMALL = Config(levels=1, steps=10, seeds=1, eval_every=5, controls=("reinit",))
 TOY = Config(levels=2, steps=20, seeds=2, eval_every=5)
 SIZES = {"hidden_0/kernel": 6400, "hidden_1/kernel": 5000, "out/kernel": 500}
@@ -458,21 +457,11 @@ def test_accuracy_counts_hits():
 
 
 def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():
-    jupytext = pytest.importorskip("jupytext")
-    notebook = jupytext.read(ROOT / "notebooks" / "lottery_ticket.ipynb")
-    script = jupytext.read(ROOT / "notebooks" / "lottery_ticket.py")
-    assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
-    for cell in notebook.cells:
-        assert not cell.get("outputs") and not cell.get("execution_count")
+    notebooks.assert_is_its_script("lottery_ticket")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["notebooks", "."])
 def test_the_notebook_runs_on_toy_results(toy, monkeypatch, folder):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("JAXPRUNE_RESULTS", str(toy))
-    notebook = nbformat.read(ROOT / "notebooks" / "lottery_ticket.ipynb", as_version=4)
-    resources = {"metadata": {"path": str(ROOT / folder)}}
-    nbclient.NotebookClient(notebook, resources=resources).execute()
-    drawn = [out for cell in notebook.cells for out in cell.get("outputs", []) if "data" in out]
-    assert sum("image/png" in out["data"] for out in drawn) == 5
+    assert notebooks.figures_in("lottery_ticket", folder) == 5

@@ -17,9 +17,8 @@ from experiments import structured_figures as figures
 from experiments.common import data, runner, show, small_networks, timing, train
 from experiments.common.models import Transformer
 from experiments.structured import Config, Run, main, resolve
-from tests import crash
+from tests import crash, notebooks
 
-ROOT = Path(structured.__file__).parents[1]
 TOY = Config(
     models=("cnn",),
     methods=("iterative",),
@@ -413,21 +412,11 @@ def test_a_call_waits_for_its_result():
 
 
 def test_the_notebook_and_its_script_are_one_and_hold_no_outputs():
-    jupytext = pytest.importorskip("jupytext")
-    notebook = jupytext.read(ROOT / "notebooks" / "structured.ipynb")
-    script = jupytext.read(ROOT / "notebooks" / "structured.py")
-    assert [c.source for c in notebook.cells] == [c.source for c in script.cells]
-    for cell in notebook.cells:
-        assert not cell.get("outputs") and not cell.get("execution_count")
+    notebooks.assert_is_its_script("structured")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["notebooks", "."])
 def test_the_notebook_runs_on_toy_results(whole, monkeypatch, folder):
-    nbclient, nbformat = pytest.importorskip("nbclient"), pytest.importorskip("nbformat")
     monkeypatch.setenv("JAXPRUNE_RESULTS", str(whole))
-    notebook = nbformat.read(ROOT / "notebooks" / "structured.ipynb", as_version=4)
-    resources = {"metadata": {"path": str(ROOT / folder)}}
-    nbclient.NotebookClient(notebook, resources=resources).execute()
-    drawn = [out for cell in notebook.cells for out in cell.get("outputs", []) if "data" in out]
-    assert sum("image/png" in out["data"] for out in drawn) == 3
+    assert notebooks.figures_in("structured", folder) == 3

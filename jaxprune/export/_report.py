@@ -20,6 +20,9 @@ class Report:
         output) that both agree on; None where the first output is no row of scores.
       latency_ms: milliseconds of a call by batch size, under onnxruntime with one thread, the
         median of interleaved repeats; None for what onnxruntime does not run.
+      zeros_kept: the share of removed weights that are exactly 0 in the file, read back from it;
+        None where nothing was removed, or nothing is known of it.
+      zeroed: how many of the kept weights became 0, as rounding does to small ones.
     """
 
     path: Path
@@ -28,6 +31,8 @@ class Report:
     parity: float
     agreement: float | None = None
     latency_ms: Mapping[int, float] | None = None
+    zeros_kept: float | None = None
+    zeroed: int | None = None
 
     def __str__(self) -> str:
         rows = [("file", str(self.path)), ("bytes", f"{self.bytes:,}")]
@@ -36,6 +41,10 @@ class Report:
             rows.append(("agreement", f"{self.agreement:.2%}"))
         for batch, taken in (self.latency_ms or {}).items():
             rows.append((f"batch {batch}", f"{taken:.3f} ms"))
+        if self.zeros_kept is not None:
+            rows.append(("zeros kept", f"{self.zeros_kept:.2%}"))
+        if self.zeroed is not None:
+            rows.append(("kept, now 0", f"{self.zeroed:,}"))
         width = max(len(name) for name, _ in rows)
         return "\n".join(f"{name.ljust(width)}  {value}" for name, value in rows)
 

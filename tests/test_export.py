@@ -12,8 +12,8 @@ import pytest
 import jaxprune as jp
 from experiments.common import models
 from jaxprune.export import _onnx
-from jaxprune.export._biases import merge_biases
 from jaxprune.export._fold import fold
+from jaxprune.export._plain import plain_products
 from tests.helpers import TraceCount
 
 onnx = pytest.importorskip("onnx")
@@ -279,26 +279,28 @@ def test_folding_keeps_large_constants_out_of_the_file():
     assert all(np.size(c) <= 1 for c in folded.consts)
 
 
-def test_a_bias_moves_into_the_matrix_product():
+def test_products_are_written_with_constant_weights_and_a_vector_that_is_added():
     from onnx.reference import ReferenceEvaluator
 
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
-    weights = onnx.numpy_helper.from_array(np.ones((3, 2), np.float32), "weights")
+    weights = onnx.numpy_helper.from_array(np.arange(6.0, dtype=np.float32).reshape(2, 3), "w")
     zero = onnx.numpy_helper.from_array(np.float32(0.0), "zero")
     bias = onnx.numpy_helper.from_array(np.array([[1.0, 2.0]], np.float32), "bias")
     nodes = [
-        helper.make_node("Gemm", ["x", "weights", "zero"], ["product"], beta=0.0),
+        helper.make_node("Transpose", ["w"], ["turned"], perm=[1, 0]),
+        helper.make_node("Gemm", ["x", "turned", "zero"], ["product"], beta=0.0),
         helper.make_node("Add", ["product", "bias"], ["y"]),
-        helper.make_node("Gemm", ["x", "weights", "zero"], ["bare"]),
+        helper.make_node("Gemm", ["x", "turned", "zero"], ["bare"]),
+        helper.make_node("Gemm", ["x", "turned", "zero"], ["twice"], alpha=2.0),
     ]
-    values = [helper.make_tensor_value_info(n, kind, None) for n in ("x", "y", "bare")]
+    values = [helper.make_tensor_value_info(n, kind, None) for n in ("x", "y", "bare", "twice")]
     graph = helper.make_graph(nodes, "net", values[:1], values[1:], [weights, zero, bias])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)])
     want = ReferenceEvaluator(model).run(None, {"x": np.eye(3, dtype=np.float32)})
-    merge_biases(model)
-    assert [node.op_type for node in model.graph.node] == ["Gemm", "Gemm"]
-    assert [len(node.input) for node in model.graph.node] == [3, 2]
-    assert "zero" not in {tensor.name for tensor in model.graph.initializer}
+    plain_products(model)
+    assert [node.op_type for node in model.graph.node] == ["MatMul", "Add", "MatMul", "Gemm"]
+    kept = {tensor.name: list(tensor.dims) for tensor in model.graph.initializer}
+    assert kept["turned"] == [3, 2] and kept["y_bias"] == [2]
     got = ReferenceEvaluator(model).run(None, {"x": np.eye(3, dtype=np.float32)})
     for a, b in zip(got, want, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -400,7 +402,7 @@ def test_a_network_in_bfloat16_is_computed_in_float32_and_rounded(tmp_path):
     fn = lambda v, x: net.apply(v, x).astype(jnp.float32)
     assert jp.export.onnx(tmp_path / "net", fn, variables, X, tolerance=0.02).parity <= 0.02
     kinds = {node.op_type for node in onnx.load(tmp_path / "net").graph.node}
-    assert {"Gemm", "Cast"} <= kinds  # rounded where JAX rounds
+    assert {"MatMul", "Cast"} <= kinds  # rounded where JAX rounds
     with pytest.raises(ValueError, match=r"differs from JAX.*bfloat16 or float16: to 0.02"):
         jp.export.onnx(tmp_path / "net", fn, variables, X, tolerance=-1.0)
 

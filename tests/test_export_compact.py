@@ -84,7 +84,7 @@ def test_a_compacted_network_is_on_disk_by_its_kept_blocks_alone(key, tmp_path):
         assert kept < report.bytes < kept + room and report.parity < 1e-5
         assert report.gzip_bytes > kept / 2  # no zeros that compress away
         if export is jp.export.onnx:
-            assert kinds(report.path) == [*GATHERED, "Add", "Relu", "Gemm"]
+            assert kinds(report.path) == [*GATHERED, "Add", "Relu", "MatMul"]
             want = mlp(jp.apply_masks(wide, masks), x[:3])
             np.testing.assert_allclose(run(report.path, x[:3])[0], want, rtol=1e-4, atol=1e-4)
 

@@ -16,11 +16,14 @@ from jaxprune.export._operations import Value, rewrite
 from jaxprune.export._products import (
     PRODUCTS,
     aval_of,
+    behind_data,
     bind,
     cast,
     common_type,
+    dot,
     is_known,
     is_narrow,
+    permuted,
 )
 from jaxprune.graph._loops import scan_sizes
 from jaxprune.graph._source import source_line
@@ -77,7 +80,7 @@ def _evaluate(eqn: core.JaxprEqn, operands: Sequence[Value]) -> list[Value]:
         return [Empty(aval_of(v).shape, aval_of(v).dtype) for v in eqn.outvars]
     if name == "concatenate":
         operands = [x for x in operands if not isinstance(x, Empty)]
-    merged = merge(name, operands)
+    merged = merge(eqn, operands)
     return _compute(eqn, [_value(x) for x in operands]) if merged is None else [merged]
 
 
@@ -214,12 +217,16 @@ def _simpler(eqn: core.JaxprEqn, values: Sequence[Value]) -> Value | None:
     if name == "integer_pow" and eqn.params["y"] in (2, 3):
         x = values[0]
         return x * x if eqn.params["y"] == 2 else x * x * x
-    product = hold_back(eqn, values) if name in PRODUCTS else None
+    if name not in PRODUCTS:
+        return rewrite(eqn, values)
+    product = hold_back(eqn, values)
     if product is not None:
         return product
-    if name in PRODUCTS:
-        return PRODUCTS[name](eqn, *values)
-    return rewrite(eqn, values)
+    if name == "dot_general" and is_known(values[0]) and not is_known(values[1]):
+        eqn, values, order = behind_data(eqn, values)
+        (out,) = bind(eqn, values) if (other := dot(eqn, *values)) is None else [other]
+        return permuted(out, order)
+    return PRODUCTS[name](eqn, *values)
 
 
 def equations(jaxpr: core.Jaxpr, caller: str | None = None) -> Iterator[tuple[Any, str | None]]:
@@ -251,4 +258,4 @@ def _value(x: Value) -> Value:
         return jnp.zeros(x.shape, x.dtype)
     if not isinstance(x, Product):
         return x
-    return x.make(x.weights, x.shift)
+    return x.value()

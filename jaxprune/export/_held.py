@@ -10,7 +10,7 @@ import numpy as np
 from jax.extend import core
 
 from jaxprune.export._operations import Value
-from jaxprune.export._products import PRODUCTS, aval_of, bind, is_known
+from jaxprune.export._products import PRODUCTS, aval_of, behind_data, bind, is_known, permuted
 
 
 class Product(NamedTuple):
@@ -23,17 +23,27 @@ class Product(NamedTuple):
       make: computes the product from weights and a shift.
       weights: the weights.
       shift: what is added to the product, of its rank; None for nothing.
-      place: for each axis of the result the axis of the weights that it comes from, or None.
+      place: for each axis of the product the axis of the weights that it comes from, or None.
+      order: the axes of the product in the order of the result.
     """
 
     make: Callable[[Value, Value], Value]
     weights: Value
     shift: Value
     place: tuple[int | None, ...]
+    order: tuple[int, ...]
+
+    def value(self) -> Value:
+        """Compute the result."""
+        return permuted(self.make(self.weights, self.shift), self.order)
 
 
 def hold_back(eqn: core.JaxprEqn, values: Sequence[Value]) -> Product | None:
     """Hold a product with constant weights back, to see what follows it."""
+    if eqn.primitive.name == "dot_general" and is_known(values[0]) and not is_known(values[1]):
+        eqn, values, order = behind_data(eqn, values)
+        held = hold_back(eqn, values)
+        return None if held is None else held._replace(order=order)
     out = aval_of(eqn.outvars[0])
     if is_known(values[0]) or not is_known(values[1]):
         return None
@@ -52,7 +62,7 @@ def hold_back(eqn: core.JaxprEqn, values: Sequence[Value]) -> Product | None:
             make = functools.partial(_matrix_product, eqn, values[0])
     else:
         return None
-    return Product(make, values[1], None, tuple(place))
+    return Product(make, values[1], None, tuple(place), tuple(range(out.ndim)))
 
 
 def _product_of(eqn: core.JaxprEqn, x: Value, weights: Value, shift: Value) -> Value:
@@ -85,11 +95,15 @@ def _matrix_product(eqn: core.JaxprEqn, x: Value, weights: Value, shift: Value) 
     return jnp.reshape(out, aval_of(eqn.outvars[0]).shape)
 
 
-def merge(name: str, operands: Sequence[Value]) -> Product | None:
-    """Take a constant that varies along features alone into a product.
+def merge(eqn: core.JaxprEqn, operands: Sequence[Value]) -> Product | None:
+    """Take a constant that varies along features alone into a product, and a transposition.
 
     ``(x @ w + 1) * [2, 3]`` becomes ``x @ (w * [2, 3]) + [2, 3]``.
     """
+    name = eqn.primitive.name
+    if name == "transpose" and isinstance(operands[0], Product):
+        held, axes = operands[0], eqn.params["permutation"]
+        return held._replace(order=tuple(held.order[axis] for axis in axes))
     if name not in ("add", "mul", "sub"):
         return None
     a, b = operands
@@ -98,7 +112,7 @@ def merge(name: str, operands: Sequence[Value]) -> Product | None:
     if not isinstance(a, Product) or isinstance(b, Product) or not is_known(b):
         return None
     c = np.asarray(b)
-    c = c.reshape(c.shape or (1,) * len(a.place))
+    c = c.reshape(c.shape or (1,) * len(a.place)).transpose(np.argsort(a.order))
     if any(n > 1 and p is None for n, p in zip(c.shape, a.place, strict=True)):
         return None
     if name == "mul":

@@ -13,13 +13,13 @@ import numpy as np
 from jax import lax
 
 from jaxprune._atomic import in_place
-from jaxprune.export._biases import merge_biases
 from jaxprune.export._compare import compare
 from jaxprune.export._culprits import culprits
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._fold import equations, fold
 from jaxprune.export._moves import ease_moves
+from jaxprune.export._plain import plain_products
 from jaxprune.export._pools import free_pools
 from jaxprune.export._products import is_known, is_narrow
 from jaxprune.export._program import Program, cpu, draw, make_program, names, trials
@@ -207,7 +207,7 @@ def _to_onnx(
             output_names=outputs,
         )
     free_pools(model)
-    merge_biases(model)
+    plain_products(model)
     ease_moves(model)
     del model.graph.value_info[:]  # shapes in between: runtimes infer them, and some are wrong
     need("onnx.checker", "onnx").check_model(model)

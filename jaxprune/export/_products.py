@@ -45,6 +45,27 @@ def dot(eqn: core.JaxprEqn, x: Value, y: Value) -> Value | None:
     return _matmul(eqn, x, y, rows, columns)
 
 
+def behind_data(
+    eqn: core.JaxprEqn, values: Sequence[Value]
+) -> tuple[core.JaxprEqn, Sequence[Value], tuple[int, ...]]:
+    """Turn a product so that weights come second, where tools look for them.
+
+    ``w @ x`` is ``(x.T @ w.T).T``. Gives the product, its operands, and the order in which its axes
+    are those of the result.
+    """
+    (left, right), (many, others) = eqn.params["dimension_numbers"]
+    out, (w, x) = aval_of(eqn.outvars[0]), eqn.invars
+    first = aval_of(w).ndim - len(left)  # axes of the result that are of a batch or of the weights
+    lead, rows, columns = range(len(many)), range(len(many), first), range(first, out.ndim)
+    shape = [out.shape[i] for i in (*lead, *columns, *rows)]
+    params = {**eqn.params, "dimension_numbers": ((right, left), (others, many))}
+    var = core.Var(out.update(shape=tuple(shape)))
+    turned = eqn.replace(invars=[x, w], outvars=[var], params=params)
+    end = len(lead) + len(columns)
+    order = (*lead, *range(end, out.ndim), *range(len(lead), end))
+    return turned, values[::-1], order
+
+
 def _joins(sizes: Sequence[Any]) -> bool:
     """Tell axes that become one whose size a file can compute: no two of them are of any size."""
     return len(sizes) == 1 or sum(not isinstance(n, int) for n in sizes) < 2

@@ -1,0 +1,40 @@
+"""The quantizers of nncf, on ONNX files."""
+
+from pathlib import Path
+from typing import Any
+
+from jaxprune.export._calibration import Batches
+from jaxprune.export._session import Session
+
+USER = "quantize_onnx"
+
+
+def nncf(
+    written: Path,
+    source: Path,
+    session: Session,
+    batches: Batches,
+    *,
+    bits: int,
+    weight_only: bool,
+) -> None:
+    """Quantize by nncf: symmetric weights, so that a zero stays one."""
+    try:
+        import nncf as tool
+        import onnx
+    except ImportError as error:
+        raise ImportError(
+            f"`jp.export.{USER}(tool='nncf')` needs 'nncf', which cannot be imported ({error}). "
+            "Install it with `pip install nncf`, or leave `tool` out."
+        ) from error
+    model: Any = onnx.load(str(source))
+    if weight_only:
+        modes = tool.CompressWeightsMode
+        four = {"mode": modes.INT4_SYM, "group_size": 32, "all_layers": True}
+        settings = four if bits == 4 else {"mode": modes.INT8_SYM}
+        model = tool.compress_weights(model, **settings)
+    else:
+        names = [value.name for value in session.inputs]
+        rows = [dict(zip(names, batch, strict=True)) for batch in batches]
+        model = tool.quantize(model, tool.Dataset(rows), subset_size=len(rows))
+    written.write_bytes(model.SerializeToString())

@@ -310,3 +310,28 @@ def test_weights_that_a_file_does_not_hold_are_named(tmp_path):
         jp.export.check_zeros(tmp_path / "text", params, masks)
     with pytest.raises(ValueError, match=r"check_zeros\(masks\)"):
         jp.export.check_zeros({}, params, {"w": masks["w"]})
+
+
+@pytest.mark.parametrize("layer", ["dense", "conv"])
+@pytest.mark.parametrize("bits, weight_only", [(8, False), (8, True), (4, True)])
+@pytest.mark.filterwarnings("ignore")  # nncf starts processes to draw its tables
+def test_nncf_quantizes_where_it_is_installed(layer, bits, weight_only, tmp_path):
+    pytest.importorskip("nncf")
+    params = {"w": DRAW(*SHAPES.get(layer, (64, 128))), "b": DRAW(128), "v": DRAW(128, 128)}
+    masks = jp.find_masks(params, 0.5)
+    net = tmp_path / "net"
+    float_ = jp.export.onnx(net, LAYERS[layer], params, X, masks=masks, latency=())
+    kwargs = {"bits": bits, "weight_only": weight_only, "tool": "nncf", "latency": ()}
+    report = jp.export.quantize_onnx(tmp_path / "small", net, X, **kwargs)
+    assert report.bytes < (0.35 if bits == 8 else 0.2) * float_.bytes
+    assert report.parity < 0.25 and report.zeros_kept == 1.0
+    assert not jp.export.check_zeros(report.path, params, masks)
+
+
+def test_a_tool_that_is_not_installed_is_named(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    jp.export.onnx(tmp_path / "net", lambda p, x: x @ p, DRAW(64, 128), X, latency=())
+    with pytest.raises(ImportError, match=r"needs 'nncf'.*pip install nncf`, or leave `tool` out"):
+        jp.export.quantize_onnx(tmp_path / "small", tmp_path / "net", X, tool="nncf")

@@ -188,7 +188,9 @@ def _quantize(
 ) -> Session:
     try:
         write(written, source, dense, batches)
-        return Session(written, USER)
+        small = Session(written, USER)
+        small(batches[0])  # what loads may yet not run
+        return small
     except ImportError:
         raise
     except Exception as error:

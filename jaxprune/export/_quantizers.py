@@ -113,7 +113,7 @@ def weights(written: Path, source: Path, *, bits: int, operators: Sequence[str])
     onnx = need("onnx", USER)
     tool = need("onnxruntime.quantization.matmul_nbits_quantizer", USER).MatMulNBitsQuantizer
     model = onnx.load(str(source))
-    model = model if bits == 8 else _with_four_bits(model)
+    model = model if bits == 8 else with_four_bits(model)
     takes = ("MatMul",) if bits == 8 else ("MatMul", "Gather")
     known = tuple(name for name in takes if name in operators)
     with _quiet():
@@ -128,14 +128,14 @@ def weights(written: Path, source: Path, *, bits: int, operators: Sequence[str])
             )
             quantizer.process()
             model = quantizer.model.model
-        _dequantize_others(model, bits, operators)
+        dequantize_others(model, bits, operators)
         if bits == 8 and "Gather" in operators:
             _look_up_integers(model.graph)
         onnx.checker.check_model(model)
     written.write_bytes(model.SerializeToString())
 
 
-def _with_four_bits(model: Any) -> Any:
+def with_four_bits(model: Any) -> Any:
     """Bring a model to the first version of ONNX that has integers of 4 bits."""
     onnx = need("onnx", USER)
     version = next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), 0)
@@ -149,7 +149,7 @@ def _with_four_bits(model: Any) -> Any:
 AXES = {"Conv": (0, 1), "ConvTranspose": (1, 0), "Gemm": (1, 0), "MatMul": (-1, -2)}
 
 
-def _dequantize_others(model: Any, bits: int, operators: Sequence[str]) -> None:
+def dequantize_others(model: Any, bits: int, operators: Sequence[str]) -> None:
     """Put integers and a ``DequantizeLinear`` in the place of weights that are still floats."""
     to_array = need("onnx.numpy_helper", USER).to_array
     constants = {tensor.name: tensor for tensor in model.graph.initializer}

@@ -22,8 +22,8 @@ def nncf(
 ) -> None:
     """Quantize by nncf: symmetric weights, so that a zero stays one.
 
-    Of weights alone convolutions are left out and quantized here: nncf 3.4 gives them scales of the
-    weights' rank, with which no runtime can dequantize an axis.
+    Of weights alone convolutions are left out and quantized here: nncf 3.4 gives them scales of
+    three axes, with which they do not run (``findings/nncf_onnx_convolutions.sh``).
     """
     try:
         import nncf as tool

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import io
 import logging
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -233,6 +234,7 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        yield
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
     finally:
         logging.disable(before)

@@ -1,4 +1,4 @@
-"""A network on numbers that JAX does not know: exact fractions, NumPy's floats, da4ml's variables."""
+"""A network on numbers that JAX does not know: fractions, NumPy's floats, da4ml's variables."""
 
 import dataclasses
 from fractions import Fraction
@@ -101,9 +101,8 @@ def test_replay_on_floats_of_numpy_is_what_jax_computes(name):
 def test_replay_convolves_like_jax(name, layout):
     settings = {"window_strides": (1, 1), **CONVOLUTIONS[name], "dimension_numbers": layout}
     groups = settings.get("feature_group_count", 1)
-    sizes = dict(N=2, H=5, W=6, C=4, I=4 // groups, O=6)
-    image = tuple(sizes[c] for c in layout[0])
-    kernel = tuple(dict(sizes, H=3, W=2)[c] for c in layout[1])
+    image = tuple({"N": 2, "H": 5, "W": 6, "C": 4}[c] for c in layout[0])
+    kernel = tuple({"O": 6, "I": 4 // groups, "H": 3, "W": 2}[c] for c in layout[1])
     x, w = weights(*image, seed=1), weights(*kernel)
     wanted = lax.conv_general_dilated(x, w, **settings)
     found = jp.export.replay(
@@ -203,13 +202,13 @@ def test_replay_refuses_what_it_cannot_trace_or_read():
     fn = lambda w, x: x @ w
     with pytest.raises(TypeError, match=r"the other way round.*`export.replay\(fn, params, \*inpu"):
         jp.export.replay(lambda p, x: x @ p["w"], x, {"w": w})
-    with pytest.raises(TypeError, match="no function.*`export.replay.fn, params"):
+    with pytest.raises(TypeError, match=r"no function.*`export.replay.fn, params"):
         jp.export.replay(w, fn, x)
-    with pytest.raises(TypeError, match="type `float` as input 0, which has no shape.*asarray"):
+    with pytest.raises(TypeError, match=r"type `float` as input 0, which has no shape.*asarray"):
         jp.export.replay(fn, w, 1.0)
     with pytest.raises(TypeError, match="masks as input 0"):
         jp.export.replay(lambda p, m: p, {"w": w}, {"w": w > 0})
-    with pytest.raises(TypeError, match="'w' is traced.*outside of `jit`"):
+    with pytest.raises(TypeError, match=r"'w' is traced.*outside of `jit`"):
         jax.jit(lambda p: jp.export.replay(lambda p, x: x @ p["w"], p, x))({"w": w})
     with pytest.raises(TypeError, match=r"no function for 'exp'"):
         jp.export.replay(fn, w, x, rules={"exp": 1})

@@ -86,7 +86,8 @@ def kinds(config: Config) -> list[Kind]:
     found = [Kind("dense", bits) for bits in config.bits]
     hidden = jp.by_path(*(rf"{i}/kernel" for i in range(len(config.widths))))
     for bits in config.base_bits:
-        found += [Kind(f"single weights, {s:.0%}", bits, s) for s in config.single]
+        anywhere = {"scope": jp.scopes.across}
+        found += [Kind(f"single weights, {s:.0%}", bits, s, anywhere) for s in config.single]
         for m in config.windows:
             n, size = (2, 4) if m == 2 else (1, m)
             settings = {"scope": jp.scopes.windows(size)}

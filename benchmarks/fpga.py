@@ -5,10 +5,10 @@
 
 A small network of the digits in fixed-point numbers, trained with them (rounding with a
 straight-through gradient), pruned while it trains, and trained on: single weights, N:M, inputs and
-outputs of layers, and fewer bits in place of zeros. da4ml says how many adders it takes, and how
-many stand behind one another, when every weight is wires: `jp.export.replay` runs the network on
-its variables. The hardware gives bit by bit what JAX gives, on the whole test set. Accuracy is that
-of the test set, after as many steps for all.
+outputs of layers; beside that fewer bits in place of zeros, and networks that were built thin.
+da4ml says how many adders each takes, and how many stand behind one another, when every weight is
+wires: `jp.export.replay` runs the network on its variables. The hardware gives bit by bit what JAX
+gives, on the whole test set. Accuracy is that of the test set, after as many steps for all.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ import functools
 import importlib.util
 import itertools
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -73,12 +73,14 @@ class Kind(NamedTuple):
       bits: of a weight.
       sparsity: what `jp.prune` removes.
       settings: of `jp.prune`.
+      thin: the fraction of the hidden neurons that it is built without.
     """
 
     name: str
     bits: int
     sparsity: float = 0.0
     settings: Mapping[str, Any] = types.MappingProxyType({})
+    thin: float = 0.0
 
 
 def kinds(config: Config) -> list[Kind]:
@@ -97,6 +99,7 @@ def kinds(config: Config) -> list[Kind]:
             columns = {"pattern": jp.patterns.Channels(-1), "where": hidden}
             found.append(Kind(f"inputs of a layer, {s:.0%}", bits, s, rows))
             found.append(Kind(f"outputs of a layer, {s:.0%}", bits, s, columns))
+            found.append(Kind(f"built without {s:.0%} of them", bits, thin=s))
     return found
 
 
@@ -134,9 +137,9 @@ def network(bits: int, params: Any, x: jax.Array) -> jax.Array:
     return x
 
 
-def start(config: Config, key: jax.Array) -> Any:
+def start(widths: Iterable[int], key: jax.Array) -> Any:
     """Weights as drawn, biases `[1, outputs]` zero."""
-    sizes = (64, *config.widths, 10)
+    sizes = (64, *widths, 10)
     pairs = list(itertools.pairwise(sizes))
     return {
         str(i): {
@@ -157,7 +160,7 @@ def pixels(images: np.ndarray) -> np.ndarray:
 def train(config: Config, kind: Kind, images: data.Examples, seed: int) -> Any:
     """Params after training, pruning in between, and more training; masks are baked in."""
     key, draw = jax.random.split(jax.random.key(seed))
-    params = start(config, key)
+    params = start((round(n * (1 - kind.thin)) for n in config.widths), key)
     fn, total = functools.partial(network, kind.bits), sum(config.steps)
     inner = optax.adam(optax.cosine_decay_schedule(3e-3, total))
     first, later = config.steps

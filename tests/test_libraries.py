@@ -1,4 +1,4 @@
-"""The recipes of docs/libraries.md run, each in a process of its own, where its library is there."""
+"""The recipes of docs/libraries.md run where their libraries are, each in a process of its own."""
 
 import importlib.util
 import os
@@ -22,7 +22,7 @@ NEEDS = {
 
 
 def recipes():
-    """What each section of the page shows, as one program whose lines are where the page has them."""
+    """What each section of the page shows, as a program whose lines are where the page has them."""
     found, section, shown, ours = {}, "", [], False
     for line in PAGE.read_text().splitlines():
         if line.startswith("## "):

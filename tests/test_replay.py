@@ -149,6 +149,19 @@ def test_replay_of_a_flax_network_with_its_masks_is_the_network():
     np.testing.assert_allclose(found, Net().apply(params, images), atol=1e-5)
 
 
+def test_replay_takes_small_and_sparse_functions():
+    params, x = {"in": weights(8, 16), "out": weights(16, 4, seed=1)}, weights(3, 8, seed=2)
+    fn = lambda p, x: jax.nn.relu(x @ p["in"]) @ p["out"]
+    groups = jp.find_groups(fn, params, x)
+    masks = jp.find_masks(params, 0.5, pattern=jp.patterns.Coupled(groups))
+    small = jp.shrink(fn, params, masks)
+    pattern, scope = jp.patterns.Blocks((4, 4)), jp.scopes.per_output
+    masks = jp.find_masks(params, 0.5, pattern=pattern, scope=scope)
+    sparse = jp.compact(fn, params, masks, only=".*")
+    for made, arrays in (small, sparse):
+        assert_same(jp.export.replay(made, arrays, np.float64(x)), made(arrays, x))
+
+
 def test_replay_quantizes_weights_as_jax_does():
     w = jax.random.normal(jax.random.key(0), (4, 3))
     fn = lambda w, x: x @ (jnp.round(w / 0.3) * 0.3)

@@ -87,7 +87,8 @@ def _is_module(fn: Any) -> bool:
 
 def _goes(fn: Any, args: Sequence[Any]) -> bool:
     arrays, static = split_static(args)
-    specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    canonical = functools.partial(jax.dtypes.canonicalize_dtype, allow_extended_dtype=True)
+    specs = [jax.ShapeDtypeStruct(x.shape, canonical(x.dtype)) for x in arrays]
     try:
         jax.eval_shape(lambda *xs: fn(*join_static(xs, static)), *specs)
     except Exception:

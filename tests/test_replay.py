@@ -227,6 +227,8 @@ def test_replay_refuses_what_it_cannot_trace_or_read():
         jp.export.replay(fn, w, x, rules={"exp": 1})
     with pytest.raises(ValueError, match=r"got \(2, 3\) from the rule of `dot_general`.*\(2, 2\)"):
         jp.export.replay(fn, w, x, rules={"dot_general": lambda x, w, **_: x})
+    with pytest.raises(ValueError, match=r"one for 'dot', but.* only into 'dot_general'.*jax.jit"):
+        jp.export.replay(fn, w, x, rules={"dot": lambda x, w, **_: x})
     with pytest.raises(ValueError, match="`gather` that reads outside"):
         jp.export.replay(lambda w, x: x.at[jnp.array([5])].get(mode="fill"), w, x)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from jaxprune._tree import join_static, leaves_with_path, split_static
+from jaxprune._tree import join_static, leaves_with_path, list_paths, split_static
 from jaxprune.export._door import check_call, explain
 from jaxprune.export._fold import CALLS
 from jaxprune.export._products import aval_of, bind
@@ -33,11 +33,13 @@ class Walk(NamedTuple):
       rules: those of the user, by primitive or name of a jitted function.
       number: makes a number of the user's kind of one of ours; None leaves it a float.
       missing: where there is a list, equations without a rule are put there, nothing is computed.
+      met: names of what inputs went into, primitives and functions, are put there.
     """
 
     rules: Mapping[str, Callable[..., Any]]
     number: Callable[[float], Any] | None
     missing: list[str] | None
+    met: set[str]
 
 
 def replay(
@@ -79,7 +81,7 @@ def replay(
       NotImplementedError: primitives without a rule meet an input; all of them are named with
         their lines, before anything is computed.
       TypeError: arguments in the wrong places, an input without a shape, traced params.
-      ValueError: a rule gave another shape than JAX has.
+      ValueError: a rule gave another shape than JAX has, or nothing has its name.
 
     Example:
       >>> from fractions import Fraction
@@ -102,9 +104,9 @@ def replay(
     except Exception as error:
         explain("replay", fn, params, jax.tree.unflatten(structure, specs), error)
         raise
-    walk = Walk(rules or {}, number, missing=[])
+    walk = Walk(rules or {}, number, missing=[], met=set())
     _run(closed.jaxpr, closed.consts, [*arrays, *(Foreign(None) for _ in leaves)], walk, None)
-    _refuse(walk.missing)
+    _refuse(walk)
     walk = walk._replace(missing=None)
     outs = _run(closed.jaxpr, closed.consts, [*arrays, *map(Foreign, leaves)], walk, None)
     values = [x.value if isinstance(x, Foreign) else np.asarray(x) for x in outs]
@@ -144,9 +146,17 @@ def _dtype(x: Any) -> Any:
     return jax.dtypes.canonicalize_dtype(dtype) if kind in "iub" else jnp.float32
 
 
-def _refuse(missing: Sequence[str] | None) -> None:
-    if missing:
-        found = list(dict.fromkeys(missing))
+def _refuse(walk: Walk) -> None:
+    """Refuse equations without a rule, and rules that nothing asked for: typing errors."""
+    unused = [name for name in walk.rules if name not in walk.met]
+    if unused:
+        raise ValueError(
+            f"`export.replay(rules=)` has one for {unused[0]!r}, but inputs go into nothing of "
+            f"that name, only into {list_paths(sorted(walk.met))}. Rules are for primitives and "
+            "for functions under `jax.jit`."
+        )
+    if walk.missing:
+        found = list(dict.fromkeys(walk.missing))
         name = found[0].split("`")[1]
         raise NotImplementedError(
             f"`export.replay` has no rule for {', '.join(found[:12])}. Pass one: "
@@ -174,9 +184,12 @@ def _evaluate(
     eqn: core.JaxprEqn, values: Sequence[Value], walk: Walk, line: str | None
 ) -> list[Value]:
     name, foreign = eqn.primitive.name, [isinstance(x, Foreign) for x in values]
-    own = walk.rules.get(eqn.params.get("name", name), walk.rules.get(name))
-    if any(foreign) and own is not None:
-        return _apply(eqn, values, walk, lambda *xs: own(*xs, **eqn.params))
+    called = str(eqn.params.get("name", name))
+    if any(foreign):
+        walk.met.update((name, called))
+        own = walk.rules.get(called, walk.rules.get(name))
+        if own is not None:
+            return _apply(eqn, values, walk, lambda *xs: own(*xs, **eqn.params))
     if name in CALLS:
         inner = eqn.params[CALLS[name]]
         jaxpr, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())

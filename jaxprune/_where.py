@@ -55,7 +55,7 @@ _KINDS = {
 }
 _ONLY_BY_NAME = ("LoRA factors", "widths of quantizers")  # no use tells those from kernels
 # Ends of a path that say where a value lies in its container, not what it is.
-_CONTAINERS = r"\d+|value|array|data_array|mantissa|raw_value"
+_CONTAINERS = r"\d+|value|array|data_array|mantissa|raw_value|args|arr"
 
 
 def is_array(leaf: Any) -> bool:

@@ -14,6 +14,7 @@ from benchmarks import (
     compact,
     compile,
     events,
+    fpga,
     parallel_seeds,
     post_training,
     restart,
@@ -202,3 +203,21 @@ def test_compact_compares_products_a_network_and_its_training_with_the_dense_one
     quarter, with_more_indices = (case["bytes_over_dense"] for case in result["products"][:2])
     assert quarter == (4 * 128 * 128 + 4 * 4) / (4 * 256 * 256)
     assert with_more_indices == (4 * 128 * 128 + 4 * 64) / (4 * 256 * 256)
+
+
+@pytest.mark.slow
+def test_fpga_prices_what_was_trained_and_its_logic_is_the_network_bit_by_bit(tmp_path):
+    pytest.importorskip("da4ml")
+    out = tmp_path / "fpga.json"
+    settings = {"bits": (4,), "base_bits": (4,), "single": (0.75,), "windows": (2,), "whole": ()}
+    fpga.main(fpga.Config(widths=(8,), steps=(20, 40), seeds=1, out=out, **settings))
+    dense, single, windows = json.loads(out.read_text())["cases"]
+    assert dense["equal"] == single["equal"] == windows["equal"] == 1
+    assert single["adders"] < windows["adders"] < dense["adders"]
+
+
+def test_fpga_names_a_peer_that_is_missing(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(fpga.importlib.util, "find_spec", lambda name: None)
+    out = tmp_path / "fpga.json"
+    assert fpga.main(fpga.Config(out=out))["cases"] == []
+    assert "Skipped da4ml" in capsys.readouterr().out and out.exists()

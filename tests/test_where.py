@@ -30,7 +30,10 @@ MATRICES = {
         *("dense_norm1/weight", "embedding_projection/weight", "w_b", "adapter_a", "adapter_b"),
         *("normalizer/layers/0/weight", "gamma_net/Dense_0/kernel", "lora_linear/kernel"),
     ],
-    "containers": ["Dense_0/kernel/value", "linear/weight/array", "net/kernel/0", "0/1"],
+    "containers": [
+        *("Dense_0/kernel/value", "linear/weight/array", "net/kernel/0", "0/1"),
+        *("layers/0/weight/args/1", "linear/weight/weight/args/0", "triangular/weight/arr"),
+    ],
     "Keras": ["sequential/dense/kernel", "gru/gru_cell/recurrent_kernel"],
     "raw dicts": ["wq", "w_gate", "wi_0", "A", "b", "B", "C", "Wx", "proj"],
 }
@@ -45,6 +48,7 @@ OTHERS = {
         *("w1_auto_scale", "rho", "tau", "log_std", "Lambda_re", "prelu/alpha", "ln_f"),
         *("cell/tau/mantissa", "cell/time_constant", "g", "time_decay"),
         *("attn_ln/weight", "norm_weight", "nu_log", "w_log_std", "logvar", "kernel_bits"),
+        *("linear/weight/scale/args/0", "base_dist/scale/args/0"),
     ],
     "embeddings": [
         *("Embed_0/embedding", "embed/embeddings", "wte/weight", "tok_embeddings/weight"),

@@ -20,7 +20,7 @@ def check_path(user: str, path: Any, what: str = "path") -> None:
         if os.path.isdir(path):
             raise ValueError(f"{os.fspath(path)!r} is a folder. Pass the path of a file.")
         return
-    order = "path, source, calibration" if user == "quantize_onnx" else "path, fn, params, *inputs"
+    order = "path, source, calibration" if user == "quantize_onnx" else _order(user)
     raise TypeError(
         f"`export.{user}` got {_kind(path)} as {what}, which is no path of a file. The order is "
         f"`export.{user}({order})`."
@@ -37,7 +37,7 @@ def check_call(user: str, fn: Any, params: Params, inputs: Sequence[Any]) -> Non
     if not callable(fn):
         raise TypeError(
             f"`export.{user}` got {_kind(fn)} as fn, which is no function, and {_kind(params)} as "
-            f"params. The order is `export.{user}(path, fn, params, *inputs)`."
+            f"params. The order is `export.{user}({_order(user)})`."
         )
     if not inputs and _is_module(fn):
         raise _module(user, fn)
@@ -59,9 +59,13 @@ def explain(user: str, fn: Any, params: Params, inputs: Sequence[Any], error: Ex
     if inputs and _goes(fn, (inputs[0], params, *inputs[1:])):
         raise TypeError(
             f"`export.{user}` got params and inputs the other way round: fn fails as given, and "
-            f"goes with the first input as its params. The order is `export.{user}(path, fn, "
-            "params, *inputs)`."
+            "goes with the first input as its params. The order is "
+            f"`export.{user}({_order(user)})`."
         ) from error
+
+
+def _order(user: str) -> str:
+    return "fn, params, *inputs" if user == "replay" else "path, fn, params, *inputs"
 
 
 def _module(user: str, fn: Any) -> TypeError:
@@ -83,7 +87,8 @@ def _is_module(fn: Any) -> bool:
 
 def _goes(fn: Any, args: Sequence[Any]) -> bool:
     arrays, static = split_static(args)
-    specs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    canonical = functools.partial(jax.dtypes.canonicalize_dtype, allow_extended_dtype=True)
+    specs = [jax.ShapeDtypeStruct(x.shape, canonical(x.dtype)) for x in arrays]
     try:
         jax.eval_shape(lambda *xs: fn(*join_static(xs, static)), *specs)
     except Exception:

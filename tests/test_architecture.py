@@ -273,7 +273,7 @@ def public():
 RESULTS = (
     *("Check", "CompactPlan", "Group", "Level", "Overlap", "Packed", "PruneState", "PruneWarning"),
     *("StraightThroughState", "Summary"),
-    *("export.Report", "graph.Axis", "graph.Site"),
+    *("export.Report", "export.Zeros", "graph.Axis", "graph.Site"),
 )
 
 

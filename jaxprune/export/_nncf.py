@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxprune.export._calibration import Batches
+from jaxprune.export._extras import need
 from jaxprune.export._quantizers import dequantize_others, with_four_bits
 from jaxprune.export._session import Session
 
@@ -25,14 +26,7 @@ def nncf(
     Of weights alone convolutions are left out and quantized here: nncf 3.4 gives them scales of
     three axes, with which they do not run (``findings/nncf_onnx_convolutions.sh``).
     """
-    try:
-        import nncf as tool
-        import onnx
-    except ImportError as error:
-        raise ImportError(
-            f"`jp.export.{USER}(tool='nncf')` needs 'nncf', which cannot be imported ({error}). "
-            "Install it with `pip install nncf`, or leave `tool` out."
-        ) from error
+    tool, onnx = need("nncf", USER, "nncf"), need("onnx", USER)
     model: Any = onnx.load(str(source))
     if weight_only:
         modes = tool.CompressWeightsMode

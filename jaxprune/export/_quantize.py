@@ -79,7 +79,7 @@ def quantize_onnx(
         unknown bits, tool or method; less agreement than asked for; a file without weights to
         quantize.
       FileNotFoundError: there is no ``source``.
-      ImportError: a package of the extra ``export`` is missing, or ``nncf``.
+      ImportError: a package of the extra ``export`` is missing, or of the extra ``nncf``.
 
     Example:
       >>> import tempfile

@@ -127,7 +127,7 @@ def check_zeros(path_or_arrays: Any, params: Params, masks: Masks) -> Zeros:
             f"{list_paths(list(arrays))}. Pass the params that were written (the small ones of "
             "`shrink`), and masks with None for what a tool has merged with something else."
         )
-    return Zeros(tuple(count(path, *wanted[path], found[path]) for path in wanted))
+    return Zeros(tuple(count(path, *wanted[path], x) for path, x in found.items() if x is not None))
 
 
 def _masked(params: Params, masks: Masks) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -142,9 +142,8 @@ def _masked(params: Params, masks: Masks) -> dict[str, tuple[np.ndarray, np.ndar
     return found
 
 
-def count(path: str, w: np.ndarray, mask: np.ndarray, array: np.ndarray | None) -> Kept:
+def count(path: str, w: np.ndarray, mask: np.ndarray, array: np.ndarray) -> Kept:
     """Compare one leaf with what a file holds of it, in the order of the leaf's axes."""
-    assert array is not None
     lost = ~mask & (array != 0)  # NaN is not zero
     size = np.max(np.abs(array), initial=0.0, where=np.isfinite(array)) or 1.0
     largest = float(np.max(np.abs(array), initial=0.0, where=lost) / size)

@@ -218,3 +218,29 @@ def test_an_older_file_stays_where_something_is_wrong(tmp_path):
     with pytest.raises(ValueError, match="zeros"):
         jp.export.gguf(path, params, masks=masks, quantization="Q5_1")
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_size_of_a_large_file_once_compressed_is_estimated_from_pieces(tmp_path, monkeypatch):
+    from jaxprune.export import _report
+
+    params, masks = pruned(0.9)
+    path = tmp_path / "net.gguf"
+    whole = jp.export.gguf(path, params, masks=masks, quantization="F32").gzip_bytes
+    monkeypatch.setattr(_report, "LARGE", 2**10)
+    monkeypatch.setattr(_report, "PIECE", 2**8)
+    estimate = jp.export.gguf(path, params, masks=masks, quantization="F32").gzip_bytes
+    assert whole < path.stat().st_size / 2 and 0.7 < estimate / whole < 2
+
+
+def test_zeros_are_found_in_the_file_by_name_and_in_that_of_layers(tmp_path):
+    params = {"layers": {"up": weights((3, 32, 64))}}
+    masks = {"layers": {"up": weights((3, 32, 64), 1) > 0}}
+    layout = jp.Layout({"layers/up": ("layer", "in", "out")})
+    names = {"layers/up": "blk.{}.ffn_up.weight"}
+    for kind, export in (("gguf", jp.export.gguf), ("safetensors", jp.export.safetensors)):
+        path = tmp_path / f"net.{kind}"
+        export(path, params, layout=layout, names=names, masks=masks)
+        assert jp.export.check_zeros(path, params, masks).kept == 1.0
+    flat, flat_masks = pruned()
+    jp.export.gguf(path, flat, masks=flat_masks, quantization="Q4_1", lose_zeros=True)
+    assert jp.export.check_zeros(path, flat, flat_masks).kept < 0.1

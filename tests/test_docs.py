@@ -118,7 +118,10 @@ def test_what_the_page_of_zeros_shows_runs(tmp_path, monkeypatch):
     assert len(found) == 1 and (tmp_path / "up.gguf").is_file()
 
 
-def test_what_the_page_of_trained_networks_shows_runs():
+def test_what_the_page_of_trained_networks_shows_runs(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
     names, found = {}, list(snippets(TRAINED.read_text().splitlines(keepends=True)))
     for snippet in found:
         run(names, *snippet, TRAINED)

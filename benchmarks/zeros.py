@@ -19,7 +19,8 @@ import numpy as np
 import tyro
 
 from benchmarks.common import machine, print_table, write_json
-from benchmarks.zeros_tools import MODES, Mode, correlated, qwix_gptq, qwix_type
+from benchmarks.zeros_modes import MODES, Mode
+from benchmarks.zeros_tools import correlated, qwix_gptq, qwix_type
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +107,8 @@ def main(config: Config) -> dict[str, Any]:
         version = importlib.metadata.version(mode.package)
         cases.append({"tool": mode.tool, "version": version, "mode": mode.name, "results": results})
     _show(config, cases)
-    outputs = masked_outputs(config) if "qwix" in {case["tool"] for case in cases} else []
+    ran = {(case["tool"], case["mode"]) for case in cases}
+    outputs = masked_outputs(config) if ("qwix", "GPTQ int4") in ran else []
     for name, reason in skipped.items():
         print(f"Skipped {name}: {reason}.")
     settings = dataclasses.asdict(config)

@@ -244,3 +244,8 @@ def test_zeros_are_found_in_the_file_by_name_and_in_that_of_layers(tmp_path):
     flat, flat_masks = pruned()
     jp.export.gguf(path, flat, masks=flat_masks, quantization="Q4_1", lose_zeros=True)
     assert jp.export.check_zeros(path, flat, flat_masks).kept < 0.1
+
+
+def test_arguments_in_the_wrong_order_are_told():
+    with pytest.raises(TypeError, match=r"no path.*\(path, (tensors|params)\)"):
+        jp.export.gguf({"w": np.ones((2, 32))}, "net")

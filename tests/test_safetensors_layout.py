@@ -253,3 +253,8 @@ def test_a_file_that_reads_back_as_something_else_is_not_put_in_place(tmp_path, 
     with pytest.raises(ValueError, match=r"other values than it wrote at \['w'\]"):
         jp.export.safetensors(tmp_path / "m.safetensors", {"w": numbers(2, 3)})
     assert not list(tmp_path.iterdir())
+
+
+def test_arguments_in_the_wrong_order_are_told():
+    with pytest.raises(TypeError, match=r"no path.*\(path, (tensors|params)\)"):
+        jp.export.safetensors({"w": np.ones((2, 32))}, "net")

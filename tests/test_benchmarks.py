@@ -23,6 +23,7 @@ from benchmarks import (
     step_overhead,
     structure,
     training_speed,
+    zeros,
 )
 from benchmarks.common import interleave, paired_ratio
 
@@ -221,3 +222,31 @@ def test_fpga_names_a_peer_that_is_missing(tmp_path, capsys, monkeypatch):
     out = tmp_path / "fpga.json"
     assert fpga.main(fpga.Config(out=out))["cases"] == []
     assert "Skipped da4ml" in capsys.readouterr().out and out.exists()
+
+
+def test_zeros_runs_what_is_installed_and_names_what_is_not(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "zeros.json"
+    gone = zeros.Mode("nobody's", "no_such_module", "no-such-package", "int8", lambda w: w)
+    broken = zeros.Mode("pytest", "pytest", "pytest", "half", lambda w: w[:1])
+    halves = zeros.Mode("pytest", "pytest", "pytest", "shifted", lambda w: w + 0.5)
+    monkeypatch.setattr(zeros, "MODES", (gone, broken, halves, *zeros.MODES))
+    config = zeros.Config(tools=("gguf", "qwix", "pytest", "nobody's"), shape=(8, 256), out=out)
+    zeros.main(config)
+    text, result = capsys.readouterr().out, json.loads(out.read_text())
+    assert "Skipped nobody's: `no-such-package` is not installed." in text
+    assert "Skipped pytest, half: RuntimeError: gives back (1, 256) for (8, 256)." in text
+    found = {(case["tool"], case["mode"]): case["results"] for case in result["cases"]}
+    for half, tenth in (found["pytest", "shifted"],):
+        assert half["zeros_kept"] == tenth["zeros_kept"] == 0 and half["largest_residue"] == 0.5
+        assert half["error"] > half["error_masked_again"] > 0
+    if ("gguf", "Q8_0") in found:
+        assert [row["zeros_kept"] for row in found["gguf", "Q8_0"]] == [1, 1]
+        assert found["gguf", "Q4_1"][0]["zeros_kept"] < 0.1
+    if ("qwix", "int4") in found:
+        assert found["qwix", "int4"][0]["zeros_kept"] == 1
+        assert 0 < found["qwix", "int4"][0]["kept_became_zero"] < 0.3
+
+
+def test_zeros_refuses_a_tool_that_it_does_not_know(tmp_path):
+    with pytest.raises(ValueError, match=r"\['ggml'\], which are unknown. There are .*'gguf'"):
+        zeros.main(zeros.Config(tools=("ggml",), out=tmp_path / "zeros.json"))

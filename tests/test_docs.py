@@ -18,6 +18,7 @@ COMPRESSOR = ROOT / "docs" / "from_llm_compressor.md"
 LAYOUTS = ROOT / "docs" / "layouts.md"
 TRAINED = ROOT / "docs" / "post_training.md"
 COMPACT = ROOT / "docs" / "compact.md"
+ZEROS = ROOT / "docs" / "zeros.md"
 
 
 def snippets(lines):
@@ -108,7 +109,19 @@ def test_what_the_page_of_compacted_networks_shows_runs(capsys):
     assert len(found) == 2 and not jp.check(names["params"], names["masks"])
 
 
-def test_what_the_page_of_trained_networks_shows_runs():
+def test_what_the_page_of_zeros_shows_runs(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    monkeypatch.chdir(tmp_path)
+    names, found = {}, list(snippets(ZEROS.read_text().splitlines(keepends=True)))
+    for snippet in found:
+        run(names, *snippet, ZEROS)
+    assert len(found) == 1 and (tmp_path / "up.gguf").is_file()
+
+
+def test_what_the_page_of_trained_networks_shows_runs(tmp_path, monkeypatch):
+    pytest.importorskip("gguf")
+    pytest.importorskip("safetensors")
+    monkeypatch.chdir(tmp_path)
     names, found = {}, list(snippets(TRAINED.read_text().splitlines(keepends=True)))
     for snippet in found:
         run(names, *snippet, TRAINED)

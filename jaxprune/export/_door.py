@@ -20,10 +20,9 @@ def check_path(user: str, path: Any, what: str = "path") -> None:
         if os.path.isdir(path):
             raise ValueError(f"{os.fspath(path)!r} is a folder. Pass the path of a file.")
         return
-    order = "path, source, calibration" if user == "quantize_onnx" else _order(user)
     raise TypeError(
         f"`export.{user}` got {_kind(path)} as {what}, which is no path of a file. The order is "
-        f"`export.{user}({order})`."
+        f"`export.{user}({_order(user)})`."
     )
 
 
@@ -65,7 +64,13 @@ def explain(user: str, fn: Any, params: Params, inputs: Sequence[Any], error: Ex
 
 
 def _order(user: str) -> str:
-    return "fn, params, *inputs" if user == "replay" else "path, fn, params, *inputs"
+    others = {
+        "quantize_onnx": "path, source, calibration",
+        "replay": "fn, params, *inputs",
+        "gguf": "path, tensors",
+        "safetensors": "path, params",
+    }
+    return others.get(user, "path, fn, params, *inputs")
 
 
 def _module(user: str, fn: Any) -> TypeError:

@@ -1,0 +1,251 @@
+"""GGUF files keep what masks removed, or are not written."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+
+pytest.importorskip("gguf")
+
+import gguf as library
+
+from jaxprune.export._gguf import read_gguf
+
+KEEPING = ("F32", "F16", "BF16", "Q8_0", "Q5_0", "Q4_0", "MXFP4", "TQ1_0", "TQ2_0")
+# The largest error over the largest weight: half a step of a block that holds the largest.
+ERRORS = {"F32": 0, "F16": 2**-11, "BF16": 2**-8, "Q8_0": 1 / 250, "Q5_0": 1 / 15, "Q4_0": 1 / 7}
+
+
+def weights(shape=(8, 256), seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def pruned(sparsity=0.5):
+    params = {"blk.0.ffn_up.weight": weights(), "blk.0.ffn_norm.weight": weights((256,), 1)}
+    return params, jp.find_masks(params, sparsity, where=lambda path, x: x.ndim > 1)
+
+
+@pytest.mark.parametrize("quantization", KEEPING)
+def test_a_removed_weight_is_exactly_zero_in_the_file(tmp_path, quantization):
+    params, masks = pruned()
+    path = tmp_path / "net.gguf"
+    report = jp.export.gguf(path, params, masks=masks, quantization=quantization)
+    read = read_gguf(path)
+    mask = np.asarray(masks["blk.0.ffn_up.weight"])
+    assert not read["blk.0.ffn_up.weight"][~mask].any()
+    np.testing.assert_array_equal(read["blk.0.ffn_norm.weight"], params["blk.0.ffn_norm.weight"])
+    assert report.zeros_kept == 1.0 and report.bytes == path.stat().st_size
+    zeroed = (read["blk.0.ffn_up.weight"] == 0) & mask
+    assert report.zeroed == zeroed.sum()
+    assert report.parity <= ERRORS.get(quantization, 0.51)
+
+
+@pytest.mark.parametrize("quantization", ["Q4_1", "Q5_1"])
+def test_types_that_lose_zeros_are_refused_with_the_figure_and_leave_no_file(
+    tmp_path, quantization
+):
+    params, masks = pruned()
+    path = tmp_path / "net.gguf"
+    with pytest.raises(ValueError, match=rf"{quantization}.* would keep \d.*Q8_0.*lose_zeros"):
+        jp.export.gguf(path, params, masks=masks, quantization=quantization)
+    assert not list(tmp_path.iterdir())
+    report = jp.export.gguf(path, params, masks=masks, quantization=quantization, lose_zeros=True)
+    assert report.zeros_kept < 0.2
+    dense = jp.export.gguf(path, params, quantization=quantization)
+    assert dense.zeros_kept is None and dense.zeroed == 0
+
+
+def test_what_is_zero_counts_as_removed_where_there_are_no_masks(tmp_path):
+    params, masks = pruned(0.9)
+    baked = jp.export.bake(params, masks)
+    report = jp.export.gguf(tmp_path / "net.gguf", baked)
+    assert report.zeros_kept == 1.0
+    with pytest.raises(ValueError, match="of the zeros"):
+        jp.export.gguf(tmp_path / "net.gguf", baked, quantization="Q4_1")
+
+
+@pytest.mark.parametrize("quantization", ["Q4_K", "IQ4_NL", "Q8_K", "q9", "int8"])
+def test_types_that_cannot_be_written_are_refused_with_those_that_can(tmp_path, quantization):
+    with pytest.raises(ValueError, match=f"{quantization}.*Use one of F32.*Q8_0.*MXFP4"):
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, quantization=quantization)
+
+
+def test_vectors_stay_floats_and_so_do_widths_without_whole_blocks_with_a_warning(tmp_path):
+    path = tmp_path / "net.gguf"
+    tensors = {"a": weights((4, 48)), "b": weights((4, 64)), "norm": weights((64,))}
+    with pytest.warns(jp.PruneWarning, match=r"'a'.*F16.*blocks of 32.*48.*round_to=32"):
+        jp.export.gguf(path, tensors)
+    kinds = {t.name: t.tensor_type.name for t in library.GGUFReader(path).tensors}
+    assert kinds == {"a": "F16", "b": "Q8_0", "norm": "F32"}
+    chosen = jp.exclude("a", where=lambda path, x: x.ndim > 1)
+    jp.export.gguf(path, tensors, where=chosen)
+    kinds = {t.name: t.tensor_type.name for t in library.GGUFReader(path).tensors}
+    assert kinds == {"a": "F32", "b": "Q8_0", "norm": "F32"}
+    with pytest.raises(ValueError, match="'c', which matches no parameter"):
+        jp.export.gguf(path, tensors, where=jp.exclude("c", where=lambda path, x: x.ndim > 1))
+
+
+def test_negative_zeros_are_written_as_zeros(tmp_path):
+    path = tmp_path / "net.gguf"
+    jp.export.gguf(
+        path, {"w": -np.zeros((2, 32), np.float32), "b": -np.zeros(3)}, quantization="F16"
+    )
+    assert not any(np.signbit(x).any() for x in read_gguf(path).values())
+
+
+def test_integers_scalars_bfloat16_and_transposed_arrays_come_back(tmp_path):
+    path = tmp_path / "net.gguf"
+    tensors = {
+        "ids": np.arange(3, dtype=np.int64),
+        "scale": jnp.float32(2.5),
+        "half": jnp.arange(64, dtype=jnp.bfloat16).reshape(2, 32),
+        "turned": weights((32, 4)).T,
+        "none": None,
+    }
+    jp.export.gguf(path, tensors, quantization="F32")
+    read = read_gguf(path)
+    assert set(read) == {"ids", "scale", "half", "turned"}
+    for name, x in read.items():
+        np.testing.assert_array_equal(x, np.asarray(tensors[name], np.float32))
+
+
+def test_weights_beyond_the_scales_of_a_type_are_refused_by_path(tmp_path):
+    tensors = {"good": weights(), "bad": weights() * np.float32(1e7)}
+    with pytest.raises(ValueError, match=r"inf or NaN of weights in 'bad'.*BF16"):
+        jp.export.gguf(tmp_path / "net.gguf", tensors, quantization="Q4_0")
+    assert not list(tmp_path.iterdir())
+    assert jp.export.gguf(tmp_path / "net.gguf", tensors, quantization="BF16").parity < 0.01
+    tensors = {"bad": np.full((2, 32), np.nan, np.float32)}
+    with pytest.raises(ValueError, match="inf or NaN in 'bad'"):
+        jp.export.gguf(tmp_path / "net.gguf", tensors)
+    jp.export.gguf(tmp_path / "net.gguf", tensors, where=lambda path, x: False)
+    assert np.isnan(read_gguf(tmp_path / "net.gguf")["bad"]).all()
+
+
+def test_stacks_become_layers_and_kernels_are_turned(tmp_path):
+    params = {"layers": {"up": weights((3, 32, 64))}, "norm": weights((64,))}
+    masks = {"layers": {"up": weights((3, 32, 64), 1) > 0}, "norm": None}
+    layout = jp.Layout({"layers/up": ("layer", "in", "out")})
+    names = {"layers/up": "blk.{}.ffn_up.weight", "norm": "output_norm.weight"}
+    path = tmp_path / "net.gguf"
+    kwargs = {"layout": layout, "names": names, "masks": masks, "quantization": "F16"}
+    report = jp.export.gguf(path, params, **kwargs)
+    read = read_gguf(path)
+    up = np.where(masks["layers"]["up"], params["layers"]["up"], 0).astype(np.float16)
+    for i in range(3):
+        np.testing.assert_array_equal(read[f"blk.{i}.ffn_up.weight"], up[i].T)
+    assert set(read) == {*(f"blk.{i}.ffn_up.weight" for i in range(3)), "output_norm.weight"}
+    assert report.zeros_kept == 1.0
+
+
+def test_metadata_are_written_and_taken_from_a_file_of_the_same_model(tmp_path):
+    first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
+    metadata = {
+        "general.architecture": "llama",
+        "llama.block_count": 30,
+        "llama.rope.freq_base": 1e5,
+        "llama.feed_forward_length": [64, 32],
+        "tokenizer.ggml.tokens": ["a", "b"],
+        "tokenizer.ggml.add_bos_token": True,
+        "general.offset": -3,
+    }
+    jp.export.gguf(first, {"w": weights()}, metadata=metadata)
+    jp.export.gguf(
+        second, {"w": weights()}, like=first, metadata={"llama.block_count": 2}, quantization="F16"
+    )
+    fields = library.GGUFReader(first).fields
+    assert {k: fields[k].contents() for k in metadata} == metadata
+    later = library.GGUFReader(second).fields
+    for key, value in (metadata | {"llama.block_count": 2}).items():
+        assert later[key].types == fields[key].types
+        assert later[key].contents() == value
+    assert fields["general.file_type"].contents() == library.LlamaFileType.MOSTLY_Q8_0
+    assert later["general.file_type"].contents() == library.LlamaFileType.MOSTLY_F16
+    assert fields["llama.block_count"].types == [library.GGUFValueType.UINT32]
+
+
+@pytest.mark.parametrize(
+    "tensors, kwargs, error, match",
+    [
+        ({}, {}, ValueError, "no arrays"),
+        ({"w": jax.ShapeDtypeStruct((2, 2), jnp.float32)}, {}, TypeError, "'w' without values"),
+        ({"w": np.ones((2, 32), bool)}, {}, TypeError, "'w' is bool"),
+        ({"w": np.ones((1, 1, 1, 2, 32))}, {}, ValueError, "'w' has 5 axes"),
+        ({"w" * 64: np.ones((2, 32))}, {}, ValueError, "long name.*63 bytes"),
+        ({"w": weights()}, {"names": {"v": "x"}}, ValueError, "nothing of 'w' and knows 'v'"),
+        ({"w": weights()}, {"names": lambda path: None}, TypeError, "None for 'w'"),
+        ({"w": weights(), "v": weights()}, {"names": lambda path: "x"}, ValueError, "'v', 'w'"),
+        ({"w": weights()}, {"names": {"w": "b.{}"}}, ValueError, "1 places .*pass `layout=`"),
+        ({"w": weights()}, {"masks": {"v": weights() > 0}}, ValueError, "unknown 'v'"),
+        ({"w": weights()}, {"metadata": {"k": object()}}, TypeError, "'k'"),
+        ({"w": weights()}, {"metadata": {"k": []}}, TypeError, "'k'"),
+        ({"w": weights()}, {"metadata": "llama"}, TypeError, "metadata='llama'"),
+        ({"w": weights()}, {"like": "nowhere.gguf"}, FileNotFoundError, "nowhere"),
+    ],
+)
+def test_bad_input_is_refused_at_the_door(tmp_path, tensors, kwargs, error, match):
+    with pytest.raises(error, match=match):
+        jp.export.gguf(tmp_path / "net.gguf", tensors, **kwargs)
+    assert not list(tmp_path.iterdir())
+
+
+def test_reading_says_what_a_file_is_that_is_no_gguf_file(tmp_path):
+    path = tmp_path / "net.gguf"
+    with pytest.raises(FileNotFoundError, match=r"no .*net\.gguf"):
+        read_gguf(path)
+    path.write_bytes(b"no such thing, and longer than a head of a file is")
+    with pytest.raises(ValueError, match="is no GGUF file"):
+        read_gguf(path)
+    jp.export.gguf(path, {"w": weights()})
+    path.write_bytes(path.read_bytes()[:-512])
+    with pytest.raises(ValueError, match="damaged"):
+        read_gguf(path)
+
+
+def test_a_missing_package_is_named_with_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    with pytest.raises(ImportError, match=r"jaxprune\[gguf\]"):
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()})
+
+
+def test_an_older_file_stays_where_something_is_wrong(tmp_path):
+    path = tmp_path / "net.gguf"
+    jp.export.gguf(path, {"w": weights()})
+    before = path.read_bytes()
+    params, masks = pruned()
+    with pytest.raises(ValueError, match="zeros"):
+        jp.export.gguf(path, params, masks=masks, quantization="Q5_1")
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+def test_the_size_of_a_large_file_once_compressed_is_estimated_from_pieces(tmp_path, monkeypatch):
+    from jaxprune.export import _report
+
+    params, masks = pruned(0.9)
+    path = tmp_path / "net.gguf"
+    whole = jp.export.gguf(path, params, masks=masks, quantization="F32").gzip_bytes
+    monkeypatch.setattr(_report, "LARGE", 2**10)
+    monkeypatch.setattr(_report, "PIECE", 2**8)
+    estimate = jp.export.gguf(path, params, masks=masks, quantization="F32").gzip_bytes
+    assert whole < path.stat().st_size / 2 and 0.7 < estimate / whole < 2
+
+
+def test_zeros_are_found_in_the_file_by_name_and_in_that_of_layers(tmp_path):
+    params = {"layers": {"up": weights((3, 32, 64))}}
+    masks = {"layers": {"up": weights((3, 32, 64), 1) > 0}}
+    layout = jp.Layout({"layers/up": ("layer", "in", "out")})
+    names = {"layers/up": "blk.{}.ffn_up.weight"}
+    for kind, export in (("gguf", jp.export.gguf), ("safetensors", jp.export.safetensors)):
+        path = tmp_path / f"net.{kind}"
+        export(path, params, layout=layout, names=names, masks=masks)
+        assert jp.export.check_zeros(path, params, masks).kept == 1.0
+    flat, flat_masks = pruned()
+    jp.export.gguf(path, flat, masks=flat_masks, quantization="Q4_1", lose_zeros=True)
+    assert jp.export.check_zeros(path, flat, flat_masks).kept < 0.1
+
+
+def test_arguments_in_the_wrong_order_are_told():
+    with pytest.raises(TypeError, match=r"no path.*\(path, (tensors|params)\)"):
+        jp.export.gguf({"w": np.ones((2, 32))}, "net")

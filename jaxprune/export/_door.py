@@ -20,7 +20,8 @@ def check_path(user: str, path: Any, what: str = "path") -> None:
         if os.path.isdir(path):
             raise ValueError(f"{os.fspath(path)!r} is a folder. Pass the path of a file.")
         return
-    order = "path, source, calibration" if user == "quantize_onnx" else _order(user)
+    orders = {"quantize_onnx": "path, source, calibration", "sparsify_tflite": "path, source"}
+    order = orders.get(user) or _order(user)
     raise TypeError(
         f"`export.{user}` got {_kind(path)} as {what}, which is no path of a file. The order is "
         f"`export.{user}({order})`."

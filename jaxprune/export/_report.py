@@ -11,8 +11,8 @@ class Report:
     """An exported file in figures; print it.
 
     Attributes:
-      path: the file.
-      bytes: its size.
+      path: the file, or the folder of a package.
+      bytes: its size, that of all files in a folder.
       gzip_bytes: its size once compressed, where zeros take no room.
       parity: the largest difference from what it was made of, as a fraction of the largest value
         of the same output.
@@ -23,6 +23,9 @@ class Report:
       zeros_kept: the share of removed weights that are exactly 0 in the file, read back from it;
         None where nothing was removed, or nothing is known of it.
       zeroed: how many of the kept weights became 0, as rounding does to small ones.
+      dense_bytes: the size of such a file with every weight written out, where a file is made
+        sparse; None elsewhere.
+      dense_latency_ms: as ``latency_ms``, of that file, in turns with the sparse one.
     """
 
     path: Path
@@ -33,14 +36,20 @@ class Report:
     latency_ms: Mapping[int, float] | None = None
     zeros_kept: float | None = None
     zeroed: int | None = None
+    dense_bytes: int | None = None
+    dense_latency_ms: Mapping[int, float] | None = None
 
     def __str__(self) -> str:
         rows = [("file", str(self.path)), ("bytes", f"{self.bytes:,}")]
+        if self.dense_bytes is not None:
+            rows.append(("of dense", f"{self.bytes / self.dense_bytes:.2%}"))
         rows += [("gzipped", f"{self.gzip_bytes:,}"), ("parity", f"{self.parity:.1e}")]
         if self.agreement is not None:
             rows.append(("agreement", f"{self.agreement:.2%}"))
         for batch, taken in (self.latency_ms or {}).items():
-            rows.append((f"batch {batch}", f"{taken:.3f} ms"))
+            dense = (self.dense_latency_ms or {}).get(batch)
+            beside = f" (dense {dense:.3f} ms)" if dense is not None else ""
+            rows.append((f"batch {batch}", f"{taken:.3f} ms{beside}"))
         if self.zeros_kept is not None:
             rows.append(("zeros kept", f"{self.zeros_kept:.2%}"))
         if self.zeroed is not None:
@@ -56,7 +65,14 @@ def describe(
     latency: Mapping | None = None,
 ) -> Report:
     """Report what has been written; ``path`` is where it is going to be."""
-    data = written.read_bytes()
+    data = contents(written)
     parity, agreement = compared
     size = len(gzip.compress(data, mtime=0))
     return Report(Path(path), len(data), size, parity, agreement, latency)
+
+
+def contents(path: Path) -> bytes:
+    """Read all bytes of a file, or of a folder that is to be taken as one."""
+    if path.is_file():
+        return path.read_bytes()
+    return b"".join(x.read_bytes() for x in sorted(path.rglob("*")) if x.is_file())

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 Constants = Mapping[str, np.ndarray]
-EXACT = 2.0**-10  # of the largest value: twice the rounding of float16
+EXACT = 1e-5  # of the largest value: what a converter computes with may be rounded otherwise
 
 
 class Place(NamedTuple):
@@ -16,8 +16,8 @@ class Place(NamedTuple):
     Attributes:
       name: of the constant.
       axes: of the param, in the order of the constant.
-      exact: whether the values are those of the param, rounded; else they were changed on the way,
-        as by a norm that goes into the weights.
+      exact: whether the values are those of the param, as the type holds them; else they were
+        changed on the way, as by a norm that goes into the weights.
     """
 
     name: str
@@ -43,8 +43,9 @@ def locate(param: np.ndarray, constants: Constants) -> list[tuple[np.ndarray, Pl
             for axes in _orders(param.shape):
                 place = Place(name, axes, False)
                 now = read_as(place, param.shape, constants)
-                gap = _gap(now, param)
-                score = (int(np.sum((now == 0) != (param == 0))), gap)
+                rounded = param.astype(values.dtype).astype(np.float32)
+                gap = _gap(now, rounded)
+                score = (int(np.sum((now == 0) != (rounded == 0))), gap)
                 found.append((score, place._replace(exact=gap <= EXACT)))
     best = min(found, key=lambda pair: pair[0], default=None)
     if (best is None or best[0][0]) and param.ndim > 2:  # layers that are stacked
@@ -86,6 +87,7 @@ class Found(NamedTuple):
 def compare_constants(params: Iterable[np.ndarray], dense: Constants, back: Constants) -> Found:
     """Compare params with the constants of a file, which are found by those before compression."""
     parity, zeros, kept, zeroed = 0.0, 0, 0, 0
+    dense = {name: values for name, values in dense.items() if name in back}
     for param in params:
         for part, place in locate(param, dense):
             now = read_as(place, part.shape, back)

@@ -6,7 +6,7 @@ import io
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ import numpy as np
 from jaxprune._atomic import in_place
 from jaxprune._tree import leaves_with_path
 from jaxprune.export._bake import bake
+from jaxprune.export._compare import compare
 from jaxprune.export._constants import Constants, compare_constants
 from jaxprune.export._culprits import culprits
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._fold import fold
-from jaxprune.export._program import Program, make_program, names
+from jaxprune.export._mil import infer, to_model
+from jaxprune.export._program import Program, cpu, make_program, names, trials
 from jaxprune.export._report import Report, contents, describe
 from jaxprune.typing import Masks, Params
 
@@ -40,6 +42,8 @@ def coreml(
     min_sparsity: float = 0.5,
     batch: str | None = None,
     max_batch: int = 64,
+    tolerance: float = 1e-4,
+    seed: int = 0,
 ) -> Report:
     """Write a function with its parameters as a Core ML package with sparse weights.
 
@@ -49,10 +53,12 @@ def coreml(
     into the weights of the product in front of it. The package is for iOS 18, macOS 15 and later.
 
     **What is verified, and what is not**: Core ML runs on Apple's systems only, so nothing here
-    runs the program; compare outputs on the device. The package is built, saved, and loaded again
-    from disk; its weights, decompressed, are compared with the params, each found by its values and
-    zeros however it is transposed. Then the package is put in place; an older one stays until then,
-    and stays if something is wrong.
+    runs the package; compare outputs on the device. Before weights are rounded and compressed, the
+    program is computed by coremltools' own inference of constants and compared with ``fn``, as far
+    as that goes: products, elementwise functions, sums, softmax and norms, no convolution and no
+    pooling. Then the package is saved and loaded again from disk; its weights, decompressed, are
+    compared with the params, each found by its values and zeros however it is transposed. Only then
+    it is put in place; an older one stays until then, and stays if something is wrong.
 
     Inputs are called ``input_0``, ``input_1``, those of trees by their paths as well
     (``input_0_tokens``); outputs ``output``, ``output_0`` in a tuple, ``output_logits`` in a dict.
@@ -73,6 +79,10 @@ def coreml(
       batch: name of a first axis of any size, that of all inputs whose first axis is as long as the
         first input's; None for the shapes as given, which Core ML runs on more of its hardware.
       max_batch: the largest size of that axis, which Core ML wants to know.
+      tolerance: the largest difference from ``fn`` to allow, as a fraction of the largest value of
+        an output, where the program can be computed.
+      seed: of NumPy's generator for the inputs to compare on: normal floats, and integers within
+        the range of the examples (zeros where they have no values).
 
     Returns:
       A ``Report`` of the package, without latency. Its parity compares weights, not outputs: the
@@ -81,7 +91,8 @@ def coreml(
 
     Raises:
       ValueError: another suffix, or a folder that is no package; an operation that cannot be
-        converted; weights beyond the range of float16; a palette that Core ML does not have.
+        converted; the program differs from ``fn``; weights beyond the range of float16; a palette
+        that Core ML does not have.
       TypeError: arguments in the wrong places, params without values, inputs that are keys.
       ImportError: a package of the extra ``coreml`` is missing (there is no coremltools for Python
         3.14), or scikit-learn for palettes.
@@ -116,6 +127,7 @@ def coreml(
     weights = _weights(baked, precision)
     with in_place(Path(path)) as written, _contained():
         model = _convert_or_tell(program, precision, max_batch)
+        _compare(program, tolerance, seed)
         dense, before = _constants(model), _size(model)
         _named(program, _compress(model, palettize, min_sparsity)).save(str(written))
         found = compare_constants(weights, dense, _follow(dense, _read(written)))
@@ -183,7 +195,7 @@ def _weights(params: Params, precision: str) -> list[np.ndarray]:
 
 def _convert_or_tell(program: Program, precision: str, max_batch: int) -> Any:
     """Convert, or name the operations that stand in the way."""
-    convert = lambda fn, specs: _convert(fn, specs, precision, max_batch)  # noqa: E731
+    convert = lambda fn, specs: to_model(fn, specs, precision, max_batch)  # noqa: E731
     try:
         return convert(lambda *xs: fold(program.closed, *xs), program.specs)
     except Exception as error:
@@ -195,37 +207,20 @@ def _convert_or_tell(program: Program, precision: str, max_batch: int) -> Any:
         ) from error
 
 
-def _convert(fn: Callable[..., Any], specs: Sequence[Any], precision: str, max_batch: int) -> Any:
-    """Make a Core ML program of a function, through StableHLO."""
-    import coremltools as ct
-    import stablehlo_coreml as bridge
-
-    exported: Any = jax.export.export(jax.jit(fn), platforms=["cpu"])(*specs)
-    # A module of any program knows the dialects that this one is written in.
-    known: Any = jax.jit(lambda x: x).lower(0.0).compiler_ir("stablehlo")
-    module = type(known).parse(exported.mlir_module(), context=known.context)
-    target = ct.target.iOS18
-    program = bridge.convert(module, minimum_deployment_target=target)
-    free = any(not isinstance(n, int) for x in specs for n in x.shape)
-    return ct.convert(
-        program,
-        source="milinternal",
-        inputs=_ranges(ct, program, specs, max_batch) if free else None,
-        minimum_deployment_target=target,
-        pass_pipeline=bridge.build_pass_pipeline(),
-        compute_precision=ct.precision[precision.upper()],
-        skip_model_load=True,
-    )
-
-
-def _ranges(ct: Any, program: Any, specs: Sequence[Any], most: int) -> list[Any]:
-    """Say which sizes an axis of any size may have."""
-    size = lambda n: n if isinstance(n, int) else ct.RangeDim(1, most, 1)  # noqa: E731
-    given = program.functions[program.default_function_name].inputs
-    return [
-        ct.TensorType(name=name, shape=[size(n) for n in x.shape], dtype=x.dtype.type)
-        for name, x in zip(given, specs, strict=True)
-    ]
+def _compare(program: Program, tolerance: float, seed: int) -> None:
+    """Compare what can be computed of the program with the function."""
+    labels = names(program.outputs, "output")
+    for values in trials(program, seed):
+        try:
+            results = infer(program, values)
+        except Exception:  # an operation that goes with unknown values only: then nobody knows
+            return
+        known = [i for i, got in enumerate(results) if got is not None]
+        with jax.default_device(cpu()):
+            wanted = program.reference(*values)
+        pair = [results[i] for i in known], [wanted[i] for i in known]
+        if known:
+            compare("coreml", [labels[i] for i in known], [pair], tolerance)
 
 
 def _named(program: Program, model: Any) -> Any:
@@ -286,9 +281,11 @@ def _follow(dense: Constants, back: Constants) -> Constants:
     """Give constants the names that they had before they were compressed."""
     ends = ("", "_sparsified", "_palettized", "_sparsified_palettized")
     return {
-        name: next(back[name + end] for end in ends if name + end in back)
+        name: back[name + end]
         for name, values in dense.items()
         if values.size > SMALL
+        for end in ends
+        if name + end in back
     }
 
 

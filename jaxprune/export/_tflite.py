@@ -273,7 +273,9 @@ def _warn(
 ) -> None:
     """Say that sparse weights do not pay, if they do not."""
     widths = [(weight, table.values.shape[1]) for weight, table in chosen]
-    few = [f"{w.name!r} ({w.zeros:.1%}, 1 x {n})" for w, n in widths if w.zeros < WORTH[n]]
+    few = [
+        f"{w.name!r} ({w.zeros:.1%}, 1 x {n})" for w, n in widths if round(w.zeros, 2) < WORTH[n]
+    ]
     slower = [f"{timed[n] / before[n]:.2g} at batch {n}" for n in timed if timed[n] > before[n]]
     if few and (slower or not timed):
         measured = f"Milliseconds over those of the source: {', '.join(slower)}. " if slower else ""

@@ -86,6 +86,7 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m benchmarks.post_training
 	$(BIN)/python -m benchmarks.compact
 	$(BIN)/python -m benchmarks.fpga
+	$(BIN)/python -m benchmarks.tflite
 
 # The lock names the public package index; where that is not reachable, take what there is.
 $(VENV)/ready: pyproject.toml uv.lock

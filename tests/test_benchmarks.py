@@ -221,3 +221,15 @@ def test_fpga_names_a_peer_that_is_missing(tmp_path, capsys, monkeypatch):
     out = tmp_path / "fpga.json"
     assert fpga.main(fpga.Config(out=out))["cases"] == []
     assert "Skipped da4ml" in capsys.readouterr().out and out.exists()
+
+
+def test_tflite_compares_sparse_weights_of_both_kinds_with_dense_ones(tmp_path):
+    pytest.importorskip("ai_edge_litert.interpreter")
+    from benchmarks import tflite
+
+    out = tmp_path / "tflite.json"
+    config = {"sizes": ("64x128",), "sparsities": (0.9,), "rows": (1, 2), "turns": 2}
+    tflite.main(tflite.Config(**config, out=out))
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["rows"] for case in cases] == [1, 1, 2, 2]
+    assert all(case["bytes_over_dense"] < 0.2 and case["parity"] < 1e-6 for case in cases)

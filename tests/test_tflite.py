@@ -15,7 +15,7 @@ pytest.importorskip("ai_edge_litert.interpreter")
 
 from ai_edge_litert.interpreter import Interpreter
 
-from tests import litert
+from benchmarks import litert
 
 SPARSE = (9, 8)  # a fully connected layer, of the version whose weights are sparse
 

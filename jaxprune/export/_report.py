@@ -18,8 +18,8 @@ class Report:
         of the same output.
       agreement: the fraction of top-1 predictions (largest entry along the last axis of the first
         output) that both agree on; None where the first output is no row of scores.
-      latency_ms: milliseconds of a call by batch size, under onnxruntime with one thread, the
-        median of interleaved repeats; None for what onnxruntime does not run.
+      latency_ms: milliseconds of a call by batch size, under onnxruntime or LiteRT with one thread,
+        the median of interleaved repeats; None for what neither of them runs.
       zeros_kept: the share of removed weights that are exactly 0 in the file, read back from it;
         None where nothing was removed, or nothing is known of it.
       zeroed: how many of the kept weights became 0, as rounding does to small ones.

@@ -16,7 +16,7 @@ def empty():
     return schema.ModelT(version=3, operatorCodes=[], subgraphs=[graph], buffers=[schema.BufferT()])
 
 
-def tensor(model, name, shape=None, values=None, dtype=np.float32, free=False, scale=None):
+def tensor(model, name, shape=None, *, values=None, dtype=np.float32, free=False, scale=None):
     """Add a tensor, with values if it is constant; free: its first axis is of any size."""
     data = None if values is None else np.frombuffer(values.tobytes(), np.uint8)
     model.buffers.append(schema.BufferT(data=data))

@@ -111,6 +111,22 @@ def test_a_file_may_replace_its_source(net):
         jp.export.sparsify_tflite(source, source)
 
 
+def test_signatures_and_metadata_stay(tmp_path):
+    model = litert.mlp(matrix(0, 64, 64, 0.95))
+    names = [litert.schema.TensorMapT(name=n, tensorIndex=i) for n, i in (("images", 0), ("y", 3))]
+    model.signatureDefs = [
+        litert.schema.SignatureDefT(inputs=names[:1], outputs=names[1:], signatureKey="serve")
+    ]
+    model.buffers.append(litert.schema.BufferT(data=np.arange(5, dtype=np.uint8)))
+    model.metadata = [litert.schema.MetadataT(name="min", buffer=len(model.buffers) - 1)]
+    source = litert.write(tmp_path / "net.tflite", model)
+    path = jp.export.sparsify_tflite(tmp_path / "out.tflite", source, latency=()).path
+    out = litert.read(path)
+    assert bytes(out.buffers[out.metadata[0].buffer].data) == bytes(range(5))
+    runner = Interpreter(model_path=str(path)).get_signature_runner("serve")
+    assert runner(images=np.ones((1, 64), np.float32))["y"].shape == (1, 64)
+
+
 # Which form, for which matrix
 
 

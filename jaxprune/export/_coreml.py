@@ -225,7 +225,7 @@ def _compare(program: Program, tolerance: float, seed: int) -> None:
 
 def _named(program: Program, model: Any) -> Any:
     """Give inputs and outputs the names that our other files have."""
-    import coremltools as ct
+    ct = need("coremltools", "coreml", "coreml")
 
     spec = model.get_spec()
     for features, wanted in (
@@ -243,7 +243,7 @@ def _named(program: Program, model: Any) -> Any:
 
 def _compress(model: Any, palettize: int | None, min_sparsity: float) -> Any:
     """Store what is not zero, and round that to a palette."""
-    import coremltools.optimize.coreml as tools
+    tools = need("coremltools.optimize.coreml", "coreml", "coreml")
 
     prune = tools.OpThresholdPrunerConfig(
         threshold=0.0, minimum_sparsity_percentile=float(min_sparsity), weight_threshold=SMALL
@@ -260,8 +260,8 @@ def _compress(model: Any, palettize: int | None, min_sparsity: float) -> Any:
 
 def _read(path: Path) -> Constants:
     """Read the weights of a package, decompressed."""
-    import coremltools as ct
-    import coremltools.optimize.coreml as tools
+    ct = need("coremltools", "coreml", "coreml")
+    tools = need("coremltools.optimize.coreml", "coreml", "coreml")
 
     return _constants(tools.decompress_weights(ct.models.MLModel(str(path), skip_model_load=True)))
 

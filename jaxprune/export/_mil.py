@@ -7,14 +7,15 @@ import jax
 import numpy as np
 from jax.extend import core
 
+from jaxprune.export._extras import need
 from jaxprune.export._fold import fold
 from jaxprune.export._program import Program, cpu
 
 
 def to_mil(fn: Callable[..., Any], specs: Sequence[Any]) -> Any:
     """Make a program of a function, through StableHLO."""
-    import coremltools as ct
-    import stablehlo_coreml as bridge
+    ct = need("coremltools", "coreml", "coreml")
+    bridge = need("stablehlo_coreml", "coreml", "coreml")
 
     exported: Any = jax.export.export(jax.jit(fn), platforms=["cpu"])(*specs)
     # A module of any program knows the dialects that this one is written in.
@@ -25,8 +26,8 @@ def to_mil(fn: Callable[..., Any], specs: Sequence[Any]) -> Any:
 
 def to_model(fn: Callable[..., Any], specs: Sequence[Any], precision: str, max_batch: int) -> Any:
     """Make a model of a function: its program, optimised, with arithmetic as it will be."""
-    import coremltools as ct
-    import stablehlo_coreml as bridge
+    ct = need("coremltools", "coreml", "coreml")
+    bridge = need("stablehlo_coreml", "coreml", "coreml")
 
     program = to_mil(fn, specs)
     free = any(not isinstance(n, int) for x in specs for n in x.shape)

@@ -204,10 +204,9 @@ def parse(data: bytes) -> Any:
 
 def serialize(model: Any) -> bytes:
     """Write objects as a file."""
-    need("flatbuffers", "sparsify_tflite", "litert")
-    import flatbuffers
+    plain: Any = need("flatbuffers", "sparsify_tflite", "litert").Builder
 
-    class Builder(flatbuffers.Builder):
+    class Builder(plain):
         """Starts bytes at multiples of 16, as the schema wants and its Python does not do."""
 
         def CreateNumpyVector(self, x: np.ndarray) -> int:  # noqa: N802

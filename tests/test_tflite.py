@@ -249,6 +249,10 @@ def test_what_is_no_file_of_litert_is_refused(tmp_path):
     path.write_text("a text, which is long enough to be something")
     with pytest.raises(ValueError, match=r"cannot load .*net\.tflite.* does not begin as one"):
         jp.export.sparsify_tflite(tmp_path / "out.tflite", path)
+    whole = litert.write(path, litert.mlp(matrix(0, 64, 64, 0.95))).read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"cannot load .*net\.tflite"):
+        jp.export.sparsify_tflite(tmp_path / "out.tflite", path)
     with pytest.raises(TypeError, match=r"sparsify_tflite\(path, source\)"):
         jp.export.sparsify_tflite(tmp_path / "out.tflite", b"TFL3")
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
+from jaxprune._atomic import _exchange
 from jaxprune.export import _coreml, _mil
 from jaxprune.export._constants import compare_constants, locate
 
@@ -170,14 +171,17 @@ def test_programs_without_convolutions_are_computed_and_compared(params, tmp_pat
     assert jp.export.coreml(path, product, SMALL, ONES).bytes
 
 
-def test_lost_zeros_are_told(tmp_path, monkeypatch):
-    noisy = lambda path: {name: x + 1 for name, x in _coreml_read(path).items()}
-    _coreml_read = _coreml._read
-    monkeypatch.setattr(_coreml, "_read", noisy)
-    masks = jp.find_masks(SMALL, 0.75)
-    with pytest.warns(UserWarning, match=r"kept 0.00% of the zeros in '.*net.mlpackage'"):
-        report = jp.export.coreml(tmp_path / "net.mlpackage", product, SMALL, ONES, masks=masks)
+def test_zeros_that_palettes_lose_are_told(tmp_path):
+    path = tmp_path / "net.mlpackage"
+    # By magnitude there would be a gap around zero, and with it a value of the palette.
+    masks = {"w": jax.random.uniform(jax.random.key(0), (64, 64)) > 0.4}
+    with pytest.warns(UserWarning, match=r"kept 0.00% of the zeros in .* smaller `min_sparsity`"):
+        report = jp.export.coreml(path, product, SMALL, ONES, masks=masks, palettize=4)
     assert report.zeros_kept == 0
+    report = jp.export.coreml(
+        path, product, SMALL, ONES, masks=masks, palettize=4, min_sparsity=0.3
+    )
+    assert report.zeros_kept == 1
 
 
 def test_params_are_found_transposed_and_layer_by_layer():
@@ -210,6 +214,14 @@ def test_a_package_replaces_an_older_one_whole_and_leaves_it_if_it_cannot(tmp_pa
     jp.export.coreml(path, product, SMALL, ONES)
     assert not (path / "left_over").exists() and (path / "Manifest.json").exists()
     assert [x.name for x in tmp_path.iterdir()] == ["net.mlpackage"]
+
+
+def test_an_older_folder_is_put_back_where_the_new_one_cannot_come(tmp_path):
+    old = tmp_path / "net.mlpackage"
+    old.mkdir()
+    with pytest.raises(FileNotFoundError):
+        _exchange(tmp_path / "nothing", old, tmp_path / "aside")
+    assert old.is_dir() and not (tmp_path / "aside").exists()
 
 
 # Bad input

@@ -31,28 +31,49 @@ def read_as(place: Place, shape: tuple[int, ...], constants: Constants) -> np.nd
     return laid.transpose(np.argsort(place.axes)).astype(np.float32)
 
 
-def locate(param: np.ndarray, constants: Constants) -> list[tuple[np.ndarray, Place]]:
+def locate(
+    param: np.ndarray, constants: Constants, sums: Mapping[str, float] | None = None
+) -> list[tuple[np.ndarray, Place]]:
     """Find a param, whole or layer by layer; nothing where it is not among the constants.
 
     The constant with its zeros in the same places is the one, and among several the one with the
     closest values. Each comes with the part of the param that it holds.
     """
+    sums = _sums(constants) if sums is None else sums
     found = []
-    for name, values in constants.items():
-        if values.size == param.size:
-            for axes in _orders(param.shape):
-                place = Place(name, axes, False)
-                now = read_as(place, param.shape, constants)
-                rounded = param.astype(values.dtype).astype(np.float32)
-                gap = _gap(now, rounded)
-                score = (int(np.sum((now == 0) != (rounded == 0))), gap)
-                found.append((score, place._replace(exact=gap <= EXACT)))
+    for name in _alike(param, constants, sums):
+        rounded = param.astype(constants[name].dtype).astype(np.float32)
+        for axes in _orders(param.shape):
+            place = Place(name, axes, False)
+            now = read_as(place, param.shape, constants)
+            gap = _gap(now, rounded)
+            score = (int(np.sum((now == 0) != (rounded == 0))), gap)
+            found.append((score, place._replace(exact=gap <= EXACT)))
     best = min(found, key=lambda pair: pair[0], default=None)
     if (best is None or best[0][0]) and param.ndim > 2:  # layers that are stacked
-        layers = [locate(layer, constants) for layer in param]
+        layers = [locate(layer, constants, sums) for layer in param]
         if all(layers) and (best is None or all(p.exact for part in layers for _, p in part)):
             return [pair for part in layers for pair in part]
     return [] if best is None else [(param, best[1])]
+
+
+def _sums(constants: Constants) -> Mapping[str, float]:
+    """Add up the values of each constant, in whatever order they are."""
+    return {name: float(np.sum(x, dtype=np.float64)) for name, x in constants.items()}
+
+
+def _alike(param: np.ndarray, constants: Constants, sums: Mapping[str, float]) -> list[str]:
+    """Name the constants that may be a param: those with its sum, else all of its size.
+
+    Layers of a network are alike, and to look at each of them in each order would take minutes.
+    """
+    sized = [name for name, x in constants.items() if x.size == param.size]
+    wanted = {
+        dtype: float(np.sum(param.astype(dtype), dtype=np.float64))
+        for dtype in {constants[name].dtype for name in sized}
+    }
+    same = [n for n in sized if np.isclose(sums[n], wanted[constants[n].dtype], 1e-6, 1e-6)]
+    return same or sized
 
 
 def _orders(shape: tuple[int, ...]) -> Iterable[tuple[int, ...]]:
@@ -88,8 +109,9 @@ def compare_constants(params: Iterable[np.ndarray], dense: Constants, back: Cons
     """Compare params with the constants of a file, which are found by those before compression."""
     parity, zeros, kept, zeroed = 0.0, 0, 0, 0
     dense = {name: values for name, values in dense.items() if name in back}
+    sums = _sums(dense)
     for param in params:
-        for part, place in locate(param, dense):
+        for part, place in locate(param, dense, sums):
             now = read_as(place, part.shape, back)
             want = part if place.exact else read_as(place, part.shape, dense)
             parity = max(parity, _gap(now, want))

@@ -23,7 +23,7 @@ from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._fold import fold
 from jaxprune.export._mil import infer, to_model
-from jaxprune.export._program import Program, cpu, make_program, names, trials
+from jaxprune.export._program import Program, cpu, draw, make_program, names
 from jaxprune.export._report import Report, contents, describe
 from jaxprune.typing import Masks, Params
 
@@ -72,7 +72,8 @@ def coreml(
         a flag, is held fixed and is no input of the package.
       masks: baked in first, see ``bake``.
       palettize: bits of a palette, 1, 2, 3, 4, 6 or 8, for matrices of more than 2,048 weights:
-        their values become the means of 2 ** bits clusters, and zeros stay zeros.
+        their values become the means of 2 ** bits clusters. The zeros of matrices that are stored
+        sparse stay zeros, those of others do not.
       precision: ``"float16"``, which the Neural Engine computes in, or ``"float32"``, for weights
         and arithmetic.
       min_sparsity: matrices with a smaller share of zeros stay dense.
@@ -135,7 +136,8 @@ def coreml(
     if found.zeros_kept is not None and found.zeros_kept < 1:
         warnings.warn(
             f"`export.coreml` kept {found.zeros_kept:.2%} of the zeros in {str(path)!r}; the "
-            "others are other values there. Try it without `palettize`, and report it.",
+            "others are small numbers there. Pass a smaller `min_sparsity`: palettes keep the "
+            "zeros of matrices that are stored sparse, and of no others.",
             stacklevel=2,
         )
     return dataclasses.replace(
@@ -210,41 +212,37 @@ def _convert_or_tell(program: Program, precision: str, max_batch: int) -> Any:
 def _compare(program: Program, tolerance: float, seed: int) -> None:
     """Compare what can be computed of the program with the function."""
     labels = names(program.outputs, "output")
-    for values in trials(program, seed):
-        try:
-            results = infer(program, values)
-        except Exception:  # an operation that goes with unknown values only: then nobody knows
-            return
-        known = [i for i, got in enumerate(results) if got is not None]
+    values = draw(program, np.random.default_rng(seed), program.sizes)
+    try:
+        results = infer(program, values)
+    except Exception:  # an operation that goes with unknown values only: then nobody knows
+        return
+    known = [i for i, got in enumerate(results) if got is not None]
+    if known:
         with jax.default_device(cpu()):
             wanted = program.reference(*values)
         pair = [results[i] for i in known], [wanted[i] for i in known]
-        if known:
-            compare("coreml", [labels[i] for i in known], [pair], tolerance)
+        compare("coreml", [labels[i] for i in known], [pair], tolerance)
 
 
 def _named(program: Program, model: Any) -> Any:
     """Give inputs and outputs the names that our other files have."""
     ct = need("coremltools", "coreml", "coreml")
-
     spec = model.get_spec()
-    for features, wanted in (
-        (spec.description.input, names(program.spec_tree, "input")),
-        (spec.description.output, names(program.outputs, "output")),
-    ):
-        kinds = {"rename_inputs": features is spec.description.input}
-        kinds["rename_outputs"] = not kinds["rename_inputs"]
-        # By way of names that nothing has: `input_1` may be what the first one is called now.
-        for turn in ("jaxprune_{}", "{}"):
-            for feature, name in zip(features, wanted, strict=True):
-                ct.utils.rename_feature(spec, feature.name, turn.format(name), **kinds)
+    given, made = spec.description.input, spec.description.output
+    wanted = names(program.spec_tree, "input"), names(program.outputs, "output")
+    # By way of names that nothing has: `input_1` may be what the first one is called now.
+    for turn in ("jaxprune_{}", "{}"):
+        for feature, name in zip(given, wanted[0], strict=True):
+            ct.utils.rename_feature(spec, feature.name, turn.format(name), rename_outputs=False)
+        for feature, name in zip(made, wanted[1], strict=True):
+            ct.utils.rename_feature(spec, feature.name, turn.format(name), rename_inputs=False)
     return ct.models.MLModel(spec, weights_dir=model.weights_dir, skip_model_load=True)
 
 
 def _compress(model: Any, palettize: int | None, min_sparsity: float) -> Any:
     """Store what is not zero, and round that to a palette."""
     tools = need("coremltools.optimize.coreml", "coreml", "coreml")
-
     prune = tools.OpThresholdPrunerConfig(
         threshold=0.0, minimum_sparsity_percentile=float(min_sparsity), weight_threshold=SMALL
     )
@@ -262,7 +260,6 @@ def _read(path: Path) -> Constants:
     """Read the weights of a package, decompressed."""
     ct = need("coremltools", "coreml", "coreml")
     tools = need("coremltools.optimize.coreml", "coreml", "coreml")
-
     return _constants(tools.decompress_weights(ct.models.MLModel(str(path), skip_model_load=True)))
 
 

@@ -4,8 +4,8 @@
     python -m benchmarks.tflite --sizes 4096x1024 --rows 1 16 64
 
 One fully connected layer on one thread, as the runtime is by default: dense weights are multiplied
-by XNNPACK, sparse ones by the runtime itself. Ratios of bytes and of seconds over those of the
-dense file, in turns.
+by XNNPACK, sparse ones by the runtime itself, unless they are unpacked when the file is loaded.
+Ratios of bytes and of seconds over those of the dense file, in turns.
 """
 
 import dataclasses
@@ -23,7 +23,11 @@ import tyro
 import jaxprune as jp
 from benchmarks.common import Task, in_turns, machine, paired_ratio, print_table, write_json
 
-KINDS = {"single weights": (1, 1), "blocks of 1 x 4": (1, 4)}
+KINDS: dict[str, tuple[int, str]] = {
+    "single weights": (1, "sparse"),
+    "blocks of 1 x 4": (4, "sparse"),
+    "single weights, unpacked": (1, "dense"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,11 +84,15 @@ def cases(config: Config, folder: Path) -> Iterator[dict[str, Any]]:
             for rows in config.rows:
                 rng = np.random.default_rng(config.seed)
                 tasks, found = {}, {}
-                for kind, block in KINDS.items():
-                    w = pruned(rng, size, sparsity, block[1])
+                for kind, (block, compute) in KINDS.items():
+                    w = pruned(rng, size, sparsity, block)
                     source = litert.write(folder / "dense.tflite", litert.mlp(w, batch=rows))
                     report = jp.export.sparsify_tflite(
-                        folder / f"{block[1]}.tflite", source, block=block, latency=()
+                        folder / "sparse.tflite",
+                        source,
+                        block=(1, block),
+                        compute=compute,
+                        latency=(),
                     )
                     found[kind] = report.bytes / report.dense_bytes, report.parity
                     times = max(1, 50_000_000 // (rows * w.size))

@@ -8,7 +8,7 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.export import _tflite
-from jaxprune.export._sparse_weights import densify, tabulate
+from jaxprune.export._sparse_weights import read_weights, tabulate
 
 pytest.importorskip("flatbuffers")
 pytest.importorskip("ai_edge_litert.interpreter")
@@ -18,6 +18,7 @@ from ai_edge_litert.interpreter import Interpreter
 from benchmarks import litert
 
 SPARSE = (9, 8)  # a fully connected layer, of the version whose weights are sparse
+UNPACK = (124, 1)
 
 
 def matrix(seed, outputs, inputs, sparsity, block=1):
@@ -41,8 +42,7 @@ def codes(path):
 
 def weights(path, *indices):
     model = litert.read(path)
-    tensors = [model.subgraphs[0].tensors[i] for i in indices]
-    return [densify(tensor, model.buffers[tensor.buffer]) for tensor in tensors]
+    return [read_weights(model, 0, i) for i in indices]
 
 
 @pytest.fixture
@@ -74,10 +74,11 @@ def test_blocks_of_four_inputs_weigh_a_ninth_and_compute_the_same(net, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:`export.sparsify_tflite` stored weights")
+@pytest.mark.parametrize("compute", ["sparse", "dense"])
 @pytest.mark.parametrize("block", [(1, 1), (1, 4), None])
 @pytest.mark.parametrize("inputs", [20, 300])
 @pytest.mark.parametrize("batch", [1, 3])
-def test_sparse_weights_of_any_shape_compute_the_same(block, inputs, batch, tmp_path):
+def test_sparse_weights_of_any_shape_compute_the_same(compute, block, inputs, batch, tmp_path):
     w = matrix(0, 201, inputs, 0.6, 4)
     w[1] = 0  # an output without inputs
     source = litert.write(tmp_path / "net.tflite", litert.mlp(w, batch=batch))
@@ -133,14 +134,29 @@ def test_signatures_and_metadata_stay(tmp_path):
 def test_each_matrix_takes_the_form_of_the_fewest_bytes(tmp_path):
     single, blocks = matrix(0, 128, 128, 0.95), matrix(1, 128, 128, 0.95, 4)
     few, odd = matrix(2, 128, 128, 0.1), matrix(3, 7, 128, 0.95)
-    model = litert.mlp(single, blocks, few, odd)
-    source = litert.write(tmp_path / "net.tflite", model)
-    out = litert.read(jp.export.sparsify_tflite(tmp_path / "out.tflite", source, latency=()).path)
+    source = litert.write(tmp_path / "net.tflite", litert.mlp(single, blocks, few, odd))
+    path = tmp_path / "out.tflite"
+    jp.export.sparsify_tflite(path, source, compute="sparse", latency=())
+    out = litert.read(path)
     tables = [out.subgraphs[0].tensors[i].sparsity for i in (1, 4, 7, 10)]
     assert [table and len(table.dimMetadata) for table in tables] == [2, 3, None, 2]
     # Dense layers keep their operator, and with it XNNPACK.
-    used = [codes(tmp_path / "out.tflite")[o.opcodeIndex] for o in out.subgraphs[0].operators]
+    used = [codes(path)[o.opcodeIndex] for o in out.subgraphs[0].operators]
     assert used == [SPARSE, SPARSE, (9, 1), SPARSE]
+
+
+def test_what_would_be_slow_is_unpacked_and_fast_blocks_are_not(tmp_path):
+    ws = matrix(0, 128, 128, 0.9), matrix(1, 128, 128, 0.9, 4), matrix(2, 128, 128, 0.75, 4)
+    source = litert.write(tmp_path / "net.tflite", litert.mlp(*ws))
+    path = jp.export.sparsify_tflite(tmp_path / "out.tflite", source).path
+    operators = litert.read(path).subgraphs[0].operators
+    unpacked = [int(o.outputs[0]) for o in operators if codes(path)[o.opcodeIndex] == UNPACK]
+    layers = [codes(path)[o.opcodeIndex] for o in operators[len(unpacked) :]]
+    assert sorted(unpacked) == [1, 7] and layers == [(9, 1), SPARSE, (9, 1)]
+    for now, before in zip(weights(path, 1, 4, 7), ws, strict=True):
+        np.testing.assert_array_equal(now, before)
+    with pytest.raises(ValueError, match=r"'w0' is sparse already\n- 'w1' is sparse already"):
+        jp.export.sparsify_tflite(tmp_path / "again.tflite", path)
 
 
 def test_matrices_below_the_least_sparsity_stay_dense(tmp_path):
@@ -150,7 +166,7 @@ def test_matrices_below_the_least_sparsity_stay_dense(tmp_path):
         tmp_path / "out.tflite", source, min_sparsity=0.9, latency=()
     )
     out = litert.read(report.path).subgraphs[0].tensors
-    assert out[1].sparsity is None and out[4].sparsity is not None
+    assert out[1].sparsity is None and out[4].sparsity is not None and len(out) == 7
 
 
 def test_few_zeros_are_told_to_be_slow(tmp_path):
@@ -158,7 +174,7 @@ def test_few_zeros_are_told_to_be_slow(tmp_path):
     source = litert.write(tmp_path / "net.tflite", litert.mlp(w))
     words = r"'w0' \(50.0%, 1 x 1\).* over those of the source: \d.* at batch 1"
     with pytest.warns(UserWarning, match=words):
-        report = jp.export.sparsify_tflite(tmp_path / "out.tflite", source)
+        report = jp.export.sparsify_tflite(tmp_path / "out.tflite", source, compute="sparse")
     assert report.bytes < report.dense_bytes
 
 
@@ -262,6 +278,7 @@ def test_what_is_no_file_of_litert_is_refused(tmp_path):
     [
         ({"block": (4, 4)}, r"block=\(4, 4\).* Use \(1, 4\)"),
         ({"min_sparsity": 90}, "share of zeros"),
+        ({"compute": "fast"}, "'sparse', 'dense', or"),
     ],
 )
 def test_unknown_settings_are_refused(setting, words, net, tmp_path):

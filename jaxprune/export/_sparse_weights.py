@@ -51,27 +51,34 @@ def _narrow(numbers: np.ndarray) -> np.ndarray:
     return numbers.astype(next(k for k in kinds if numbers.max(initial=0) <= np.iinfo(k).max))
 
 
-def densify(tensor: Any, buffer: Any) -> np.ndarray:
-    """Read the float32 weights `[outputs, inputs]` of a tensor, sparse or not."""
-    values = np.asarray(buffer.data, np.uint8).view(np.float32)
+def read_weights(model: Any, graph: int, index: int) -> np.ndarray:
+    """Read the float32 weights `[outputs, inputs]` of a tensor, whether they are sparse or not."""
+    tensor = model.subgraphs[graph].tensors[_origin(model.subgraphs[graph], index)]
+    values = np.asarray(model.buffers[tensor.buffer].data, np.uint8).view(np.float32)
     if tensor.sparsity is None:
         return values.reshape(tensor.shape)
     width = WIDTH if tensor.sparsity.blockMap is not None else 1
-    segments, columns = (
-        np.asarray(part.values, np.int64)
-        for part in (
-            tensor.sparsity.dimMetadata[1].arraySegments,
-            tensor.sparsity.dimMetadata[1].arrayIndices,
-        )
-    )
+    columns = tensor.sparsity.dimMetadata[1]
+    segments = np.asarray(columns.arraySegments.values, np.int64)
+    places = np.asarray(columns.arrayIndices.values, np.int64)
     rows, inputs = tensor.shape
     dense = np.zeros((rows, inputs // width, width), np.float32)
-    dense[np.repeat(np.arange(rows), np.diff(segments)), columns] = values.reshape(-1, width)
+    dense[np.repeat(np.arange(rows), np.diff(segments)), places] = values.reshape(-1, width)
     return dense.reshape(rows, inputs)
 
 
-def store(model: Any, weight: "Weight", table: Table) -> None:
-    """Put a table in the place of dense weights."""
+def _origin(graph: Any, index: int) -> int:
+    """Find the sparse tensor that a tensor is unpacked from; the tensor itself if it is none."""
+    for operator in graph.operators:
+        ends = operator.inputs, operator.outputs
+        if all(x is not None and len(x) == 1 for x in ends) and operator.outputs[0] == index:
+            source = int(operator.inputs[0])
+            return source if graph.tensors[source].sparsity is not None else index
+    return index
+
+
+def store(model: Any, weight: "Weight", table: Table, unpack: bool) -> None:
+    """Put a table in the place of dense weights, to be unpacked when the file is loaded or not."""
     schema = need("ai_edge_litert.schema_py_generated", "sparsify_tflite", "litert")
     width = table.values.shape[1]
     sparsity = schema.SparsityParametersT()
@@ -86,12 +93,29 @@ def store(model: Any, weight: "Weight", table: Table) -> None:
     sparsity.traversalOrder = np.arange(len(sparsity.dimMetadata), dtype=np.int32)
     graph = model.subgraphs[weight.graph]
     tensor = graph.tensors[weight.tensor]
-    tensor.sparsity = sparsity
     model.buffers[tensor.buffer].data = np.frombuffer(table.values.tobytes(), np.uint8)
-    code = _sparse_code(model, schema)
-    for operator in graph.operators:
-        if _is_dense_layer(model, operator, schema) and operator.inputs[1] == weight.tensor:
-            operator.opcodeIndex = code
+    layer = schema.BuiltinOperator.FULLY_CONNECTED
+    if not unpack:
+        tensor.sparsity = sparsity
+        code = _code(model, schema, layer, SPARSE)
+        for operator in graph.operators:
+            if _is_dense_layer(model, operator, schema) and operator.inputs[1] == weight.tensor:
+                operator.opcodeIndex = code
+        return
+    packed = schema.TensorT(
+        name=f"{weight.name}/sparse",
+        shape=tensor.shape,
+        type=tensor.type,
+        buffer=tensor.buffer,
+        sparsity=sparsity,
+    )
+    tensor.buffer = 0  # the empty one, of all that is computed
+    graph.tensors.append(packed)
+    code = _code(model, schema, schema.BuiltinOperator.DENSIFY, 1)
+    step = schema.OperatorT(
+        opcodeIndex=code, inputs=[len(graph.tensors) - 1], outputs=[weight.tensor]
+    )
+    graph.operators.insert(0, step)
 
 
 def _vector(schema: Any, numbers: np.ndarray) -> tuple[int, Any]:
@@ -101,14 +125,13 @@ def _vector(schema: Any, numbers: np.ndarray) -> tuple[int, Any]:
     return getattr(schema.SparseIndexVector, name), getattr(schema, f"{name}T")(values=numbers)
 
 
-def _sparse_code(model: Any, schema: Any) -> int:
-    """Find, or add, the operator of that version: others keep theirs, and with it XNNPACK."""
-    layer = schema.BuiltinOperator.FULLY_CONNECTED
+def _code(model: Any, schema: Any, operator: int, version: int) -> int:
+    """Find, or add, an operator of a version: others keep theirs, and with it XNNPACK."""
     for i, code in enumerate(model.operatorCodes):
-        if _builtin(code) == layer and code.version == SPARSE:
+        if _builtin(code) == operator and code.version == version:
             return i
     model.operatorCodes.append(
-        schema.OperatorCodeT(deprecatedBuiltinCode=layer, builtinCode=layer, version=SPARSE)
+        schema.OperatorCodeT(deprecatedBuiltinCode=operator, builtinCode=operator, version=version)
     )
     return len(model.operatorCodes) - 1
 
@@ -145,14 +168,13 @@ def find_weights(model: Any) -> tuple[list[Weight], dict[str, str]]:
             tensor = graph.tensors[index]
             name = (tensor.name or b"").decode() or f"tensor {index}"
             users = [layer for layer in layers if layer.inputs[1] == index]
-            why = _unfit(model, tensor, schema) or _shared(graph, index, len(users), owners)
+            why = _unfit(model, graph, index, schema) or _shared(graph, index, len(users), owners)
             if any(layer.builtinOptions.weightsFormat for layer in users if layer.builtinOptions):
                 why = why or "is stored in a shuffled order"
             if why:
                 others[name] = why
             else:
-                dense = densify(tensor, model.buffers[tensor.buffer])
-                found.append(Weight(name, g, index, dense))
+                found.append(Weight(name, g, index, read_weights(model, g, index)))
     return found, others
 
 
@@ -166,10 +188,11 @@ def _builtin(code: Any) -> int:
     return max(code.builtinCode, code.deprecatedBuiltinCode)
 
 
-def _unfit(model: Any, tensor: Any, schema: Any) -> str:
+def _unfit(model: Any, graph: Any, index: int, schema: Any) -> str:
     """Say what keeps a tensor from being sparse."""
+    tensor = graph.tensors[index]
     data = model.buffers[tensor.buffer].data
-    if tensor.sparsity is not None:
+    if tensor.sparsity is not None or _origin(graph, index) != index:
         return "is sparse already"
     if data is None or not len(data):
         return "is computed by other operations, as float16 weights are"

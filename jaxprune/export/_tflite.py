@@ -18,9 +18,9 @@ from jaxprune.export._sparse_weights import (
     WIDTH,
     Table,
     Weight,
-    densify,
     find_weights,
     parse,
+    read_weights,
     serialize,
     store,
     tabulate,
@@ -35,6 +35,7 @@ def sparsify_tflite(
     source: str | Path,
     *,
     block: tuple[int, int] | None = None,
+    compute: str = "auto",
     min_sparsity: float = 0.0,
     latency: Sequence[int] = (1,),
     tolerance: float = 1e-5,
@@ -43,23 +44,25 @@ def sparsify_tflite(
     """Store the fully connected weights of a ``.tflite`` by what is not zero.
 
     The schema of LiteRT files (once TensorFlow Lite) has a table for sparse weights that no
-    converter writes any more and the runtime still computes with. Each float32 matrix
-    `[outputs, inputs]` is stored by single weights, by blocks of 1 x 4 (``Blocks((4, 1))`` of an
-    `[inputs, outputs]` kernel), or left dense, whichever has the fewest bytes. The file is loaded
-    by the runtime and compared with the source before it is put in place.
+    converter writes any more and the runtime still reads. Each float32 matrix `[outputs, inputs]`
+    is stored by single weights, by blocks of 1 x 4 (``Blocks((4, 1))`` of an `[inputs, outputs]`
+    kernel), or left dense, whichever has the fewest bytes. Then it is multiplied as it is, or
+    unpacked once when the file is loaded. The file is loaded by the runtime and compared with the
+    source before it is put in place.
 
-    What to expect of ai-edge-litert 2.3.0, one layer on one thread of an x86 CPU beside dense
-    weights under XNNPACK (``python -m benchmarks.tflite``; time of 1 row, of 16):
+    What to expect of ai-edge-litert 2.3.0, one layer on one thread of an x86 CPU, beside dense
+    weights under XNNPACK (``python -m benchmarks.tflite``; time of 1 row, of 16). Unpacked weights
+    take the time and the memory of dense ones, at all sparsities.
 
     - [512, 256] at 90 %: blocks 0.11 of the bytes, 0.7 and 1.1 of the time; single weights 0.13 of
       the bytes, 2.2 and 3.2 of the time.
     - [1024, 1024] at 90 %: blocks 0.11, 0.2 and 0.6; single weights 0.15, 0.6 and 2.5.
     - [512, 256] at 50 %: blocks 0.54, 2.9 and 4.5; single weights 0.63, 12 and 18.
 
-    The file tells of its sparse layers by version 8 of their operator. That matters: without it
-    XNNPACK, which the runtime uses by default, takes them for dense, reads past their end and
-    crashes, or computes nonsense. Weights in int8 stay as they are, since the runtime computes
-    with them in blocks of 1 x 16 only (others give wrong values), and so do those in float16,
+    The file tells of layers that multiply sparse weights by version 8 of their operator. That
+    matters: without it XNNPACK, which the runtime uses by default, takes them for dense, reads past
+    their end and crashes, or computes nonsense. Weights in int8 stay as they are, since the runtime
+    multiplies them in blocks of 1 x 16 only (others give wrong values), and so do those in float16,
     which the file widens at first.
 
     Args:
@@ -67,8 +70,10 @@ def sparsify_tflite(
       source: the dense file, whatever made it; it may be the same path. Its weights have zeros:
         export what ``bake`` gives.
       block: ``(1, 4)`` or ``(1, 1)`` for these alone; None for the smaller of both.
-      min_sparsity: matrices with a smaller share of zeros stay dense. At 0.9 nothing becomes
-        slower, see above.
+      compute: ``"sparse"`` multiplies weights as they are stored, ``"dense"`` unpacks them when the
+        file is loaded; ``"auto"`` unpacks all but blocks of 1 x 4 with 90 % zeros or more, the only
+        ones that are as fast.
+      min_sparsity: matrices with a smaller share of zeros stay dense.
       latency: batch sizes to time, in turns with the source; only that of the file if it is fixed,
         none if this is empty.
       tolerance: the largest difference from the source to allow, as a fraction of the largest value
@@ -88,8 +93,8 @@ def sparsify_tflite(
       ImportError: a package of the extra ``litert`` is missing.
 
     Warns:
-      UserWarning: the file is slower than the source, and matrices have fewer than 90 % zeros (95
-        % where they are stored by single weights).
+      UserWarning: the file is slower than the source, and matrices that are multiplied as they are
+        stored have fewer than 90 % zeros (95 % by single weights).
 
     Example:
       >>> import tempfile
@@ -114,11 +119,12 @@ def sparsify_tflite(
     """
     check_path("sparsify_tflite", path)
     check_path("sparsify_tflite", source, "source")
-    _check_settings(block, min_sparsity)
+    _check_settings(block, compute, min_sparsity)
     dense, model = _read(Path(source))
     chosen = _choose(model, block, min_sparsity, source)
+    sparse_ones = [pair for pair in chosen if _stays(*pair, compute)]
     for weight, table in chosen:
-        store(model, weight, table)
+        store(model, weight, table, unpack=not _stays(weight, table, compute))
     with in_place(Path(path)) as written:
         written.write_bytes(serialize(model))
         sparse = written.read_bytes()
@@ -126,7 +132,7 @@ def sparsify_tflite(
         kept, zeroed = _read_back(sparse, [weight for weight, _ in chosen])
         timed, before = _time(dense, sparse, latency, seed)
         report = describe(path, written, compared, timed or None)
-    _warn(chosen, timed, before)
+    _warn(sparse_ones, timed, before)
     return dataclasses.replace(
         report,
         zeros_kept=kept,
@@ -136,11 +142,22 @@ def sparsify_tflite(
     )
 
 
-def _check_settings(block: tuple[int, int] | None, min_sparsity: float) -> None:
+def _stays(weight: Weight, table: Table, compute: str) -> bool:
+    """Tell whether a matrix is to be multiplied as it is stored."""
+    enough = table.values.shape[1] == WIDTH and round(weight.zeros, 2) >= WORTH[WIDTH]
+    return compute == "sparse" or (compute == "auto" and enough)
+
+
+def _check_settings(block: tuple[int, int] | None, compute: str, min_sparsity: float) -> None:
     if block is not None and tuple(block) not in ((1, 1), (1, WIDTH)):
         raise ValueError(
             f"`export.sparsify_tflite(block={block!r})` is none that the runtime computes with. "
             f"Use (1, {WIDTH}), (1, 1), or None for the smaller of both."
+        )
+    if compute not in ("auto", "sparse", "dense"):
+        raise ValueError(
+            f"`export.sparsify_tflite(compute={compute!r})` is unknown. Use 'sparse', 'dense', or "
+            "'auto' for the faster of both."
         )
     if not 0 <= min_sparsity <= 1:
         raise ValueError(
@@ -268,8 +285,8 @@ def _read_back(sparse: bytes, weights: Sequence[Weight]) -> tuple[float, int]:
     """Count the zeros of the source that are still some, and the new ones."""
     model, zeros, kept, new = parse(sparse), 0, 0, 0
     for weight in weights:
-        tensor = model.subgraphs[weight.graph].tensors[weight.tensor]
-        now, before = densify(tensor, model.buffers[tensor.buffer]) == 0, weight.dense == 0
+        now = read_weights(model, weight.graph, weight.tensor) == 0
+        before = weight.dense == 0
         zeros, kept = zeros + int(before.sum()), kept + int((before & now).sum())
         new += int((now & ~before).sum())
     return kept / zeros, new
@@ -307,6 +324,6 @@ def _warn(
             "`export.sparsify_tflite` stored weights with so few zeros that LiteRT mostly "
             f"computes more slowly than with dense ones: {', '.join(few)}. {measured}It takes "
             f"{WORTH[WIDTH]:.0%} in blocks of 1 x {WIDTH} (`jp.patterns.Blocks(({WIDTH}, 1))`), "
-            f"{WORTH[1]:.0%} of single weights; `min_sparsity` leaves others dense.",
+            f"{WORTH[1]:.0%} of single weights; `compute='auto'` unpacks the others.",
             stacklevel=3,
         )

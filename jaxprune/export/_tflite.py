@@ -52,12 +52,12 @@ def sparsify_tflite(
 
     What to expect of ai-edge-litert 2.3.0, one layer on one thread of an x86 CPU, beside dense
     weights under XNNPACK (``python -m benchmarks.tflite``; time of 1 row, of 16). Unpacked weights
-    take the time and the memory of dense ones, at all sparsities.
+    have the bytes below and take the time of dense ones, 0.9 to 1.15, at all sparsities.
 
-    - [512, 256] at 90 %: blocks 0.11 of the bytes, 0.7 and 1.1 of the time; single weights 0.13 of
-      the bytes, 2.2 and 3.2 of the time.
-    - [1024, 1024] at 90 %: blocks 0.11, 0.2 and 0.6; single weights 0.15, 0.6 and 2.5.
-    - [512, 256] at 50 %: blocks 0.54, 2.9 and 4.5; single weights 0.63, 12 and 18.
+    - [512, 256] at 90 %: blocks 0.11 of the bytes, 0.75 and 1.0 of the time; single weights 0.13 of
+      the bytes, 2.2 and 3.1 of the time.
+    - [1024, 1024] at 90 %: blocks 0.11, 0.2 and 0.7; single weights 0.15, 0.7 and 2.4.
+    - [512, 256] at 50 %: blocks 0.54, 3.0 and 4.2; single weights 0.63, 11 and 17.
 
     The file tells of layers that multiply sparse weights by version 8 of their operator. That
     matters: without it XNNPACK, which the runtime uses by default, takes them for dense, reads past
@@ -72,7 +72,7 @@ def sparsify_tflite(
       block: ``(1, 4)`` or ``(1, 1)`` for these alone; None for the smaller of both.
       compute: ``"sparse"`` multiplies weights as they are stored, ``"dense"`` unpacks them when the
         file is loaded; ``"auto"`` unpacks all but blocks of 1 x 4 with 90 % zeros or more, the only
-        ones that are as fast.
+        ones that are about as fast in layers of all sizes.
       min_sparsity: matrices with a smaller share of zeros stay dense.
       latency: batch sizes to time, in turns with the source; only that of the file if it is fixed,
         none if this is empty.

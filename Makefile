@@ -87,6 +87,7 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m benchmarks.compact
 	$(BIN)/python -m benchmarks.fpga
 	$(BIN)/python -m benchmarks.zeros
+	$(BIN)/python -m benchmarks.tflite
 
 # The lock names the public package index; where that is not reachable, take what there is.
 $(VENV)/ready: pyproject.toml uv.lock

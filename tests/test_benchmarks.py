@@ -250,3 +250,15 @@ def test_zeros_runs_what_is_installed_and_names_what_is_not(tmp_path, capsys, mo
 def test_zeros_refuses_a_tool_that_it_does_not_know(tmp_path):
     with pytest.raises(ValueError, match=r"\['ggml'\], which are unknown. There are .*'gguf'"):
         zeros.main(zeros.Config(tools=("ggml",), out=tmp_path / "zeros.json"))
+
+
+def test_tflite_compares_sparse_weights_of_all_kinds_with_dense_ones(tmp_path):
+    pytest.importorskip("ai_edge_litert.interpreter")
+    from benchmarks import tflite
+
+    out = tmp_path / "tflite.json"
+    config = {"sizes": ("64x128",), "sparsities": (0.9,), "rows": (1, 2), "turns": 2}
+    tflite.main(tflite.Config(**config, out=out))
+    cases = json.loads(out.read_text())["cases"]
+    assert [case["rows"] for case in cases] == [1, 1, 1, 2, 2, 2]
+    assert all(case["bytes_over_dense"] < 0.2 and case["parity"] < 1e-6 for case in cases)

@@ -69,6 +69,7 @@ def _order(user: str) -> str:
         "replay": "fn, params, *inputs",
         "gguf": "path, tensors",
         "safetensors": "path, params",
+        "sparsify_tflite": "path, source",
     }
     return others.get(user, "path, fn, params, *inputs")
 

@@ -37,10 +37,15 @@ class Session:
 
 
 def measure(session: Session, batches: Mapping[int, Sequence[np.ndarray]]) -> dict[int, float]:
-    """Milliseconds of a call by batch size: the median of turns, after a warm-up."""
+    """Milliseconds of a call by batch size."""
     calls = {n: (lambda values=values: session(values)) for n, values in batches.items()}
+    return in_turns(calls)
+
+
+def in_turns(calls: Mapping[Any, Callable[[], Any]]) -> dict[Any, float]:
+    """Milliseconds of each call: the median of turns, after a warm-up."""
     each = {n: math.ceil(BLOCK / max(_seconds(call, 3), 1e-6)) for n, call in calls.items()}
-    taken: dict[int, list[float]] = {n: [] for n in calls}
+    taken: dict[Any, list[float]] = {n: [] for n in calls}
     for _ in range(TURNS):
         for n, call in calls.items():
             taken[n].append(_seconds(call, each[n]))

@@ -1,0 +1,306 @@
+"""Packages for Core ML, with sparse weights, through StableHLO and coremltools."""
+
+import contextlib
+import dataclasses
+import io
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxprune._atomic import in_place
+from jaxprune._tree import leaves_with_path
+from jaxprune.export._bake import bake
+from jaxprune.export._compare import compare
+from jaxprune.export._constants import Constants, compare_constants
+from jaxprune.export._culprits import culprits
+from jaxprune.export._door import check_path
+from jaxprune.export._extras import need
+from jaxprune.export._fold import fold
+from jaxprune.export._mil import infer, to_model
+from jaxprune.export._program import Program, cpu, draw, make_program, names
+from jaxprune.export._report import Report, describe, sizes_in
+from jaxprune.typing import Masks, Params
+
+SMALL = 512  # entries: the table of a smaller sparse matrix is larger than what it saves
+PALETTES = (1, 2, 3, 4, 6, 8)
+
+
+def coreml(
+    path: str | Path,
+    fn: Callable[..., Any],
+    params: Params,
+    *inputs: Any,
+    masks: Masks | None = None,
+    palettize: int | None = None,
+    precision: str = "float16",
+    min_sparsity: float = 0.5,
+    batch: str | None = None,
+    max_batch: int = 64,
+    tolerance: float = 1e-4,
+    seed: int = 0,
+) -> Report:
+    """Write a function with its parameters as a Core ML package with sparse weights.
+
+    Matrices with enough zeros are stored as a bit for each weight and the values that are left;
+    with ``palettize`` these are rounded to a few values on top. What depends on no input is
+    computed now, layers stacked under ``scan`` are written one by one, and batch normalisation goes
+    into the weights of the product in front of it. The package is for iOS 18, macOS 15 and later.
+
+    **What is verified, and what is not**: Core ML runs on Apple's systems only, so nothing here
+    runs the package; compare outputs on the device. Before weights are rounded and compressed, the
+    program is computed by coremltools' own inference of constants and compared with ``fn``, as far
+    as that goes: products, elementwise functions, sums, softmax and norms, no convolution and no
+    pooling. Then the package is saved and loaded again from disk; its weights, decompressed, are
+    compared with the params, each found by its values and zeros however it is transposed. Only then
+    it is put in place; an older one stays until then, and stays if something is wrong.
+
+    Inputs are called ``input_0``, ``input_1``, those of trees by their paths as well
+    (``input_0_tokens``); outputs ``output``, ``output_0`` in a tuple, ``output_logits`` in a dict.
+
+    Args:
+      path: where to write, a name that ends in ``.mlpackage``; packages are folders. One that is
+        there is replaced whole.
+      fn: function of params and inputs, also the small one of ``shrink``.
+      params: its parameters; they become part of the package.
+      *inputs: examples, trees of arrays or of ``jax.ShapeDtypeStruct``. What is no array, such as
+        a flag, is held fixed and is no input of the package.
+      masks: baked in first, see ``bake``.
+      palettize: bits of a palette, 1, 2, 3, 4, 6 or 8, for matrices of more than 2,048 weights:
+        their values become the means of 2 ** bits clusters. The zeros of matrices that are stored
+        sparse stay zeros, those of others do not.
+      precision: ``"float16"``, which the Neural Engine computes in, or ``"float32"``, for weights
+        and arithmetic.
+      min_sparsity: matrices with a smaller share of zeros stay dense.
+      batch: name of a first axis of any size, that of all inputs whose first axis is as long as the
+        first input's; None for the shapes as given, which Core ML runs on more of its hardware.
+      max_batch: the largest size of that axis, which Core ML wants to know.
+      tolerance: the largest difference from ``fn`` to allow, as a fraction of the largest value of
+        an output, where the program can be computed.
+      seed: of NumPy's generator for the inputs to compare on: normal floats, and integers within
+        the range of the examples (zeros where they have no values).
+
+    Returns:
+      A ``Report`` of the package, without latency. Its parity compares weights, not outputs: the
+      largest difference as a fraction of the largest value of the matrix, 5e-4 for float16 alone.
+      ``dense_bytes`` are those of the package before weights became sparse.
+
+    Raises:
+      ValueError: another suffix, or a folder that is no package; an operation that cannot be
+        converted; the program differs from ``fn``; weights beyond the range of float16; a palette
+        that Core ML does not have.
+      TypeError: arguments in the wrong places, params without values, inputs that are keys.
+      ImportError: a package of the extra ``coreml`` is missing (there is no coremltools for Python
+        3.14), or scikit-learn for palettes.
+
+    Warns:
+      UserWarning: removed weights are not zero in the package.
+
+    Example:
+      >>> import tempfile
+      >>> import jax.numpy as jnp
+      >>> folder = tempfile.TemporaryDirectory()
+      >>> w = jnp.where(jnp.arange(16384) % 10 == 0, jnp.sin(jnp.arange(16384.0)), 0)
+      >>> params, path = {"w": w.reshape(128, 128)}, f"{folder.name}/net.mlpackage"
+      >>> report = coreml(path, lambda p, x: x @ p["w"], params, jnp.ones((1, 128)))
+      >>> report.zeros_kept, report.parity < 5e-4, report.bytes < 0.4 * report.dense_bytes
+      (1.0, True, True)
+      >>> folder.cleanup()
+
+    References:
+      `Apple's guide to pruning
+      <https://apple.github.io/coremltools/docs-guides/source/opt-pruning-overview.html>`_.
+    """
+    _check_path(path)
+    _check_settings(palettize, precision, min_sparsity)
+    with _contained():
+        need("coremltools", "coreml", "coreml")
+        need("stablehlo_coreml", "coreml", "coreml")
+        if palettize is not None:
+            need("sklearn.cluster", "coreml(palettize=...)", "coreml")
+    program = make_program("coreml", fn, params, inputs, masks=masks, batch=batch, shapes=None)
+    baked = params if masks is None else bake(params, masks)
+    weights = _weights(baked, precision)
+    with in_place(Path(path)) as written, _contained():
+        model = _convert_or_tell(program, precision, max_batch)
+        _compare(program, tolerance, seed)
+        dense, before = _constants(model), _size(model)
+        _named(program, _compress(model, palettize, min_sparsity)).save(str(written))
+        found = compare_constants(weights, dense, _follow(dense, _read(written)))
+        report = describe(path, written, (found.parity, None))
+    if found.zeros_kept is not None and found.zeros_kept < 1:
+        warnings.warn(
+            f"`export.coreml` kept {found.zeros_kept:.2%} of the zeros in {str(path)!r}; the "
+            "others are small numbers there. Pass a smaller `min_sparsity`: palettes keep the "
+            "zeros of matrices that are stored sparse, and of no others.",
+            stacklevel=2,
+        )
+    return dataclasses.replace(
+        report, zeros_kept=found.zeros_kept, zeroed=found.zeroed, dense_bytes=before
+    )
+
+
+def _check_path(path: Any) -> None:
+    if not isinstance(path, str | Path) or not Path(path).is_dir():
+        check_path("coreml", path)
+    if Path(path).suffix != ".mlpackage":
+        raise ValueError(
+            f"`export.coreml` got the path {str(path)!r}, and Core ML wants packages to be called "
+            f"so. Pass {str(Path(path).with_suffix('.mlpackage'))!r}."
+        )
+    if Path(path).is_dir() and not (Path(path) / "Manifest.json").is_file():
+        raise ValueError(
+            f"`export.coreml` would replace the folder {str(path)!r}, which is no Core ML package. "
+            "Pass another path."
+        )
+
+
+def _check_settings(palettize: int | None, precision: str, min_sparsity: float) -> None:
+    if palettize is not None and palettize not in PALETTES:
+        raise ValueError(
+            f"`export.coreml(palettize={palettize!r})` is no number of bits that Core ML has "
+            f"palettes for. Use one of {list(PALETTES)}, or None for none."
+        )
+    if precision not in ("float16", "float32"):
+        raise ValueError(
+            f"`export.coreml(precision={precision!r})` is unknown. Use 'float16' or 'float32'."
+        )
+    if not 0 <= min_sparsity <= 1:
+        raise ValueError(
+            f"`export.coreml(min_sparsity={min_sparsity!r})` is no share of zeros. Use a number in "
+            "[0, 1]."
+        )
+
+
+def _weights(params: Params, precision: str) -> list[np.ndarray]:
+    """Take the matrices that are large enough to be sparse, and refuse what float16 cannot hold."""
+    floats = [
+        (path, np.asarray(x, np.float32))
+        for path, x in leaves_with_path(params)
+        if hasattr(x, "dtype") and jax.numpy.issubdtype(x.dtype, np.floating)
+    ]
+    limit = float(np.finfo(np.float16).max)
+    large = {path: float(np.abs(x).max(initial=0)) for path, x in floats}
+    beyond = [f"{path!r} ({most:.3g})" for path, most in large.items() if most > limit]
+    if beyond and precision == "float16":
+        raise ValueError(
+            f"`export.coreml` got weights beyond {limit:g}, which float16 cannot hold: "
+            f"{', '.join(beyond)}. Pass `precision='float32'`, or scale them."
+        )
+    return [x for _, x in floats if x.ndim > 1 and x.size > SMALL]
+
+
+def _convert_or_tell(program: Program, precision: str, max_batch: int) -> Any:
+    """Convert, or name the operations that stand in the way."""
+    convert = lambda fn, specs: to_model(fn, specs, precision, max_batch)  # noqa: E731
+    try:
+        return convert(lambda *xs: fold(program.closed, *xs), program.specs)
+    except Exception as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise ValueError(
+            f"`export.coreml` cannot convert {culprits(program.closed.jaxpr, convert, error)}: "
+            f"{type(error).__name__}: {reason} Write it with operations that Core ML has, keep "
+            "that part out of `fn`, or pass `batch=None` if there is one."
+        ) from error
+
+
+def _compare(program: Program, tolerance: float, seed: int) -> None:
+    """Compare what can be computed of the program with the function."""
+    labels = names(program.outputs, "output")
+    values = draw(program, np.random.default_rng(seed), program.sizes)
+    try:
+        results = infer(program, values)
+    except Exception:  # an operation that goes with unknown values only: then nobody knows
+        return
+    known = [i for i, got in enumerate(results) if got is not None]
+    if known:
+        with jax.default_device(cpu()):
+            wanted = program.reference(*values)
+        pair = [results[i] for i in known], [wanted[i] for i in known]
+        compare("coreml", [labels[i] for i in known], [pair], tolerance)
+
+
+def _named(program: Program, model: Any) -> Any:
+    """Give inputs and outputs the names that our other files have."""
+    ct = need("coremltools", "coreml", "coreml")
+    spec = model.get_spec()
+    given, made = spec.description.input, spec.description.output
+    wanted = names(program.spec_tree, "input"), names(program.outputs, "output")
+    # By way of names that nothing has: `input_1` may be what the first one is called now.
+    for turn in ("jaxprune_{}", "{}"):
+        for feature, name in zip(given, wanted[0], strict=True):
+            ct.utils.rename_feature(spec, feature.name, turn.format(name), rename_outputs=False)
+        for feature, name in zip(made, wanted[1], strict=True):
+            ct.utils.rename_feature(spec, feature.name, turn.format(name), rename_inputs=False)
+    return ct.models.MLModel(spec, weights_dir=model.weights_dir, skip_model_load=True)
+
+
+def _compress(model: Any, palettize: int | None, min_sparsity: float) -> Any:
+    """Store what is not zero, and round that to a palette."""
+    tools = need("coremltools.optimize.coreml", "coreml", "coreml")
+    prune = tools.OpThresholdPrunerConfig(
+        threshold=0.0, minimum_sparsity_percentile=float(min_sparsity), weight_threshold=SMALL
+    )
+    sparse = tools.prune_weights(model, tools.OptimizationConfig(global_config=prune))
+    if palettize is None:
+        return sparse
+    config = tools.OpPalettizerConfig(mode="kmeans", nbits=palettize)
+    # Without `joint_compression` what is sparse already would be passed over, without a word.
+    return tools.palettize_weights(
+        sparse, tools.OptimizationConfig(global_config=config), joint_compression=True
+    )
+
+
+def _read(path: Path) -> Constants:
+    """Read the weights of a package, decompressed."""
+    ct = need("coremltools", "coreml", "coreml")
+    tools = need("coremltools.optimize.coreml", "coreml", "coreml")
+    return _constants(tools.decompress_weights(ct.models.MLModel(str(path), skip_model_load=True)))
+
+
+def _constants(model: Any) -> Constants:
+    """List the constants of a program that may be weights, by their names."""
+    found = {}
+    for function in model._mil_program.functions.values():
+        for op in function.operations:
+            value = op.outputs[0].val if op.op_type == "const" else None
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+                found[op.name] = value
+    return found
+
+
+def _follow(dense: Constants, back: Constants) -> Constants:
+    """Give constants the names that they had before they were compressed."""
+    ends = ("", "_sparsified", "_palettized", "_sparsified_palettized")
+    return {
+        name: back[name + end]
+        for name, values in dense.items()
+        if values.size > SMALL
+        for end in ends
+        if name + end in back
+    }
+
+
+def _size(model: Any) -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/dense.mlpackage")
+        return sum(sizes_in(Path(folder) / "dense.mlpackage").values())
+
+
+@contextlib.contextmanager
+def _contained() -> Iterator[None]:
+    """Keep back what coremltools says to those on a Mac, and its bars of progress."""
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,267 @@
+"""Packages for Core ML: what they weigh, what is in them, and what happens if they cannot be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxprune as jp
+from jaxprune._atomic import _exchange
+from jaxprune.export import _coreml, _mil
+from jaxprune.export._constants import compare_constants, locate
+
+pytest.importorskip("stablehlo_coreml", reason="coremltools has no wheel for Python 3.14")
+pytest.importorskip("sklearn")
+
+
+def mlp(params, x):
+    x = jax.nn.relu(x @ params["w"] + params["b"][None])
+    return jax.nn.relu(x @ params["v"]) @ params["u"]
+
+
+@pytest.fixture(scope="module")
+def params():
+    w, v, u = jax.random.split(jax.random.key(0), 3)
+    return {
+        "w": jax.random.normal(w, (512, 512)),
+        "b": jnp.linspace(-1, 1, 512),
+        "v": jax.random.normal(v, (512, 512)),
+        "u": jax.random.normal(u, (512, 10)),
+    }
+
+
+@pytest.fixture(scope="module")
+def masks(params):
+    return jp.find_masks(params, 0.9)
+
+
+X = jnp.sin(jnp.arange(1024.0)).reshape(2, 512)
+SMALL = {"w": jnp.cos(jnp.arange(4096.0)).reshape(64, 64)}
+ONES = jnp.ones((2, 64))
+
+
+def product(params, x):
+    return x @ params["w"]
+
+
+def spec(path):
+    import coremltools
+
+    return coremltools.models.MLModel(str(path), skip_model_load=True).get_spec().description
+
+
+# What is in a package
+
+
+def test_a_package_has_the_weights_that_masks_keep_and_a_bit_for_each_other(
+    params, masks, tmp_path, capfd
+):
+    path = tmp_path / "net.mlpackage"
+    report = jp.export.coreml(path, mlp, params, X, masks=masks)
+    assert report.zeros_kept == 1 and report.zeroed == 0 and report.parity < 2**-11
+    assert report.bytes <= 0.18 * report.dense_bytes
+    assert report.latency_ms is None and report.path == path
+    assert [x.name for x in spec(path).input] == ["input_0"]
+    assert [x.name for x in spec(path).output] == ["output"]
+    assert [x.name for x in tmp_path.iterdir()] == ["net.mlpackage"]
+    assert capfd.readouterr() == ("", "")
+
+
+def test_palettes_round_what_is_left_and_no_zero(params, masks, tmp_path):
+    path = tmp_path / "net.mlpackage"
+    report = jp.export.coreml(path, mlp, params, X, masks=masks, palettize=4)
+    assert report.zeros_kept == 1 and report.zeroed == 0
+    assert report.bytes <= 0.10 * report.dense_bytes and 0.01 < report.parity < 0.5
+    with _coreml._contained():
+        back = _coreml._read(path)
+    values = {len(np.unique(x[x != 0])) for x in back.values() if x.size > 2048}
+    assert max(values) <= 16
+
+
+def test_float32_packages_have_the_very_weights(params, masks, tmp_path):
+    report = jp.export.coreml(
+        tmp_path / "net.mlpackage", mlp, params, X, masks=masks, precision="float32"
+    )
+    assert (
+        report.parity == 0 and report.zeros_kept == 1 and report.bytes < 0.16 * report.dense_bytes
+    )
+
+
+def test_dense_weights_stay_dense_and_so_do_those_below_the_least_sparsity(tmp_path):
+    path, half = tmp_path / "net.mlpackage", jp.find_masks(SMALL, 0.4)
+    report = jp.export.coreml(path, product, SMALL, ONES)
+    assert report.zeros_kept is None and 0.97 < report.bytes / report.dense_bytes < 1.03
+    report = jp.export.coreml(path, product, SMALL, ONES, masks=half)
+    assert report.zeros_kept == 1 and 0.97 < report.bytes / report.dense_bytes < 1.03
+    report = jp.export.coreml(path, product, SMALL, ONES, masks=half, min_sparsity=0.3)
+    assert report.zeros_kept == 1 and report.bytes / report.dense_bytes < 0.85
+
+
+def test_kept_weights_that_float16_rounds_to_zero_are_counted(tmp_path):
+    tiny = {"w": SMALL["w"].at[0, 1:4].set(1e-9)}
+    report = jp.export.coreml(tmp_path / "net.mlpackage", product, tiny, ONES)
+    assert report.zeroed == 3
+
+
+def test_scanned_layers_and_trees_go_as_all_that_is_exported(tmp_path):
+    e, layers, h = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate(
+        ((50, 64), (3, 64, 64), (64, 20))
+    ))  # fmt: skip
+    params = {"embedding": e, "layers": layers, "head": h}
+
+    def fn(params, x):
+        x, _ = jax.lax.scan(
+            lambda x, w: (jnp.tanh(x @ w), None), params["embedding"][x["tokens"]], params["layers"]
+        )
+        return {"logits": x @ params["head"], "hidden": x}
+
+    path, masks = tmp_path / "net.mlpackage", jp.find_masks(params, 0.9)
+    tokens = {"tokens": jnp.arange(14).reshape(2, 7)}
+    report = jp.export.coreml(path, fn, params, tokens, masks=masks)
+    assert report.zeros_kept == 1 and report.parity < 2**-11
+    assert [x.name for x in spec(path).input] == ["input_0_tokens"]
+    assert {x.name for x in spec(path).output} == {"output_logits", "output_hidden"}
+
+
+def test_norms_go_into_convolutions_and_zeros_stay(tmp_path):
+    params = {
+        "kernel": jax.random.normal(jax.random.key(0), (3, 3, 16, 32)),
+        "scale": jnp.arange(32.0),
+    }
+    params["scale"] = params["scale"] / 8 + 0.5
+
+    def fn(params, x):
+        x = jax.lax.conv_general_dilated(
+            x, params["kernel"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jax.nn.relu(x * params["scale"][None, None, None])
+
+    masks = jp.find_masks(params, 0.9, where=jp.by_path("kernel"))
+    x = jnp.ones((1, 8, 8, 16))
+    report = jp.export.coreml(tmp_path / "net.mlpackage", fn, params, x, masks=masks)
+    assert report.zeros_kept == 1 and report.parity < 2**-10
+    assert report.bytes < 0.6 * report.dense_bytes
+
+
+def test_a_batch_of_any_size_has_a_range(tmp_path):
+    path = tmp_path / "net.mlpackage"
+    jp.export.coreml(path, product, SMALL, ONES, batch="batch", max_batch=9)
+    (given,) = spec(path).input
+    (batch, inputs) = given.type.multiArrayType.shapeRange.sizeRanges
+    assert (batch.lowerBound, batch.upperBound) == (1, 9)
+    assert (inputs.lowerBound, inputs.upperBound) == (64, 64)
+
+
+# What is compared
+
+
+def test_programs_without_convolutions_are_computed_and_compared(params, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(program, values):
+        seen.append([got is not None for got in _mil.infer(program, values)])
+        return [np.asarray(x) + 1 for x in program.reference(*values)]
+
+    monkeypatch.setattr(_coreml, "infer", spy)
+    path = tmp_path / "net.mlpackage"
+    with pytest.raises(ValueError, match=r"`export.coreml` made a file that differs from JAX"):
+        jp.export.coreml(path, product, SMALL, ONES)
+    assert seen == [[True]] and not list(tmp_path.iterdir())
+    monkeypatch.setattr(_coreml, "infer", lambda program, values: [None])  # a convolution
+    assert jp.export.coreml(path, product, SMALL, ONES).bytes
+
+
+def test_zeros_that_palettes_lose_are_told(tmp_path):
+    path = tmp_path / "net.mlpackage"
+    # By magnitude there would be a gap around zero, and with it a value of the palette.
+    masks = {"w": jax.random.uniform(jax.random.key(0), (64, 64)) > 0.4}
+    with pytest.warns(UserWarning, match=r"kept 0.00% of the zeros in .* smaller `min_sparsity`"):
+        report = jp.export.coreml(path, product, SMALL, ONES, masks=masks, palettize=4)
+    assert report.zeros_kept == 0
+    report = jp.export.coreml(
+        path, product, SMALL, ONES, masks=masks, palettize=4, min_sparsity=0.3
+    )
+    assert report.zeros_kept == 1
+
+
+def test_params_are_found_transposed_and_layer_by_layer():
+    w = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
+    ((part, place),) = locate(w, {"other": np.ones(24), "a": w.transpose(2, 0, 1).reshape(4, 6)})
+    assert part is w and place == ("a", (2, 0, 1), True)
+    found = locate(w, {"b": w[1].T.copy(), "a": w[0]})
+    assert [place for _, place in found] == [("a", (0, 1), True), ("b", (1, 0), True)]
+    assert locate(w, {"a": np.ones(23)}) == []
+
+
+def test_what_a_file_lost_is_counted_by_the_places_before_it_was_compressed():
+    w = np.array([[0, 1], [2, 4]], np.float32)
+    back = {"a": np.array([[0.5, 2], [0, 4]], np.float32)}  # transposed: 0 is 0.5, 1 is 0
+    assert compare_constants([w], {"a": w.T}, back) == (0.25, 0.0, 1)
+    scaled = {"a": 3 * w.T}  # as a norm does; then what counts is what compression changed
+    assert compare_constants([w], scaled, {"a": 3 * w.T}) == (0.0, 1.0, 0)
+
+
+# Packages that are folders
+
+
+def test_a_package_replaces_an_older_one_whole_and_leaves_it_if_it_cannot(tmp_path):
+    path = tmp_path / "net.mlpackage"
+    jp.export.coreml(path, product, SMALL, ONES)
+    (path / "left_over").write_text("of the old one")
+    with pytest.raises(ValueError, match=r"cannot convert `eigh` at .*test_coreml.py:\d+"):
+        jp.export.coreml(path, lambda p, x: jnp.linalg.eigh(p["w"] * x[:1])[0], SMALL, ONES)
+    assert (path / "left_over").exists()
+    jp.export.coreml(path, product, SMALL, ONES)
+    assert not (path / "left_over").exists() and (path / "Manifest.json").exists()
+    assert [x.name for x in tmp_path.iterdir()] == ["net.mlpackage"]
+
+
+def test_an_older_folder_is_put_back_where_the_new_one_cannot_come(tmp_path):
+    old = tmp_path / "net.mlpackage"
+    old.mkdir()
+    with pytest.raises(FileNotFoundError):
+        _exchange(tmp_path / "nothing", old, tmp_path / "aside")
+    assert old.is_dir() and not (tmp_path / "aside").exists()
+
+
+# Bad input
+
+
+def test_paths_of_other_names_and_other_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"Pass '.*net.mlpackage'"):
+        jp.export.coreml(tmp_path / "net.onnx", product, SMALL, ONES)
+    (tmp_path / "mine.mlpackage").mkdir()
+    with pytest.raises(ValueError, match=r"which is no Core ML package\. Pass another path"):
+        jp.export.coreml(tmp_path / "mine.mlpackage", product, SMALL, ONES)
+    with pytest.raises(TypeError, match="got the function `product` as path"):
+        jp.export.coreml(product, SMALL, ONES, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"palettize": 5}, r"palettize=5.* Use one of \[1, 2, 3, 4, 6, 8\]"),
+        ({"precision": "int8"}, "precision='int8'.* Use 'float16' or 'float32'"),
+        ({"min_sparsity": 90}, "min_sparsity=90.* is no share of zeros"),
+    ],
+)
+def test_unknown_settings_are_refused(setting, words, tmp_path):
+    with pytest.raises(ValueError, match=words):
+        jp.export.coreml(tmp_path / "net.mlpackage", product, SMALL, ONES, **setting)
+
+
+def test_weights_beyond_float16_are_named(tmp_path):
+    large = {"w": SMALL["w"] * 1e6}
+    with pytest.raises(ValueError, match=r"'w' \(1e\+06\)\. Pass `precision='float32'`"):
+        jp.export.coreml(tmp_path / "net.mlpackage", product, large, ONES)
+    path = tmp_path / "net.mlpackage"
+    assert jp.export.coreml(path, product, large, ONES, precision="float32").parity == 0
+    assert not _coreml._weights({"w": jnp.ones((600, 1))[:10]}, "float16")
+
+
+def test_a_missing_package_is_told_with_its_extra(tmp_path, monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "stablehlo_coreml", None)
+    with pytest.raises(ImportError, match=r"needs 'stablehlo_coreml'.*jaxprune\[coreml\]"):
+        jp.export.coreml(tmp_path / "net.mlpackage", product, SMALL, ONES)

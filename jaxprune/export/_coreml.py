@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxprune._advice import PruneWarning
 from jaxprune._atomic import in_place
 from jaxprune._tree import leaves_with_path
 from jaxprune.export._bake import bake
@@ -99,7 +100,7 @@ def coreml(
         3.14), or scikit-learn for palettes.
 
     Warns:
-      UserWarning: removed weights are not zero in the package.
+      PruneWarning: removed weights are not zero in the package.
 
     Example:
       >>> import tempfile
@@ -138,6 +139,7 @@ def coreml(
             f"`export.coreml` kept {found.zeros_kept:.2%} of the zeros in {str(path)!r}; the "
             "others are small numbers there. Pass a smaller `min_sparsity`: palettes keep the "
             "zeros of matrices that are stored sparse, and of no others.",
+            PruneWarning,
             stacklevel=2,
         )
     return dataclasses.replace(

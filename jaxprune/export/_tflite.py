@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxprune._advice import PruneWarning
 from jaxprune._atomic import in_place
 from jaxprune.export._compare import Comparison
 from jaxprune.export._door import check_path
@@ -93,7 +94,7 @@ def sparsify_tflite(
       ImportError: a package of the extra ``litert`` is missing.
 
     Warns:
-      UserWarning: the file is slower than the source, and matrices that are multiplied as they are
+      PruneWarning: the file is slower than the source, and matrices that are multiplied as they are
         stored have fewer than 90 % zeros (95 % by single weights).
 
     Example:
@@ -325,5 +326,6 @@ def _warn(
             f"computes more slowly than with dense ones: {', '.join(few)}. {measured}It takes "
             f"{WORTH[WIDTH]:.0%} in blocks of 1 x {WIDTH} (`jp.patterns.Blocks(({WIDTH}, 1))`), "
             f"{WORTH[1]:.0%} of single weights; `compute='auto'` unpacks the others.",
+            PruneWarning,
             stacklevel=3,
         )

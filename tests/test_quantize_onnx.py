@@ -1,5 +1,7 @@
 """Networks in integers, by us and by others: what becomes of zeros, biases and bytes."""
 
+import warnings
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import optax
 import pytest
 
 import jaxprune as jp
-from jaxprune.export import _quantizers
+from jaxprune.export import _quantize, _quantizers
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -76,7 +78,12 @@ def test_all_layers_get_small_and_no_zero_is_lost(
     if not weight_only and float_.path.parent.name.startswith("table"):
         most = 0.6  # with activations a table stays as it is
     kwargs = {"bits": bits, "weight_only": weight_only, "latency": ()}
-    report = jp.export.quantize_onnx(tmp_path / "small", float_.path, X, **kwargs)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        report = jp.export.quantize_onnx(tmp_path / "small", float_.path, X, **kwargs)
+    assert [str(each.message)[:48] for each in said] == (
+        ["`export.quantize_onnx` left weights in float: 'c"] if most == 0.6 else []
+    )
     assert report.zeros_kept == 1.0 and report.zeroed is not None
     assert report.parity < apart and report.bytes < most * float_.bytes
     found = jp.export.check_zeros(report.path, params, masks)
@@ -140,6 +147,7 @@ def test_a_tool_that_loses_zeros_makes_a_warning_with_the_figure(tmp_path, monke
     masks = {**jp.find_masks(params, 0.5), "v": None}
     float_ = jp.export.onnx(tmp_path / "net", dense, params, X, masks=masks, latency=())
     monkeypatch.setattr(_quantizers, "static", shifted)
+    monkeypatch.setattr(_quantize, "_warn_of_floats", lambda *_: None)
     words = r"brought 100.00% of the removed weights back, up to .*of the largest.*4,096 of 4,096"
     with pytest.warns(jp.PruneWarning, match=words):
         report = jp.export.quantize_onnx(tmp_path / "small", float_.path, X, latency=())
@@ -335,3 +343,143 @@ def test_a_tool_that_is_not_installed_is_named(tmp_path, monkeypatch):
     jp.export.onnx(tmp_path / "net", lambda p, x: x @ p, DRAW(64, 128), X, latency=())
     with pytest.raises(ImportError, match=r"needs 'nncf'.*jaxprune\[nncf\]"):
         jp.export.quantize_onnx(tmp_path / "small", tmp_path / "net", X, tool="nncf")
+
+
+def test_what_stays_in_float_is_told_and_an_error_where_that_is_all(tmp_path):
+    def scanned(p, x):
+        step = lambda h, row: (jnp.tanh(row @ p["w"] + h @ p["u"]), h.sum())
+        return jax.lax.scan(step, jnp.zeros((x.shape[0], 128)), jnp.stack([x, x]))[0] @ p["v"]
+
+    params = {"w": DRAW(64, 128), "u": DRAW(128, 128), "v": DRAW(128, 128)}
+    net = tmp_path / "net"
+    float_ = jp.export.onnx(net, scanned, params, X, masks=jp.find_masks(params, 0.5), latency=())
+    for bits, most in ((8, 0.32), (4, 0.22)):  # weights inside of a loop
+        kwargs = {"bits": bits, "weight_only": True, "latency": ()}
+        report = jp.export.quantize_onnx(tmp_path / "small", net, X, **kwargs)
+        assert report.bytes < most * float_.bytes and report.zeros_kept == 1.0
+    jp.export.onnx(net, lambda _, x: x + 1, {}, X, latency=())
+    with pytest.raises(ValueError, match=r"finds nothing to quantize in .*it holds no matrix"):
+        jp.export.quantize_onnx(tmp_path / "none", net, X, latency=())
+    jp.export.onnx(net, lambda p, x: x @ p, params["w"], X, latency=())
+    with pytest.raises(ValueError, match=r"'const_0' stayed in float.*name more in `operators`"):
+        kwargs = {"operators": ["Conv"], "weight_only": True, "latency": ()}
+        jp.export.quantize_onnx(tmp_path / "none", net, X, **kwargs)
+    with pytest.raises(ValueError, match=r"operators='MatMul'\)` names what is no operator"):
+        jp.export.quantize_onnx(tmp_path / "none", net, X, operators="MatMul")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("look_up", ["embed", "twice", "vector", "integers"])
+def test_tables_are_quantized_however_they_are_looked_up(look_up, bits, tmp_path):
+    tokens = jnp.asarray(RNG.integers(0, 512, (8, 12)), jnp.int32)
+    params = {
+        "e": DRAW(512, 64).at[5].set(0),
+        "v": DRAW(512),
+        "i": jnp.arange(512),
+        "h": DRAW(64, 64),
+    }
+    fns = {
+        "embed": lambda p, i: jnp.take(p["e"], i, axis=0) @ p["h"],
+        "twice": lambda p, i: (p["e"][i] + p["e"][511 - i]) @ p["h"],
+        "vector": lambda p, i: p["e"][i] * p["v"][i][..., None],
+        "integers": lambda p, i: p["e"][p["i"][i]] @ p["h"],
+    }
+    net = tmp_path / "net"
+    float_ = jp.export.onnx(net, fns[look_up], params, tokens, latency=())
+    kwargs = {"bits": bits, "weight_only": True, "latency": ()}
+    report = jp.export.quantize_onnx(tmp_path / "small", net, tokens, **kwargs)
+    assert report.bytes < (0.31 if bits == 8 else 0.2) * float_.bytes
+    assert report.parity < (0.03 if bits == 8 else 0.3) and report.zeros_kept == 1.0
+
+
+def test_weights_that_no_scale_can_hold_are_refused(tmp_path):
+    net = tmp_path / "net"
+    for value in (jnp.inf, jnp.nan):
+        jp.export.onnx(net, lambda p, x: x @ p, DRAW(64, 64).at[3, 3].set(value), X, latency=())
+        for weight_only in (False, True):
+            with pytest.raises(ValueError, match=r"inf or NaN in 'const_0'"):
+                jp.export.quantize_onnx(tmp_path / "a", net, X, weight_only=weight_only)
+    half, x = DRAW(64, 64).astype(jnp.float16), X.astype(jnp.float16)
+    float_ = jp.export.onnx(net, lambda p, x: x @ p, half, x, latency=(), tolerance=0.05)
+    with pytest.raises(
+        ValueError, match=r"float16, 'const_0'.*float32, or pass `weight_only=True`"
+    ):
+        jp.export.quantize_onnx(tmp_path / "a", net, x)
+    for given in (None, 3, "images"):
+        with pytest.raises(ValueError, match=r"as calibration inputs\. Pass an array"):
+            jp.export.quantize_onnx(tmp_path / "a", net, given, weight_only=True)
+    report = jp.export.quantize_onnx(tmp_path / "a", net, x, weight_only=True, latency=())
+    assert report.bytes < 0.7 * float_.bytes
+
+
+def test_square_kernels_are_turned_as_the_file_has_them():
+    w = DRAW(64, 64)
+    masks = {"w": jnp.abs(w) > 0.7}
+    zero = np.asarray(jp.apply_masks({"w": w}, masks)["w"])
+    for arrays in ({"w": zero}, {"w": zero.T}, {"other": zero.T}):
+        assert jp.export.check_zeros(arrays, {"w": w}, masks).kept == 1.0
+
+
+def test_the_worse_of_two_copies_is_told_and_copies_of_others_are_theirs():
+    w, noise = DRAW(96, 64), np.asarray(DRAW(64, 96))
+    masks = {"e": jnp.abs(w) > 0.7}
+    zero = np.asarray(jp.apply_masks({"e": w}, masks)["e"])
+    arrays = {"embed": zero, "head": zero.T + 0.05 * noise}
+    (leaf,) = jp.export.check_zeros(arrays, {"e": w}, masks).leaves
+    assert leaf.lost == leaf.removed == (zero == 0).sum()
+    # Experts that began as copies, with other weights removed.
+    other = {"a": masks["e"], "b": jnp.abs(w) < 1.0}
+    experts = {"a": w, "b": w}
+    arrays = {f"x{k}": np.asarray(v) for k, v in jp.apply_masks(experts, other).items()}
+    assert jp.export.check_zeros(arrays, experts, other).kept == 1.0
+
+
+def test_a_mask_that_was_lost_whole_is_counted_however_small_the_leaf():
+    w = DRAW(64, 64)
+    for sparsity in (0.9, 0.95, 0.98):
+        masks = jp.find_masks({"w": w}, sparsity)
+        (leaf,) = jp.export.check_zeros({"weight": w.T}, {"w": w}, masks).leaves
+        assert leaf.lost == leaf.removed == round(sparsity * w.size)
+    with pytest.raises(ValueError, match="finds no weights like 'b'"):
+        small = {"b": jnp.array([5.0, 3.0])}
+        jp.export.check_zeros({"x": np.array([0.0, 7.0])}, small, {"b": small["b"] > 4})
+
+
+def test_transposed_convolutions_and_thinned_channels_are_found_in_our_own_files(tmp_path):
+    images = DRAW(2, 8, 8, 8)
+    up = nn.ConvTranspose(16, (2, 2), strides=(2, 2))
+    params = up.init(jax.random.key(0), images)
+    masks = jp.find_masks(params, 0.5)
+    jp.export.onnx(tmp_path / "up", up.apply, params, images, masks=masks, latency=())
+    assert jp.export.check_zeros(tmp_path / "up", params, masks).kept == 1.0
+
+    def thinned(p, x):
+        out = jax.lax.conv_general_dilated(
+            x, p["w"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return out * p["gain"].reshape(1, 1, 1, -1)
+
+    gain = jnp.where(jnp.arange(64) < 45, 0.0, DRAW(64))
+    params = {"w": DRAW(3, 3, 8, 64), "gain": gain}
+    masks = {"w": jnp.abs(params["w"]) > 0.5, "gain": None}
+    jp.export.onnx(tmp_path / "thin", thinned, params, images, masks=masks, latency=())
+    assert jp.export.check_zeros(tmp_path / "thin", params, masks).kept == 1.0
+
+
+def test_files_in_bfloat16_are_read(tmp_path):
+    w = DRAW(64, 64)
+    masks = {"w": jnp.abs(w) > 0.5}
+    zero = np.asarray(jp.apply_masks({"w": w}, masks)["w"].astype(jnp.bfloat16))
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["x", "w"], ["y"])],
+        "net",
+        [onnx.helper.make_tensor_value_info("x", onnx.TensorProto.BFLOAT16, [1, 64])],
+        [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.BFLOAT16, [1, 64])],
+        [onnx.numpy_helper.from_array(zero, "w")],
+    )
+    onnx.save(onnx.helper.make_model(graph), tmp_path / "half.onnx")
+    assert jp.export.check_zeros(tmp_path / "half.onnx", {"w": w}, masks).kept == 1.0
+    shapes = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
+    with pytest.raises(TypeError, match="params without values at 'w'"):
+        jp.export.check_zeros(tmp_path / "half.onnx", shapes, masks)

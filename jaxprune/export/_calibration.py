@@ -26,6 +26,11 @@ class Reader:
 def read(what: str, given: Any, session: Session) -> Batches:
     """Bring inputs of all forms to lists of arrays in the order of the file, in small batches."""
     one = isinstance(given, Mapping | tuple) or hasattr(given, "shape")
+    if not one and (isinstance(given, str) or not isinstance(given, Iterable)):
+        raise ValueError(
+            f"`export.quantize_onnx` got {given!r} as {what} inputs. Pass an array, a tuple or "
+            "dict of arrays, or an iterable of such batches."
+        )
     batches = [_arrays(what, each, session) for each in ([given] if one else given)]
     pieces = [piece for batch in batches for piece in _pieces(batch, session)]
     if not pieces:

@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxprune._atomic import in_place
+from jaxprune.export._carried import free_constants
 from jaxprune.export._compare import compare
 from jaxprune.export._culprits import culprits
 from jaxprune.export._door import check_path
@@ -207,6 +208,7 @@ def _to_onnx(
             output_names=outputs,
         )
     free_pools(model)
+    free_constants(model)
     plain_products(model)
     ease_moves(model)
     del model.graph.value_info[:]  # shapes in between: runtimes infer them, and some are wrong

@@ -30,13 +30,18 @@ def plain_products(model: Any) -> None:
 
 
 def _move_constants(graph: Any) -> None:
-    """Compute now what only moves the entries of a constant that nobody else reads."""
+    """Compute now what only moves the entries of a constant, and the shape of one.
+
+    Not where somebody else reads the constant as it is, so that a file does not hold it twice.
+    """
     helper = need("onnx.numpy_helper", "onnx")
     constants = {tensor.name: tensor for tensor in graph.initializer}
     readers = collections.Counter(name for node in graph.node for name in node.input)
+    parts = collections.Counter(n.input[0] for n in graph.node if n.op_type == "Slice")
     for node in list(graph.node):
         known = all(name in constants for name in node.input)
-        if node.op_type in MOVES and known and readers[node.input[0]] == 1:
+        alone = node.op_type in MOVES and readers[node.input[0]] in (1, parts[node.input[0]])
+        if known and (alone or node.op_type == "Shape"):
             values = [helper.to_array(constants[name]) for name in node.input]
             moved = helper.from_array(_evaluate(node, values), node.output[0])
             constants[moved.name] = moved

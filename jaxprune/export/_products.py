@@ -37,8 +37,10 @@ def dot(eqn: core.JaxprEqn, x: Value, y: Value) -> Value | None:
     rows = [i for i in range(np.ndim(x)) if i not in (*left, *many)]
     columns = [i for i in range(np.ndim(y)) if i not in (*right, *others)]
     groups = [[x.shape[i] for i in rows], [y.shape[i] for i in columns], [x.shape[i] for i in left]]
-    if not rows or not columns or not all(map(_joins, groups)):
+    if not all(map(_joins, [group for group in groups if group])):
         return None
+    if not rows or not columns:
+        return None if many or x.dtype.kind != "f" else _vector(eqn, x, y, rows, columns)
     one = len(left) == len(rows) == len(columns) == 1
     if one and not many and (left, right) == ((1,), (0,)) and x.dtype.kind == "f":
         return None  # a Gemm, which takes a bias in
@@ -69,6 +71,19 @@ def behind_data(
 def _joins(sizes: Sequence[Any]) -> bool:
     """Tell axes that become one whose size a file can compute: no two of them are of any size."""
     return len(sizes) == 1 or sum(not isinstance(n, int) for n in sizes) < 2
+
+
+def _vector(
+    eqn: core.JaxprEqn, x: Value, y: Value, rows: Sequence[int], columns: Sequence[int]
+) -> Value:
+    """Multiply a vector as a matrix of one row or column, where jax2onnx would write ``Einsum``."""
+    (left, right), _ = eqn.params["dimension_numbers"]
+    x = _as_matrices(permuted(x, (*rows, *left)), 0, len(rows))
+    y = _as_matrices(permuted(y, (*right, *columns)), 0, len(right))
+    z = jnp.matmul(x, y, precision=eqn.params["precision"])
+    if len(rows) < 2 and len(columns) < 2:
+        return jnp.squeeze(z, tuple(i for i, axes in enumerate((rows, columns)) if not axes))
+    return lax.reshape(z, aval_of(eqn.outvars[0]).shape)
 
 
 def _matmul(
@@ -128,7 +143,7 @@ def convolve(eqn: core.JaxprEqn, x: Value, weights: Value) -> Value | None:
         return None
     names = ("window_strides", "padding", "lhs_dilation", "rhs_dilation", "feature_group_count")
     settings = {name: eqn.params[name] for name in (*names, "precision")}
-    x, weights = jnp.transpose(x, spec.lhs_spec), jnp.transpose(weights, spec.rhs_spec)
+    x, weights = permuted(x, tuple(spec.lhs_spec)), permuted(weights, tuple(spec.rhs_spec))
     volume = np.ndim(x) == 5
     out = _by_slices(x, weights, settings) if volume else _plain(x, weights, settings)
     return jnp.transpose(out, [int(i) for i in np.argsort(spec.out_spec)])

@@ -5,8 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from jaxprune._advice import PruneWarning
 from jaxprune._atomic import in_place
+from jaxprune._tree import list_paths
 from jaxprune.export import _quantizers
 from jaxprune.export._calibration import Batches, read, sized
 from jaxprune.export._compare import Comparison
@@ -15,7 +18,7 @@ from jaxprune.export._extras import need
 from jaxprune.export._nncf import nncf
 from jaxprune.export._report import Report, describe
 from jaxprune.export._session import Session, measure
-from jaxprune.export._stored import read_onnx
+from jaxprune.export._stored import Arrays, floats_in, read_onnx
 from jaxprune.export._zeros import Zeros, compare_zeros
 
 METHODS = {"minmax": "MinMax", "entropy": "Entropy", "percentile": "Percentile"}
@@ -72,12 +75,13 @@ def quantize_onnx(
       share of weights that are 0 in the float file and in this one, and how many others became 0.
 
     Warns:
-      PruneWarning: zeros of the float file are no longer zero; how many, and the way out.
+      PruneWarning: zeros of the float file are no longer zero; how many, and the way out. Or
+        large weights stayed in float.
 
     Raises:
       ValueError: no calibration inputs; inputs of other names or shapes, or that are not finite;
-        unknown bits, tool or method; less agreement than asked for; a file without weights to
-        quantize.
+        unknown bits, tool, method or operators; less agreement than asked for; weights that are
+        not finite, or float16 with activations; a file of which nothing was quantized.
       FileNotFoundError: there is no ``source``.
       ImportError: a package of the extra ``export`` is missing, or of the extra ``nncf``.
 
@@ -99,10 +103,12 @@ def quantize_onnx(
       (True, 1.0)
       >>> folder.cleanup()
     """
-    _check_choice(bits, weight_only, tool, method)
+    _check_choice(bits, weight_only, tool, method, operators)
     check_path("quantize_onnx", path)
     check_path("quantize_onnx", source, "source")
     dense = _load(Path(source))
+    weights = read_onnx(Path(source), USER, multiplied=True)
+    _check_weights(weights, weight_only)
     batches = read("calibration", calibration, dense)
     tests = batches if test is None else read("test", test, dense)
     with in_place(Path(path)) as written:
@@ -118,10 +124,16 @@ def quantize_onnx(
                 "written. Calibrate on more inputs, try `method='percentile'`, or train with "
                 "quantization."
             )
-        zeros = compare_zeros(
-            read_onnx(Path(source), USER, multiplied=True), read_onnx(written, USER)
-        )
-        _warn_of_lost(zeros)
+        if not np.isfinite(found.parity):
+            raise ValueError(
+                "`export.quantize_onnx` made a file whose outputs differ from those of the float "
+                f"file without bound: {found.where}. No file was written. Look at the range of "
+                "weights and activations, or choose other `bits`."
+            )
+        stored = read_onnx(written, USER)
+        zeros, missing = compare_zeros(weights, stored)
+        _warn_of_lost(zeros, missing)
+        _warn_of_floats(str(source), weights, floats_in(written, USER))
         timed = measure(small, sized(dense, tests[0], latency)) if latency else None
         report = describe(path, written, found.result(), timed)
         return report if zeros is None else zeros.in_report(report)
@@ -130,21 +142,46 @@ def quantize_onnx(
 USER = "quantize_onnx"
 
 
-def _check_choice(bits: int, weight_only: bool, tool: str, method: str) -> None:
+def _check_choice(
+    bits: int, weight_only: bool, tool: str, method: str, operators: Sequence[str] | None
+) -> None:
     if bits not in (4, 8):
         raise ValueError(f"`export.quantize_onnx(bits={bits!r})` is unknown. Use 8 or 4.")
     if tool not in ("onnxruntime", "nncf"):
         raise ValueError(
             f"`export.quantize_onnx(tool={tool!r})` is unknown. Use 'onnxruntime' or 'nncf'."
         )
-    if method not in METHODS:
+    if not isinstance(method, str) or method not in METHODS:
         raise ValueError(
             f"`export.quantize_onnx(method={method!r})` is unknown. Use one of {list(METHODS)}."
+        )
+    known = OPERATORS if weight_only or isinstance(operators, str) else operators
+    wrong = [name for name in operators or () if name not in (known or ())]
+    if wrong:
+        raise ValueError(
+            f"`export.quantize_onnx(operators={operators!r})` names what is no operator that is "
+            f"quantized here. Pass a list of some of {list(OPERATORS)}."
         )
     if tool == "nncf" and bits == 4 and not weight_only:
         raise ValueError(
             "`export.quantize_onnx(tool='nncf', bits=4)` with activations is nothing that nncf "
             "has. Pass `weight_only=True`, or leave `tool` out."
+        )
+
+
+def _check_weights(weights: Arrays, weight_only: bool) -> None:
+    """Refuse what integers cannot hold, and what the tools pass over without a word."""
+    bad = [name for name, w in weights.items() if not np.isfinite(w).all()]
+    if bad:
+        raise ValueError(
+            f"`export.quantize_onnx` got weights that are inf or NaN in {list_paths(bad)}, of "
+            "which one spoils the scale of all. Look for where they come from."
+        )
+    half = [name for name, w in weights.items() if w.dtype == np.float16]
+    if half and not weight_only:
+        raise ValueError(
+            f"`export.quantize_onnx` got weights in float16, {list_paths(half)}, which onnxruntime "
+            "would leave as they are. Export the network in float32, or pass `weight_only=True`."
         )
 
 
@@ -200,14 +237,42 @@ def _quantize(
         ) from error
 
 
-def _warn_of_lost(zeros: Zeros | None) -> None:
-    if zeros:
-        lost = [leaf for leaf in zeros.leaves if leaf.lost]
+def _warn_of_lost(zeros: Zeros | None, missing: list[str]) -> None:
+    lost = [leaf for leaf in zeros.leaves if leaf.lost] if zeros else []
+    if zeros and lost:
         named = ", ".join(f"{leaf.path!r} ({leaf.lost:,} of {leaf.removed:,})" for leaf in lost[:5])
         warnings.warn(
             f"`export.quantize_onnx` brought {1 - zeros.kept:.2%} of the removed weights back, up "
             f"to {max(leaf.largest for leaf in lost):.1e} of the largest weight: {named}. Choose "
             "another `tool` or `bits`, or mask the weights again.",
+            PruneWarning,
+            stacklevel=3,
+        )
+    if missing:
+        warnings.warn(
+            f"`export.quantize_onnx` has made something else of {list_paths(missing)}, so that "
+            "nobody knows what became of their zeros. Compare outputs on data.",
+            PruneWarning,
+            stacklevel=3,
+        )
+
+
+def _warn_of_floats(source: str, weights: Arrays, floats: dict[str, int]) -> None:
+    """Say what stayed as it was, and refuse where that is all."""
+    large = {name: w.nbytes for name, w in weights.items() if w.size >= _quantizers.LEAST}
+    left = {name: size for name, size in floats.items() if size >= 4 * _quantizers.LEAST}
+    if not large or sum(left.values()) >= sum(large.values()):
+        raise ValueError(
+            f"`export.quantize_onnx` finds nothing to quantize in {source!r}: "
+            + (f"{list_paths(list(left))} stayed in float." if left else "it holds no matrix.")
+            + " Export with `jp.export.onnx`, whose products are `MatMul` and `Conv`, or name more "
+            "in `operators`."
+        )
+    if left:
+        named = ", ".join(f"{name!r} ({size:,} bytes)" for name, size in list(left.items())[:5])
+        warnings.warn(
+            f"`export.quantize_onnx` left weights in float: {named}. Of tables pass `operators=` "
+            "with 'Gather'; the others are read by operators that the tool does not quantize.",
             PruneWarning,
             stacklevel=3,
         )

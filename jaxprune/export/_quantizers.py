@@ -5,6 +5,7 @@ import contextlib
 import io
 import logging
 import tempfile
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 
 from jaxprune.export._calibration import Batches, Reader
 from jaxprune.export._extras import need
+from jaxprune.export._pools import graphs
 from jaxprune.export._session import Session
 
 USER = "quantize_onnx"
@@ -126,6 +128,7 @@ def weights(written: Path, source: Path, *, bits: int, operators: Sequence[str])
                 is_symmetric=True,
                 accuracy_level=1,
                 op_types_to_quantize=known,
+                nodes_to_exclude=_no_tables(model.graph),
             )
             quantizer.process()
             model = quantizer.model.model
@@ -134,6 +137,19 @@ def weights(written: Path, source: Path, *, bits: int, operators: Sequence[str])
             _look_up_integers(model.graph)
         onnx.checker.check_model(model)
     written.write_bytes(model.SerializeToString())
+
+
+def _no_tables(graph: Any) -> list[str]:
+    """Name what looks up something else than a matrix of floats, which the tool stumbles over."""
+    kinds = need("onnx", USER).TensorProto
+    tables = {
+        t.name: len(t.dims) == 2 and t.data_type in (kinds.FLOAT, kinds.FLOAT16)
+        for t in graph.initializer
+    }
+    gathers = [node for node in graph.node if node.op_type == "Gather"]
+    for i, node in enumerate(gathers):
+        node.name = node.name or f"jaxprune_gather_{i}"
+    return [node.name for node in gathers if not tables.get(node.input[0])]
 
 
 def with_four_bits(model: Any) -> Any:
@@ -151,18 +167,24 @@ AXES = {"Conv": (0, 1), "ConvTranspose": (1, 0), "Gemm": (1, 0), "MatMul": (-1, 
 
 
 def dequantize_others(model: Any, bits: int, operators: Sequence[str]) -> None:
-    """Put integers and a ``DequantizeLinear`` in the place of weights that are still floats."""
+    """Put integers and a ``DequantizeLinear`` in the place of weights that are still floats.
+
+    Those of loops are among them: what is computed outside of a loop is known in its body.
+    """
     to_array = need("onnx.numpy_helper", USER).to_array
-    constants = {tensor.name: tensor for tensor in model.graph.initializer}
-    for node in list(model.graph.node):
-        tensor = constants.get(node.input[1]) if node.op_type in AXES else None
-        if tensor is None or node.op_type not in operators:
-            continue
-        w = to_array(tensor)
-        if w.dtype == np.float32 and w.ndim > 1 and w.size >= LEAST:
-            del constants[tensor.name]
-            model.graph.initializer.remove(tensor)
-            _dequantize(model.graph, tensor.name, w, bits, _axes(node, w.ndim))
+    places = {t.name: graph for graph in graphs(model.graph) for t in graph.initializer}
+    for graph in list(graphs(model.graph)):
+        for node in list(graph.node):
+            name = node.input[1] if node.op_type in AXES else ""
+            holder = places.get(name)
+            if holder is None or node.op_type not in operators:
+                continue
+            tensor = next(t for t in holder.initializer if t.name == name)
+            w = to_array(tensor)
+            if w.dtype == np.float32 and w.ndim > 1 and w.size >= LEAST:
+                del places[name]
+                holder.initializer.remove(tensor)
+                _dequantize(holder, name, w, bits, _axes(node, w.ndim))
 
 
 def _axes(node: Any, rank: int) -> tuple[int, int]:
@@ -197,31 +219,38 @@ def _dequantize(graph: Any, name: str, w: np.ndarray, bits: int, axes: tuple[int
 def _look_up_integers(graph: Any) -> None:
     """Look tables up in 8 bits: the rows, and the scale of each."""
     onnx = need("onnx", USER)
-    array, make = onnx.numpy_helper, onnx.helper.make_node
+    array = onnx.numpy_helper
     tables = {t.name: t for t in graph.initializer if len(t.dims) == 2}
-    read = collections.Counter(name for node in graph.node for name in node.input)
-    for node in [node for node in graph.node if node.op_type == "Gather"]:
-        name, places = node.input[0], node.input[1]
-        tensor = tables.get(name)
-        first = not any(a.i for a in node.attribute if a.name == "axis")
-        w = None if tensor is None else array.to_array(tensor)
-        if w is None or not first or w.dtype != np.float32 or w.size < LEAST or read[name] > 1:
+    gathers = [n for n in graph.node if n.op_type == "Gather" and not any(a.i for a in n.attribute)]
+    lookups = collections.Counter(node.input[0] for node in gathers)
+    read = collections.Counter(
+        name for each in graphs(graph) for n in each.node for name in n.input
+    )
+    for name, times in lookups.items():
+        w = array.to_array(tables[name]) if name in tables and read[name] == times else None
+        if w is None or w.dtype != np.float32 or w.size < LEAST:
             continue
         scale = _steps(np.abs(w).max(axis=1, keepdims=True, initial=0.0), 127)
-        graph.initializer.remove(tensor)
-        rows, by, out = f"{name}_quantized", f"{name}_scale", node.output[0]
-        graph.initializer.append(array.from_array(np.rint(w / scale).astype(np.int8), rows))
-        graph.initializer.append(array.from_array(scale, by))
-        made = [
-            make("Gather", [rows, places], [f"{out}_rows"]),
-            make("Cast", [f"{out}_rows"], [f"{out}_float"], to=onnx.TensorProto.FLOAT),
-            make("Gather", [by, places], [f"{out}_scale"]),
-            make("Mul", [f"{out}_float", f"{out}_scale"], [out]),
-        ]
-        at = list(graph.node).index(node)
-        graph.node.remove(node)
-        for i, each in enumerate(made):
-            graph.node.insert(at + i, each)
+        graph.initializer.remove(tables[name])
+        whole = np.rint(w / scale).astype(np.int8)
+        graph.initializer.append(array.from_array(whole, f"{name}_quantized"))
+        graph.initializer.append(array.from_array(scale, f"{name}_scale"))
+        for node in [node for node in gathers if node.input[0] == name]:
+            _look_up(graph, node, onnx)
+
+
+def _look_up(graph: Any, gather: Any, onnx: Any) -> None:
+    (name, places), out, make = gather.input, gather.output[0], onnx.helper.make_node
+    made = [
+        make("Gather", [f"{name}_quantized", places], [f"{out}_rows"]),
+        make("Cast", [f"{out}_rows"], [f"{out}_float"], to=onnx.TensorProto.FLOAT),
+        make("Gather", [f"{name}_scale", places], [f"{out}_scale"]),
+        make("Mul", [f"{out}_float", f"{out}_scale"], [out]),
+    ]
+    at = list(graph.node).index(gather)
+    graph.node.remove(gather)
+    for i, each in enumerate(made):
+        graph.node.insert(at + i, each)
 
 
 def _steps(top: np.ndarray, most: int) -> np.ndarray:
@@ -234,7 +263,12 @@ def _quiet() -> Iterator[None]:
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with (
+            contextlib.redirect_stdout(io.StringIO()),
+            np.errstate(all="ignore"),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)

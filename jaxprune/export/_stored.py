@@ -4,9 +4,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune.export._extras import need
+from jaxprune.export._plain import MOVES
 from jaxprune.export._pools import graphs
 
 Arrays: TypeAlias = dict[str, np.ndarray]
@@ -63,13 +65,33 @@ def read_onnx(source: str | Path, user: str, *, multiplied: bool = False) -> Arr
             "GGUF files."
         )
     constants = {name: x for graph in found for name, x in _constants(graph)}
-    stored = {name: x for name, x in constants.items() if x.dtype.kind == "f"}
+    stored = {name: x for name, x in constants.items() if jnp.issubdtype(x.dtype, jnp.floating)}
+    stored = {
+        name: x if x.dtype.kind == "f" else x.astype(np.float32) for name, x in stored.items()
+    }
     for node in (node for graph in found for node in graph.node):
         stored.update(_dequantized(node, constants))
     if not multiplied:
         return stored
     read = {n for graph in found for node in graph.node for n in _weights(node)}
+    for graph in found:  # weights that are moved on their way
+        for node in reversed(graph.node):
+            if read & set(node.output) and node.op_type in MOVES:
+                read.add(node.input[0])
     return {name: x for name, x in stored.items() if x.ndim > 1 and name in read}
+
+
+def floats_in(path: str | Path, user: str) -> dict[str, int]:
+    """The bytes of matrices that a file holds as floats and multiplies or looks up as they are."""
+    found = list(graphs(need("onnx", user).load(path).graph))
+    floats = {
+        name: x.nbytes
+        for graph in found
+        for name, x in _constants(graph)
+        if x.ndim > 1 and jnp.issubdtype(x.dtype, jnp.floating)
+    }
+    read = {name for graph in found for node in graph.node for name in _weights(node)}
+    return {name: size for name, size in floats.items() if name in read}
 
 
 def _weights(node: Any) -> list[str]:
@@ -105,6 +127,8 @@ def _dequantized(node: Any, constants: Arrays) -> Arrays:
     if stored is None or stored.dtype.kind == "f":
         return {}
     by = constants.get(f"{known}_scale") if scale < 0 else inputs[scale]
+    if node.op_type == "Gather" and by is None:
+        return {}  # numbers, not weights
     origin = inputs[zero] if zero < len(inputs) else constants.get(f"{known}_zero_point")
     axis = settings.get("axis", 1) if node.op_type == "DequantizeLinear" else None
     values = _scaled(stored, by, origin, axis, settings.get("block_size", 0))

@@ -2,10 +2,11 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from jaxprune._masks import check_masks, unpack
@@ -15,7 +16,9 @@ from jaxprune.export._stored import Arrays, read_weights
 from jaxprune.typing import Masks, Params
 
 SAMPLE = 4096  # entries that two arrays are compared by, to tell which is which
-ALIKE = 0.5  # correlation; that of arrays that have nothing to do with one another is below 0.1
+FEWEST = 16  # entries that can tell
+ALIKE = 0.5  # correlation; that of arrays that have nothing to do with one another is about 0
+NEAR = 0.02  # of the best correlation, where zeros tell which of several leaves an array is
 
 
 class Kept(NamedTuple):
@@ -82,8 +85,10 @@ def check_zeros(path_or_arrays: Any, params: Params, masks: Masks) -> Zeros:
     pruned weights back without a word; see ``docs/zeros.md`` for which do. This reads back what
     integers stand for and compares it with the masks.
 
-    A leaf is looked for by its path and then by its values: files hold kernels transposed, under
-    other names, layers one by one, scaled by a batch normalisation behind them.
+    A leaf is looked for by its path and by its values: files hold kernels transposed or reversed,
+    under other names, layers one by one, scaled by a batch normalisation behind them, and some
+    twice, of which the worse is told. Leaves with fewer than 16 kept weights are found by their
+    path alone.
 
     Args:
       path_or_arrays: an ONNX file (with weights in float, ``DequantizeLinear``, products of
@@ -97,7 +102,9 @@ def check_zeros(path_or_arrays: Any, params: Params, masks: Masks) -> Zeros:
       many kept weights became zero. It is false when no zero is lost.
 
     Raises:
-      ValueError: masks do not mirror the params; a leaf with a mask is not in the file.
+      ValueError: masks do not mirror the params; a leaf with a mask is not in the file; the file
+        is none of these, or damaged.
+      TypeError: params are shapes without values.
       FileNotFoundError: there is no such file.
       ImportError: a package that reads the file is missing.
 
@@ -118,66 +125,150 @@ def check_zeros(path_or_arrays: Any, params: Params, masks: Masks) -> Zeros:
     else:
         leaves = leaves_with_path(where)
         arrays, place = {path: np.asarray(x) for path, x in leaves if not is_hole(x)}, "the arrays"
-    wanted = _masked(params, masks)
-    found = {path: locate(path, *pair, arrays) for path, pair in wanted.items()}
-    missing = [path for path, array in found.items() if array is None]
+    rows, missing = judge(_masked(params, masks), arrays)
     if missing:
         raise ValueError(
             f"`check_zeros` finds no weights like {list_paths(missing)} in {place}, which holds "
-            f"{list_paths(list(arrays))}. Pass the params that were written (the small ones of "
-            "`shrink`), and masks with None for what a tool has merged with something else."
+            f"{list_paths(list(arrays)) or 'none'}. Pass the params that were written (the small "
+            "ones of `shrink`), and masks with None for what a tool has merged with something else."
         )
-    return Zeros(tuple(count(path, *wanted[path], x) for path, x in found.items() if x is not None))
+    return Zeros(tuple(rows))
 
 
-def _masked(params: Params, masks: Masks) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Weights and masks of the leaves that have one."""
+class Part(NamedTuple):
+    """A leaf, or a layer of one: its weights, zero where they are removed, and its mask."""
+
+    path: str
+    w: np.ndarray
+    mask: np.ndarray
+
+
+class Match(NamedTuple):
+    """An array of a file with its axes in the order of a part, and how alike they are."""
+
+    name: str
+    x: np.ndarray
+    likeness: float
+
+
+def _masked(params: Params, masks: Masks) -> list[Part]:
+    """The leaves that have a mask."""
     known = {path: mask for path, mask in leaves_with_path(masks) if not is_hole(mask)}
     leaves = {path: w for path, w in leaves_with_path(params) if path in known}
-    found = {}
+    shapes = [path for path, w in leaves.items() if isinstance(w, jax.ShapeDtypeStruct)]
+    if shapes:
+        raise TypeError(
+            f"`check_zeros` got params without values at {list_paths(shapes)}. Pass arrays."
+        )
+    found = []
     for path, w in leaves.items():
         mask = np.broadcast_to(np.asarray(known[path]), w.shape)
         values = np.asarray(w).astype(np.float32)
-        found[path] = np.where(mask, values, np.float32(0)), mask
+        found.append(Part(path, np.where(mask, values, np.float32(0)), mask))
     return found
 
 
-def count(path: str, w: np.ndarray, mask: np.ndarray, array: np.ndarray) -> Kept:
-    """Compare one leaf with what a file holds of it, in the order of the leaf's axes."""
-    lost = ~mask & (array != 0)  # NaN is not zero
-    size = np.max(np.abs(array), initial=0.0, where=np.isfinite(array)) or 1.0
-    largest = float(np.max(np.abs(array), initial=0.0, where=lost) / size)
-    zeroed = mask & (w != 0) & (array == 0)
-    return Kept(path, int((~mask).sum()), int(lost.sum()), largest, int(zeroed.sum()))
+def judge(wanted: Iterable[Part], arrays: Mapping[str, np.ndarray]) -> tuple[list[Kept], list[str]]:
+    """Count zeros part by part, and list the paths of those that are not there.
 
-
-def locate(
-    path: str, w: np.ndarray, mask: np.ndarray, arrays: Mapping[str, np.ndarray]
-) -> np.ndarray | None:
-    """Find a leaf among the arrays of a file, and bring its axes in order; None if it is not there.
-
-    By name where name and shape are those of the leaf, else by the values of the weights.
+    Twice the same values are two arrays of one leaf, or those of leaves that began as copies: an
+    array belongs to the leaf that it is most like, and of several to the one whose zeros it has.
     """
-    named = arrays.get(path)
-    if named is not None and named.shape == w.shape:
-        return named
-    alike = [x for x in ([named] if named is not None else arrays.values()) if x.size == w.size]
-    turned = [y for x in alike for y in _orders(x, w.shape)]
-    scores = [_likeness(w, mask, y) for y in turned]
-    if scores and max(scores) >= min(ALIKE + 3 / np.sqrt(w.size), 0.95):
-        return turned[int(np.argmax(scores))]
-    layers = [locate(f"{path}/{i}", w[i], mask[i], arrays) for i in range(_layers(w))]
-    if not layers or any(layer is None for layer in layers):
-        return None
-    return np.stack([layer for layer in layers if layer is not None])
+    parts = [part for each in wanted for part in _apart(each, arrays)]
+    matches = [_matches(part, arrays) for part in parts]
+    owners: dict[str, int] = {}
+    for name in arrays:
+        claims = {i: m for i, found in enumerate(matches) for m in found if m.name == name}
+        best = max((m.likeness for m in claims.values()), default=0.0)
+        near = [i for i, m in claims.items() if m.likeness >= best - NEAR]
+        if near:
+            owners[name] = min(near, key=lambda i: _lost(parts[i], claims[i].x))
+    rows: dict[str, Kept] = {}
+    missing = []
+    for i, (part, found) in enumerate(zip(parts, matches, strict=True)):
+        mine = [m for m in found if owners[m.name] == i]
+        mine = mine or sorted(found, key=lambda m: -m.likeness)[:1]
+        if not mine:
+            missing.append(part.path)
+            continue
+        worst = max((count(part, m.x) for m in mine), key=lambda row: (row.lost, row.zeroed))
+        rows[part.path] = _joined_rows(rows.get(part.path), worst)
+    return [row for path, row in rows.items() if path not in missing], list(dict.fromkeys(missing))
 
 
-def _layers(w: np.ndarray) -> int:
-    return len(w) if w.ndim > 2 else 0
+def count(part: Part, x: np.ndarray) -> Kept:
+    """Compare a part with what a file holds of it."""
+    lost = ~part.mask & (x != 0)  # NaN is not zero
+    size = np.max(np.abs(x), initial=0.0, where=np.isfinite(x)) or 1.0
+    largest = float(np.max(np.abs(x), initial=0.0, where=lost) / size)
+    zeroed = part.mask & (part.w != 0) & (x == 0)
+    return Kept(part.path, int((~part.mask).sum()), int(lost.sum()), largest, int(zeroed.sum()))
+
+
+def _lost(part: Part, x: np.ndarray) -> int:
+    return int(np.sum((part.w == 0) != (x == 0)))
+
+
+def _joined_rows(first: Kept | None, second: Kept) -> Kept:
+    """Add the rows of layers."""
+    if first is None:
+        return second
+    sums = (first.removed + second.removed, first.lost + second.lost)
+    largest = max(first.largest, second.largest)
+    return Kept(first.path, *sums, largest, first.zeroed + second.zeroed)
+
+
+def _apart(part: Part, arrays: Mapping[str, np.ndarray]) -> list[Part]:
+    """A leaf as it is where the file holds it, else its layers, if the file holds those."""
+    if part.w.ndim < 3 or _matches(part, arrays):
+        return [part]
+    layers = [Part(part.path, w, m) for w, m in zip(part.w, part.mask, strict=True)]
+    found = [one for layer in layers for one in _apart(layer, arrays)]
+    return found if all(_matches(one, arrays) for one in found) else [part]
+
+
+def _matches(part: Part, arrays: Mapping[str, np.ndarray]) -> list[Match]:
+    """The arrays that may be a part, each in the order that is most like it."""
+    return _found(part, arrays) or _found(part, arrays, by_channel=True)
+
+
+def _found(part: Part, arrays: Mapping[str, np.ndarray], by_channel: bool = False) -> list[Match]:
+    places = np.flatnonzero(part.w)
+    kept = places.size
+    if kept > SAMPLE:
+        places = np.random.default_rng(0).choice(places, SAMPLE)
+    least = min(ALIKE + 3 / np.sqrt(max(kept, 1)), 0.95)
+    chosen = np.unravel_index(places, part.w.shape)
+    even = _even if by_channel else lambda y: [y]
+    mine = [y[chosen].astype(np.float64) for y in even(part.w)]
+
+    def alike(x: np.ndarray) -> float:
+        theirs = [np.nan_to_num(y[chosen].astype(np.float64)) for y in even(x)]
+        return max(map(_likeness, mine, theirs))
+
+    found = []
+    for name, x in arrays.items():
+        if x.size != part.w.size:
+            continue
+        orders = list(_orders(x, part.w.shape))
+        named = name == part.path and x.shape == part.w.shape
+        if not kept and not np.any(x) and orders:  # nothing is left to tell it by
+            found.append(Match(name, orders[0], 1.0))
+            continue
+        orders += [y for turned in orders for y in _reversed(turned)]
+        scores = [alike(y) for y in orders] if kept >= FEWEST else []
+        if scores and max(scores) >= least:
+            best = int(np.argmax(scores))
+            found.append(Match(name, orders[best], max(scores) + named))
+        elif named:
+            found.append(Match(name, x, 2.0))
+    return found
 
 
 def _orders(x: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """All ways in which an array is one of that shape with its axes in another order."""
+    if x.shape == shape:
+        yield x
     tight, wanted = x.reshape([n for n in x.shape if n > 1]), [n for n in shape if n > 1]
     if sorted(tight.shape) == sorted(wanted):
         for axes in itertools.permutations(range(tight.ndim)):
@@ -198,22 +289,31 @@ def _joined(x: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
             yield x.T.reshape(shape)
 
 
-def _likeness(w: np.ndarray, mask: np.ndarray, x: np.ndarray) -> float:
-    """Correlate some entries, and their sizes, whose signs a scale of channels may turn."""
-    places = np.unravel_index(_sample(mask), w.shape)
-    a, b, m = w[places], np.nan_to_num(x[places].astype(np.float64)), mask[places]
+def _reversed(x: np.ndarray) -> Iterator[np.ndarray]:
+    """A kernel reversed along its windows, as converters write transposed convolutions."""
+    if x.ndim > 2:
+        yield np.flip(x, tuple(range(x.ndim - 2)))
+
+
+def _likeness(a: np.ndarray, b: np.ndarray) -> float:
+    """Correlate weights, and their sizes: a scale of channels may turn signs."""
     if np.array_equal(a, b):
         return 1.0
-    return max(_correlation(a, b), _correlation(np.abs(a) * m, np.abs(b)))
+    left = b != 0  # a channel that is gone as a whole says nothing
+    if left.sum() < FEWEST:
+        return 0.0
+    a, b = a[left], b[left]
+    return max(_correlation(a, b), _correlation(np.abs(a), np.abs(b)))
 
 
-def _sample(mask: np.ndarray) -> np.ndarray:
-    """Some entries, half of them kept, or of a thousandth that is kept none would be among them."""
-    if mask.size <= SAMPLE:
-        return np.arange(mask.size)
-    rng, kept = np.random.default_rng(0), np.flatnonzero(mask)
-    places = rng.integers(0, mask.size, SAMPLE)
-    return places if not kept.size else np.concatenate([places, rng.choice(kept, SAMPLE)])
+def _even(x: np.ndarray) -> list[np.ndarray]:
+    """Bring all outputs to one size, first or last, that norms behind a product have scaled."""
+    sizes = [np.sqrt(np.mean(np.square(x), axis=_but(x, i), keepdims=True)) for i in (0, -1)]
+    return [np.abs(x) / np.where(size > 0, size, 1) for size in sizes]
+
+
+def _but(x: np.ndarray, axis: int) -> tuple[int, ...]:
+    return tuple(i for i in range(x.ndim) if i != axis % x.ndim)
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -222,9 +322,18 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / size) if size > 0 else 0.0
 
 
-def compare_zeros(source: Arrays, arrays: Arrays) -> Zeros | None:
-    """Look what became of the zeros of the weights of a file; None where they had none."""
-    pruned = {name: (w, w != 0) for name, w in source.items() if not w.all()}
-    found = {name: locate(name, *pair, arrays) for name, pair in pruned.items()}
-    rows = [count(name, *pruned[name], x) for name, x in found.items() if x is not None]
-    return Zeros(tuple(rows)) if rows else None
+def compare_zeros(source: Arrays, arrays: Arrays) -> tuple[Zeros | None, list[str]]:
+    """Look what became of the zeros of the weights of a file; None where they had none.
+
+    Those of some name are looked for under that name, and only then elsewhere. And the names of
+    those that are not found.
+    """
+    rows: list[Kept] = []
+    missing: list[str] = []
+    for name, w in source.items():
+        if w.all():
+            continue
+        own = {name: arrays[name]} if name in arrays else arrays
+        found, gone = judge([Part(name, w, w != 0)], own)
+        rows, missing = rows + found, missing + gone
+    return Zeros(tuple(rows)) if rows else None, missing

@@ -259,12 +259,11 @@ def _warn_of_lost(zeros: Zeros | None, missing: list[str]) -> None:
 
 def _warn_of_floats(source: str, weights: Arrays, floats: dict[str, int]) -> None:
     """Say what stayed as it was, and refuse where that is all."""
-    large = {name: w.nbytes for name, w in weights.items() if w.size >= _quantizers.LEAST}
     left = {name: size for name, size in floats.items() if size >= 4 * _quantizers.LEAST}
-    if not large or sum(left.values()) >= sum(large.values()):
+    if sum(floats.values()) >= sum(w.nbytes for w in weights.values()):
         raise ValueError(
             f"`export.quantize_onnx` finds nothing to quantize in {source!r}: "
-            + (f"{list_paths(list(left))} stayed in float." if left else "it holds no matrix.")
+            + (f"{list_paths(list(floats))} stayed in float." if floats else "it holds no matrix.")
             + " Export with `jp.export.onnx`, whose products are `MatMul` and `Conv`, or name more "
             "in `operators`."
         )

@@ -15,6 +15,7 @@ pytest.importorskip("safetensors")
 import safetensors.numpy as library
 
 from experiments.common import llama
+from jaxprune.export._safetensors import read_safetensors
 
 NET = llama.Llama(vocabulary=32, width=16, layers=3, heads=4, kv_heads=2, inner=24)
 NAMES = {
@@ -141,6 +142,53 @@ def test_dtypes_come_back_bit_by_bit(tmp_path, dtype):
     assert bytes(read["w"]["data"]) == np.ascontiguousarray(value.T).tobytes()
     assert tuple(read["empty"]["shape"]) == (0, 4) and tuple(read["one"]["shape"]) == ()
     assert report.parity == 0
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16, jnp.int64, bool]
+)
+def test_every_dtype_that_is_written_is_read(tmp_path, dtype):
+    value = np.arange(12).reshape(3, 4).astype(dtype)
+    path = tmp_path / "model.safetensors"
+    jp.export.safetensors(path, {"w": value, "empty": value[:0], "one": value[1, 1]})
+    read = read_safetensors(path)
+    assert {name: (x.dtype, x.shape) for name, x in read.items()} == {
+        "w": (value.dtype, (3, 4)),
+        "empty": (value.dtype, (0, 4)),
+        "one": (value.dtype, ()),
+    }
+    np.testing.assert_array_equal(read["w"], value)
+
+
+def test_dtypes_of_others_are_read_and_packed_ones_told(tmp_path):
+    def write(dtype):
+        head = {"w": {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, 4]}}
+        if dtype == "F4":
+            head["w"]["shape"] = [2, 4]
+        text = json.dumps(head).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes([127, 128, 126, 127]))
+
+    path = tmp_path / "model.safetensors"
+    write("F8_E8M0")
+    np.testing.assert_array_equal(
+        read_safetensors(path)["w"].astype(np.float32), [[1, 2], [0.5, 1]]
+    )
+    write("F4")
+    with pytest.raises(ValueError, match=r"NumPy has not: 'w' \(F4\).*F32.*convert"):
+        read_safetensors(path)
+
+
+def test_files_that_cannot_be_read_are_told(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"no .*model\.safetensors"):
+        read_safetensors(path)
+    jp.export.safetensors(path, {"w": numbers(2, 3)})
+    whole = path.read_bytes()
+    bad_head = whole[:8] + b"[" + whole[9:]
+    for data in (b"", whole[:4], whole[:20], whole[:-1], whole + b"\0", bad_head, b"x" * 99):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"model\.safetensors' is no .*cut short.*Copy it"):
+            read_safetensors(path)
 
 
 def test_zeros_are_positive_and_what_was_removed_is_zero(tmp_path):

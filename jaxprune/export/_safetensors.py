@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._atomic import in_place
@@ -18,6 +19,13 @@ from jaxprune.export._extras import need
 from jaxprune.export._flat import Names, Tensor, tensors_of, unequal_layers, zeros_of
 from jaxprune.export._report import Report, describe
 from jaxprune.typing import Masks, Params
+
+# What else the files of others hold; numbers of 4 and 6 bits are packed, which NumPy has not.
+OTHERS = {
+    **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
+    **{"F8_E8M0": "float8_e8m0fnu", "C64": "complex64"},
+}
+DTYPES = {code: name for name, code in CODES.items()} | OTHERS
 
 
 def safetensors(
@@ -152,3 +160,37 @@ def _check_back(read: list[tuple[str, dict]], tensors: list[Tensor]) -> None:
 
 def _bytes(x: np.ndarray) -> np.ndarray:
     return words(x).reshape(-1).view(np.uint8)
+
+
+def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+    """Read all tensors of a safetensors file, in the dtypes of the file.
+
+    `safetensors.numpy.load_file` fails for float8 (0.8), which NumPy gets from ``ml_dtypes``.
+
+    Raises:
+      ValueError: the file is none of safetensors, is damaged or cut short, or a tensor is of a
+        dtype that NumPy has not.
+      FileNotFoundError: there is no such file.
+      ImportError: the package ``safetensors`` is missing.
+    """
+    library = need("safetensors", "safetensors", "checkpoint")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"There is no {str(path)!r}. `jp.export.safetensors` writes one.")
+    try:
+        found = library.deserialize(Path(path).read_bytes())
+    except library.SafetensorError as error:
+        raise ValueError(
+            f"{str(path)!r} is no safetensors file, or damaged or cut short: {error}. Copy it "
+            "again, or write it anew with `jp.export.safetensors`."
+        ) from error
+    unknown = [f"{name!r} ({x['dtype']})" for name, x in found if x["dtype"] not in DTYPES]
+    if unknown:
+        raise ValueError(
+            f"{str(path)!r} holds tensors of dtypes that NumPy has not: {', '.join(unknown[:12])}. "
+            f"Those that can be read are {', '.join(DTYPES)}: convert the others."
+        )
+    return {name: _array(x["data"], x["dtype"], x["shape"]) for name, x in found}
+
+
+def _array(data: bytes, code: str, shape: list[int]) -> np.ndarray:
+    return np.frombuffer(data, jnp.dtype(DTYPES[code])).reshape(shape)

@@ -140,6 +140,20 @@ def test_stacks_become_layers_and_kernels_are_turned(tmp_path):
     assert report.zeros_kept == 1.0
 
 
+def test_biases_of_attention_stay_floats_with_one_axis(tmp_path):
+    linen = pytest.importorskip("flax.linen")
+    net, x = linen.MultiHeadDotProductAttention(2), weights((2, 6, 128))
+    params = net.init(jax.random.key(0), x)
+    layout = jp.find_layout(net.apply, params, x)
+    path = tmp_path / "net.gguf"
+    jp.export.gguf(path, params, layout=layout, quantization="Q4_0")
+    found = {t.name: t for t in library.GGUFReader(path).tensors}
+    for name in ("query", "key", "value", "out"):
+        bias, kernel = (found[f"params/{name}/{leaf}"] for leaf in ("bias", "kernel"))
+        assert bias.tensor_type.name == "F32" and bias.shape.tolist() == [128]
+        assert kernel.tensor_type.name == "Q4_0" and kernel.shape.tolist() == [128, 128]
+
+
 def test_metadata_are_written_and_taken_from_a_file_of_the_same_model(tmp_path):
     first, second = tmp_path / "first.gguf", tmp_path / "second.gguf"
     metadata = {

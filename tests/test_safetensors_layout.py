@@ -116,6 +116,69 @@ def test_axes_of_outputs_and_of_inputs_become_one_and_windows_go_last(tmp_path):
     np.testing.assert_array_equal(one, params["experts"][1, 2].T)
 
 
+def attention():
+    from flax import linen as nn
+
+    net = nn.MultiHeadDotProductAttention(2)
+    x = numbers(2, 6, 128)
+    params = net.init(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda p: p + numbers(*p.shape), params)
+    return params, jp.find_layout(lambda p, x: net.apply({"params": p}, x), params, x)
+
+
+def test_biases_of_attention_have_one_axis_as_their_kernels_have_for_outputs(tmp_path):
+    pytest.importorskip("flax")
+    params, layout = attention()
+    path = tmp_path / "model.safetensors"
+    masks = {n: {"kernel": None, "bias": None} for n in params}
+    masks["query"]["bias"] = params["query"]["bias"] > 0
+    report = jp.export.safetensors(path, params, layout=layout, masks=masks)
+    read = library.load_file(path)
+    for name in ("query", "key", "value", "out"):
+        assert read[f"{name}/kernel"].shape == (128, 128) and read[f"{name}/bias"].shape == (128,)
+    np.testing.assert_array_equal(read["value/bias"], params["value"]["bias"].reshape(128))
+    np.testing.assert_array_equal(
+        read["query/bias"], np.maximum(params["query"]["bias"], 0).ravel()
+    )
+    assert report.zeros_kept == 1.0
+
+
+@pytest.mark.parametrize(
+    "kernel, bias, wanted",
+    [
+        ((("layer", "in", "out", "out"), (5, 8, 2, 3)), (("layer", None, None), (5, 2, 3)), [6]),
+        ((("in", "out", "out"), (8, 2, 3)), ((None, None), (3, 2)), [3, 2]),  # other sizes
+        ((("in", "out", "out"), (8, 2, 3)), (("in", None), (2, 3)), None),  # another role
+        ((("group", "in", "out"), (4, 8, 3)), ((None, None), (4, 3)), [4, 3]),
+        ((("window", "in", "out"), (3, 8, 2)), ((None, None), (6, 2)), [6, 2]),  # of positions
+    ],
+)
+def test_a_bias_takes_the_roles_of_outputs_of_the_one_kernel_beside_it(
+    tmp_path, kernel, bias, wanted
+):
+    from jaxprune._use import Entry, Use
+
+    entries = (
+        Entry("q/kernel", (Use("matmul", kernel[0]),), kernel[1]),
+        Entry("q/bias", (Use("bias", bias[0]),), bias[1]),
+    )
+    params = {"q": {"kernel": numbers(*kernel[1]), "bias": numbers(*bias[1])}}
+    path = tmp_path / "model.safetensors"
+    if wanted is None:
+        with pytest.raises(ValueError, match="cannot lay out 'q/bias'"):
+            jp.export.safetensors(path, params, layout=jp.Layout(entries))
+        return
+    jp.export.safetensors(path, params, layout=jp.Layout(entries))
+    name = "q/bias[4]" if bias[0][0] == "layer" else "q/bias"
+    value = params["q"]["bias"][4] if bias[0][0] == "layer" else params["q"]["bias"]
+    np.testing.assert_array_equal(library.load_file(path)[name], value.reshape(wanted))
+    # Beside two kernels nobody can tell whose it is.
+    two = (*entries, Entry("q/other", (Use("matmul", kernel[0]),), kernel[1]))
+    params["q"]["other"] = numbers(*kernel[1])
+    jp.export.safetensors(path, params, layout=jp.Layout(two))
+    np.testing.assert_array_equal(library.load_file(path)[name], value)
+
+
 def test_layers_without_names_are_called_as_the_rest_of_the_library_calls_them(tmp_path):
     path = tmp_path / "model.safetensors"
     layout = jp.Layout({"up": ("layer", "in", "out")})

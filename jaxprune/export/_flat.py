@@ -12,7 +12,7 @@ from jaxprune._layout import Layout, check_layout
 from jaxprune._masks import check_masks, unpack
 from jaxprune._tree import list_paths, match
 from jaxprune.checkpoint._leaves import every_slot, named, on_host
-from jaxprune.export._turn import numbered_axes, turned
+from jaxprune.export._turn import numbered_axes, turned, with_biases
 from jaxprune.typing import Masks, Params
 
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
@@ -42,7 +42,7 @@ def tensors_of(
     leaves = {p: x for p, x in named(params, f"export.{user}(...)").items() if x is not None}
     _check_values(user, leaves)
     check_layout(f"export.{user}", layout)
-    settled = None if layout is None else layout.on(params, f"export.{user}")
+    settled = None if layout is None else with_biases(layout.on(params, f"export.{user}"))
     mask_at = _masks(user, params, masks)
     templates = _templates(user, list(leaves), names)
     found: list[Tensor] = []

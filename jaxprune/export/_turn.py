@@ -8,16 +8,56 @@
 #     (layer, group, in, out)      for each layer [group, out, in], or [out, in] for each expert,
 #                                  by the places that its name has for numbers
 #     (None, out), (None,), ...    as it is: tables, gains, biases
+#
+# A layout calls the axes of a bias nothing, since they are contracted with nothing. Beside a kernel
+# (in, out, out) of [128, 2, 64] one of [2, 64] is (out, out) all the same, and becomes [128].
 
+import dataclasses
 import itertools
 import math
 
 import numpy as np
 
 from jaxprune._layout import Layout
-from jaxprune._use import Role
+from jaxprune._use import Entry, Role, Use
 
 ORDER: tuple[Role, ...] = ("group", "out", "in", "window")
+
+
+def with_biases(layout: Layout) -> Layout:
+    """Give each bias the roles of the outputs of the one kernel beside it, where sizes fit."""
+    kernels: dict[str, list[Entry]] = {}
+    for entry in layout.entries:
+        if {"in", "out"} <= set(_roles(layout, entry)):
+            kernels.setdefault(_parent(entry.path), []).append(entry)
+    found = []
+    for entry in layout.entries:
+        beside = kernels.get(_parent(entry.path), [])
+        if len(beside) == 1 and all(use.kind == "bias" for use in entry.uses):
+            found.append(_like_outputs(layout, entry, beside[0]))
+        else:
+            found.append(entry)
+    return Layout(tuple(found))
+
+
+def _like_outputs(layout: Layout, bias: Entry, kernel: Entry) -> Entry:
+    """Name the axes of a bias as those of a kernel that it has too: not inputs nor windows."""
+    axes = zip(_roles(layout, kernel), kernel.shape or (), strict=True)
+    outputs = [(role, n) for role, n in axes if role in ("layer", "group", "out")]
+    roles, sizes = tuple(role for role, _ in outputs), tuple(n for _, n in outputs)
+    if sizes != bias.shape:
+        return bias
+    if any(now not in (None, role) for now, role in zip(_roles(layout, bias), roles, strict=True)):
+        return bias
+    return dataclasses.replace(bias, uses=(Use("bias", roles),))
+
+
+def _roles(layout: Layout, entry: Entry) -> tuple[Role, ...]:
+    return layout.roles(entry.path, entry.rank)
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def numbered_axes(

@@ -124,6 +124,47 @@ def test_weights_beyond_the_scales_of_a_type_are_refused_by_path(tmp_path):
     assert np.isnan(read_gguf(tmp_path / "net.gguf")["bad"]).all()
 
 
+@pytest.mark.parametrize(
+    "quantization, factor, what",
+    [
+        ("Q8_0", 1e-7, r"8 whole blocks of 32 in Q8_0"),
+        ("Q4_0", 1e-8, r"8 whole blocks of 32 in Q4_0"),
+        ("F16", 1e-9, r"4 whole rows in F16"),
+    ],
+)
+def test_blocks_of_weights_that_are_too_small_for_a_type_are_told(
+    tmp_path, quantization, factor, what
+):
+    path = tmp_path / "net.gguf"
+    w = weights((4, 64))
+    tensors = {"small": np.concatenate([w * np.float32(factor), w]), "good": w}
+    masks = {"small": np.concatenate([w, w]) > 0, "good": None}
+    kept = int((w > 0).sum())
+    with pytest.warns(jp.PruneWarning, match=rf"'small' \({kept} weights, {what}\)\. Sc.*BF16"):
+        jp.export.gguf(path, tensors, masks=masks, quantization=quantization)
+    assert not read_gguf(path)["small"][:4].any()
+    for fine in ("BF16", "MXFP4"):
+        jp.export.gguf(path, tensors, masks=masks, quantization=fine)
+        assert all((read_gguf(path)["small"][:4] != 0).any(axis=1))
+
+
+def test_single_weights_that_become_zero_beside_larger_ones_are_only_counted(tmp_path):
+    w = weights((2, 32))
+    w[0, 3] = 1e-9
+    for quantization in ("Q8_0", "F16"):
+        report = jp.export.gguf(tmp_path / "net.gguf", {"w": w}, quantization=quantization)
+        assert report.zeroed >= 1
+
+
+def test_numbers_beyond_float32_are_told_apart_from_scales_beyond_float16(tmp_path):
+    path = tmp_path / "net.gguf"
+    for shape in ((2,), (2, 32)):
+        with pytest.raises(ValueError, match=r"'v'.* too large for float32.*Scale them down\.$"):
+            jp.export.gguf(path, {"v": np.full(shape, 1e300)})
+    with pytest.warns(jp.PruneWarning, match=r"'v' \(2 weights, 1 whole rows in F32\)"):
+        jp.export.gguf(path, {"v": np.full(2, 1e-300), "empty": np.ones((3, 0))})
+
+
 def test_stacks_become_layers_and_kernels_are_turned(tmp_path):
     params = {"layers": {"up": weights((3, 32, 64))}, "norm": weights((64,))}
     masks = {"layers": {"up": weights((3, 32, 64), 1) > 0}, "norm": None}

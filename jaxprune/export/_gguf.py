@@ -93,7 +93,8 @@ def gguf(
 
     Warns:
       PruneWarning: tensors that were to be quantized are float16, since their last axis is no
-        multiple of the type's block.
+        multiple of the type's block. Or whole blocks of kept weights became 0, since they are too
+        small for the type: in ``"Q8_0"`` where the largest of a block is below some 4e-6.
 
     Example:
       >>> import tempfile
@@ -134,6 +135,7 @@ def gguf(
         kept, zeroed = zeros_of(found, got)
         if not lose_zeros:
             _check_zeros(library, kept, quantization)
+        _warn_wiped(library, found, got, kinds)
         report = describe(path, written, (parity, None))
         return dataclasses.replace(report, zeros_kept=kept, zeroed=zeroed)
 
@@ -243,13 +245,57 @@ def _compare(tensors: list[Tensor], got: Mapping[str, np.ndarray], quantization:
     found.add([got[t.name] for t in tensors], [t.value for t in tensors])
     lost = [t.path for t in tensors if np.any(~np.isfinite(got[t.name]) & np.isfinite(t.value))]
     if lost or not np.isfinite(found.parity):
+        beyond = any(t.path in lost and _is_beyond(t.value) for t in tensors)
+        why = "float32, which all numbers go through" if beyond else "scales in float16"
+        more = "" if beyond else ", use 'BF16' or 'MXFP4', or leave them out with `where=`"
         raise ValueError(
             f"`export.gguf(quantization={quantization!r})` makes inf or NaN of weights in "
             f"{list_paths(list(dict.fromkeys(lost)))} ({found.where}): they are too "
-            "large for scales in float16. No file was written. Scale them down, use 'BF16' or "
-            "'MXFP4', or leave them out with `where=`."
+            f"large for {why}. No file was written. Scale them down{more}."
         )
     return found.parity
+
+
+def _is_beyond(x: np.ndarray) -> bool:
+    """Say whether some numbers, of float64 then, are larger than any float32."""
+    return bool(np.any(np.isfinite(x) & (np.abs(x) > np.finfo(np.float32).max)))
+
+
+def _warn_wiped(
+    library: Any, tensors: list[Tensor], got: Mapping[str, np.ndarray], kinds: Mapping[str, Any]
+) -> None:
+    """Tell of blocks that lost all they kept: a block's scale below 3e-8 is 0 in float16."""
+    told = []
+    for t in tensors:
+        kind = kinds[t.name]
+        block = 1 if kind is None else library.GGML_QUANT_SIZES[kind][0]
+        weights, blocks = _wiped(t.value, got[t.name], block)
+        if weights and kind is not None:
+            what = f"{blocks:,} whole {'rows' if block == 1 else f'blocks of {block}'}"
+            told.append(f"{t.name!r} ({weights:,} weights, {what} in {kind.name})")
+    if told:
+        warnings.warn(
+            f"`export.gguf` makes kept weights 0, which are too small for their type: "
+            f"{', '.join(told[:6])}{f' and {len(told) - 6} more' if told[6:] else ''}. Scale them "
+            "up, use 'BF16' or 'MXFP4', or leave them out with `where=`.",
+            PruneWarning,
+            stacklevel=3,
+        )
+
+
+def _wiped(value: np.ndarray, got: np.ndarray, block: int) -> tuple[int, int]:
+    """Count kept weights in blocks of the last axis that all became 0, and these blocks.
+
+    Args:
+      value: `[..., n]`, as it was to be written.
+      got: `[..., n]`, as it was read.
+      block: of neighbours with a scale; a row counts as one where each number stands for itself,
+        since single weights that are nothing beside their neighbours are no loss.
+    """
+    width = block if block > 1 else max((value.shape or (1,))[-1], 1)
+    kept = (value != 0).reshape(-1, width)
+    wiped = kept.any(axis=1) & ~(got != 0).reshape(-1, width).any(axis=1)
+    return int(kept[wiped].sum()), int(wiped.sum())
 
 
 def _check_zeros(library: Any, kept: float | None, quantization: str) -> None:

@@ -236,14 +236,94 @@ def test_metadata_are_written_and_taken_from_a_file_of_the_same_model(tmp_path):
         ({"w": weights()}, {"masks": {"v": weights() > 0}}, ValueError, "unknown 'v'"),
         ({"w": weights()}, {"metadata": {"k": object()}}, TypeError, "'k'"),
         ({"w": weights()}, {"metadata": {"k": []}}, TypeError, "'k'"),
+        ({"w": weights()}, {"metadata": {"k": np.complex64(1)}}, TypeError, "'k'"),
+        ({"w": weights()}, {"metadata": {"k": np.datetime64(1, "s")}}, TypeError, "'k'"),
         ({"w": weights()}, {"metadata": "llama"}, TypeError, "metadata='llama'"),
         ({"w": weights()}, {"like": "nowhere.gguf"}, FileNotFoundError, "nowhere"),
+        ({"w": weights()}, {"like": 3}, TypeError, "like=3, which is no path"),
+        ({"w": weights()}, {"like": "."}, FileNotFoundError, "no such file"),
+        ({"w": weights()}, {"names": {"w": 3}}, TypeError, r"gives 3 for 'w'\. Pass a string"),
+        ({"w": weights()}, {"names": {"w": ""}}, TypeError, "gives '' for 'w'"),
+        ({"w": weights()}, {"names": "w"}, TypeError, "names='w'. Pass a mapping"),
+        ({"\ud800": weights()}, {}, ValueError, "UTF-8 has no place for"),
+        ({"w": weights()}, {"where": "w"}, TypeError, r"where='w', a string.*by_path\('w'\)"),
+        ({"w": weights()}, {"where": None}, TypeError, "where=None, which cannot be called"),
     ],
 )
 def test_bad_input_is_refused_at_the_door(tmp_path, tensors, kwargs, error, match):
     with pytest.raises(error, match=match):
         jp.export.gguf(tmp_path / "net.gguf", tensors, **kwargs)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2**70, 2**64, -(2**63) - 1, [-1, 2**63], 1e300, [1.0, -1e39], "\ud800", ["a", "\ud800"]],
+)
+def test_metadata_beyond_the_types_of_gguf_are_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=r"'a': .*beyond what GGUF holds: whole numbers of 64"):
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, metadata={"a": value, "b": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_largest_metadata_come_back(tmp_path):
+    metadata = {
+        "a": 2**64 - 1,
+        "b": [-1, 2**63 - 1],
+        "c": -(2**63),
+        "d": [0, 2**64 - 1],
+        "e": float(np.finfo(np.float32).max),
+        "f": float("inf"),
+        "g": "\N{SNOWMAN}",
+    }
+    jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, metadata=metadata)
+    fields = library.GGUFReader(tmp_path / "net.gguf").fields
+    assert {key: fields[key].contents() for key in metadata} == metadata
+
+
+@pytest.mark.parametrize(
+    "key", ["general.file_type", "general.alignment", "split.count", "GGUF.version"]
+)
+def test_metadata_that_the_writer_decides_are_refused(tmp_path, key):
+    with pytest.raises(ValueError, match=rf"got '{key}', which say .*quantization=.*Leave"):
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, metadata={key: 1})
+    with pytest.raises(TypeError, match=r"'general.architecture': 3\. Pass a name"):
+        jp.export.gguf(tmp_path / "n.gguf", {"w": weights()}, metadata={"general.architecture": 3})
+
+
+@pytest.mark.parametrize("data", [b"", b"GGUF", b"junk" * 30, b"GGUF" + b"\1" * 80])
+def test_a_file_like_which_is_none_of_gguf_is_told(tmp_path, data):
+    like = tmp_path / "junk"
+    like.write_bytes(data)
+    with pytest.raises(ValueError, match=r"gguf\(like='.*junk'\)` is no GGUF file.*metadata="):
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, like=like)
+    assert list(tmp_path.iterdir()) == [like]
+
+
+@pytest.mark.parametrize(
+    "key, value, kind",
+    [
+        ("whole", -1, "UINT32"),
+        ("whole", 2**32, "UINT32"),
+        ("whole", 1.5, "UINT32"),
+        ("whole", True, "UINT32"),
+        ("whole", "x", "UINT32"),
+        ("flag", 7, "BOOL"),
+        ("text", 7, "STRING"),
+        ("rows", [1, -1], "UINT32"),
+        ("number", "x", "FLOAT32"),
+    ],
+)
+def test_metadata_of_another_type_than_in_the_file_like_are_refused(tmp_path, key, value, kind):
+    like = tmp_path / "like.gguf"
+    before = {"whole": 3, "flag": True, "text": "x", "rows": [1, 2], "number": 1.5}
+    jp.export.gguf(like, {"w": weights()}, metadata=before)
+    with pytest.raises(ValueError, match=rf"'{key}': .*, which is {kind} there\. Pass values of"):
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, like=like, metadata={key: value})
+    after = {"whole": np.int64(4), "rows": np.array([7]), "number": 2, "flag": np.False_}
+    jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, like=like, metadata=after)
+    fields = library.GGUFReader(tmp_path / "net.gguf").fields
+    assert {k: fields[k].contents() for k in before} == before | after | {"rows": [7]}
 
 
 def test_reading_says_what_a_file_is_that_is_no_gguf_file(tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxprune._advice import PruneWarning
 from jaxprune._atomic import in_place
+from jaxprune._errors import check_parts
 from jaxprune._layout import Layout
 from jaxprune._tree import check_regexes_match, list_paths
 from jaxprune._where import regexes_of
@@ -19,7 +20,7 @@ from jaxprune.export._compare import Comparison
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._flat import Names, Tensor, tensors_of, zeros_of
-from jaxprune.export._gguf_metadata import Value, begin, check_metadata
+from jaxprune.export._gguf_metadata import Value, begin, check_metadata, fields_of, opened
 from jaxprune.export._report import Report, describe
 from jaxprune.typing import Masks, Params, Where
 
@@ -75,7 +76,8 @@ def gguf(
         rest is float32. ``jp.exclude("token_embd.weight", where=lambda path, x: x.ndim > 1)``.
       metadata: from keys to strings, numbers, bools or lists of these, such as
         ``{"general.architecture": "llama", "llama.block_count": 30}``. Whole numbers are unsigned
-        of 32 bits where they fit, as llama.cpp wants most, others float32. It goes before ``like``.
+        of 32 bits where they fit, as llama.cpp wants most, others float32. It goes before ``like``,
+        whose types it keeps. How the file is laid out is not yours to say: ``general.file_type``.
       like: a GGUF file whose metadata to take, its tokenizer among them.
       lose_zeros: write a type that does not keep all zeros.
 
@@ -87,8 +89,9 @@ def gguf(
     Raises:
       ValueError: the type is none that the package writes; zeros would be lost; weights are too
         large for the scales of the type; names that are too long or given twice; more than four
-        axes.
+        axes; numbers in ``metadata`` beyond 64 bits or float32; ``like`` is no GGUF file.
       TypeError: leaves or metadata of a kind that GGUF has not.
+      FileNotFoundError: there is no file ``like``.
       ImportError: the package ``gguf`` is missing (extra ``gguf``).
 
     Warns:
@@ -111,18 +114,20 @@ def gguf(
       `GGUF <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>`_. Measured with gguf 0.19.
     """
     check_path("gguf", path)
+    check_parts("export.gguf", where=where)
     library = need("gguf", "gguf", "gguf")
     kind = _kind(library, quantization)
     found = tensors_of("gguf", tensors, layout=layout, names=names, masks=masks)
     for regex, user in regexes_of(where):
         check_regexes_match((regex,), tensors, user)
-    check_metadata(metadata, like)
+    fields = fields_of(library, like)
+    check_metadata(library, metadata, fields)
     _check_fits(found)
     _check_finite([t for t in found if _is_quantized(t, where)])
     kinds = {t.name: _kind_of(library, t, kind, where) for t in found}
     _warn(library, [t for t in found if kinds[t.name] != kind and _is_quantized(t, where)], kind)
     with in_place(Path(path)) as written:
-        writer = begin(library, written, metadata or {}, like, kind)
+        writer = begin(library, written, metadata or {}, fields, kind)
         with np.errstate(all="ignore"):  # what overflows is found in what is read back
             for t in found:
                 _add(library, writer, t, kinds[t.name])
@@ -321,12 +326,7 @@ def read_gguf(path: str | Path) -> dict[str, np.ndarray]:
     library = need("gguf", "gguf", "gguf")
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no {str(path)!r}. `jp.export.gguf` writes one.")
-    try:
-        found = library.GGUFReader(path).tensors
-    except (ValueError, KeyError, IndexError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no GGUF file, or damaged: {error}. Pass one of `jp.export.gguf`."
-        ) from error
+    found = opened(library, path, repr(str(path)), "Pass one of `jp.export.gguf`.").tensors
     unknown = [f"{t.name!r} ({t.tensor_type.name})" for t in found if not _is_read(library, t)]
     if unknown:
         raise ValueError(

@@ -9,14 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxprune._atomic import in_place
+from jaxprune._errors import short
 from jaxprune._layout import Layout
+from jaxprune._tree import list_paths
 from jaxprune.checkpoint._frame import CODES
 from jaxprune.checkpoint._frame import Tensor as Stretch
 from jaxprune.checkpoint._frame import layout as places
 from jaxprune.checkpoint._leaves import list_lines, words
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
-from jaxprune.export._flat import Names, Tensor, tensors_of, unequal_layers, zeros_of
+from jaxprune.export._flat import Names, Tensor, is_text, tensors_of, unequal_layers, zeros_of
 from jaxprune.export._report import Report, describe
 from jaxprune.typing import Masks, Params
 
@@ -25,6 +27,7 @@ OTHERS = {
     **{"F8_E4M3FNUZ": "float8_e4m3fnuz", "F8_E5M2FNUZ": "float8_e5m2fnuz"},
     **{"F8_E8M0": "float8_e8m0fnu", "C64": "complex64"},
 }
+HEAD = "__metadata__"  # the one name that no tensor may have
 DTYPES = {code: name for name, code in CODES.items()} | OTHERS
 
 
@@ -66,7 +69,8 @@ def safetensors(
 
     Raises:
       ValueError: layers of unequal widths, with which layer has which; nobody can tell what the
-        axes of a kernel mean; names that do not fit, or are given twice; masks of unknown paths.
+        axes of a kernel mean; names that do not fit, are given twice or are ``"__metadata__"``;
+        masks of unknown paths.
       TypeError: leaves without values, or of dtypes that safetensors has not.
       ImportError: the package ``safetensors`` is missing (extra ``checkpoint`` or ``gguf``).
 
@@ -91,7 +95,8 @@ def safetensors(
     library = need("safetensors", "safetensors", "checkpoint")
     found = tensors_of("safetensors", params, layout=layout, names=names, masks=masks)
     _check_dtypes(found)
-    _check_metadata(metadata or {})
+    _check_names(found)
+    _check_metadata({} if metadata is None else metadata)
     if equal_layers:
         _check_equal(found)
     with in_place(Path(path)) as written:
@@ -111,12 +116,33 @@ def _check_dtypes(tensors: list[Tensor]) -> None:
         )
 
 
+def _check_names(tensors: list[Tensor]) -> None:
+    taken = [t.path for t in tensors if t.name == HEAD]
+    if taken:
+        raise ValueError(
+            f"`export.safetensors` would call {list_paths(taken)} {HEAD!r}, where such files have "
+            "their metadata. Give it another name with `names=`."
+        )
+
+
 def _check_metadata(metadata: Mapping[str, str]) -> None:
-    bad = [f"{k!r}: {v!r}" for k, v in metadata.items() if not isinstance(v, str)]
+    if not isinstance(metadata, Mapping):
+        raise TypeError(
+            f"`export.safetensors` got metadata={short(metadata)}. Pass a dict of strings, such as "
+            '`{"source": "a run"}`.'
+        )
+    items = metadata.items()
+    bad = [f"{k!r}: {v!r}" for k, v in items if not isinstance(v, str) or not isinstance(k, str)]
     if bad:
         raise TypeError(
             f"`export.safetensors(metadata=...)` got {'; '.join(bad[:12])}, and such files hold "
             "strings alone. Write `str(...)` around them."
+        )
+    halves = [k for k, v in metadata.items() if not is_text(k + v)]
+    if halves:
+        raise ValueError(
+            f"`export.safetensors(metadata=...)` got what UTF-8 has no place for in {halves[:12]}. "
+            "Write it with `ascii(...)`."
         )
 
 
@@ -136,7 +162,7 @@ def _write(path: Path, tensors: list[Tensor], metadata: Mapping[str, str]) -> No
     """Write the head and the arrays, one behind the other, as ``jp.checkpoint`` lays them out."""
     by_name = {t.name: t.value for t in tensors}
     lies = places({name: Stretch(x.dtype, x.shape) for name, x in by_name.items()})
-    text = json.dumps({"__metadata__": dict(metadata)} | lies, separators=(",", ":")).encode()
+    text = json.dumps({HEAD: dict(metadata)} | lies, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("xb") as file:
         file.write(len(text).to_bytes(8, "little") + text)

@@ -149,11 +149,12 @@ def test_biases_of_attention_have_one_axis_as_their_kernels_have_for_outputs(tmp
         ((("layer", "in", "out", "out"), (5, 8, 2, 3)), (("layer", None, None), (5, 2, 3)), [6]),
         ((("in", "out", "out"), (8, 2, 3)), ((None, None), (3, 2)), [3, 2]),  # other sizes
         ((("in", "out", "out"), (8, 2, 3)), (("in", None), (2, 3)), None),  # another role
+        ((("layer", "in", "out"), (5, 8, 3)), ((None, None), (5, 3)), [5, 3]),  # of positions
         ((("group", "in", "out"), (4, 8, 3)), ((None, None), (4, 3)), [4, 3]),
         ((("window", "in", "out"), (3, 8, 2)), ((None, None), (6, 2)), [6, 2]),  # of positions
     ],
 )
-def test_a_bias_takes_the_roles_of_outputs_of_the_one_kernel_beside_it(
+def test_a_bias_takes_the_roles_of_outputs_of_kernels_beside_it_that_fit(
     tmp_path, kernel, bias, wanted
 ):
     from jaxprune._use import Entry, Use
@@ -172,11 +173,26 @@ def test_a_bias_takes_the_roles_of_outputs_of_the_one_kernel_beside_it(
     name = "q/bias[4]" if bias[0][0] == "layer" else "q/bias"
     value = params["q"]["bias"][4] if bias[0][0] == "layer" else params["q"]["bias"]
     np.testing.assert_array_equal(library.load_file(path)[name], value.reshape(wanted))
-    # Beside two kernels nobody can tell whose it is.
-    two = (*entries, Entry("q/other", (Use("matmul", kernel[0]),), kernel[1]))
-    params["q"]["other"] = numbers(*kernel[1])
-    jp.export.safetensors(path, params, layout=jp.Layout(two))
-    np.testing.assert_array_equal(library.load_file(path)[name], value)
+
+
+def test_biases_in_a_dict_of_several_kernels_go_with_those_that_fit_if_these_agree(tmp_path):
+    def model(p, x):
+        q, k = (jnp.einsum("td,dhs->ths", x, p[f"w{n}"]) + p[f"b{n}"][None] for n in "qk")
+        return jnp.einsum("ths,uhs->htu", q, k), x @ p["up"] + p["bup"][None]
+
+    params = {"wq": numbers(8, 2, 3), "bq": numbers(2, 3), "wk": numbers(8, 2, 3)}
+    params |= {"bk": numbers(2, 3), "up": numbers(8, 5), "bup": numbers(5)}
+    layout = jp.find_layout(model, params, numbers(4, 8))
+    path = tmp_path / "model.safetensors"
+    jp.export.safetensors(path, params, layout=layout)
+    shapes = {name: x.shape for name, x in library.load_file(path).items()}
+    assert shapes == {"bq": (6,), "bk": (6,), "bup": (5,), "up": (5, 8)} | dict.fromkeys(
+        ("wq", "wk"), (6, 8)
+    )
+    # Of two that do not agree nobody can tell whose it is.
+    other = layout | jp.Layout({"wk": ("in", "group", "out")})
+    jp.export.safetensors(path, params, layout=other)
+    assert library.load_file(path)["bq"].shape == (2, 3)
 
 
 def test_layers_without_names_are_called_as_the_rest_of_the_library_calls_them(tmp_path):

@@ -66,8 +66,8 @@ def gguf(
         models have them, `[out, in]`, unless there is a ``layout``.
       quantization: a type of GGUF, for what ``where`` takes.
       layout: what each axis means. Stacks then become a tensor for each layer, kernels `[in, out]`
-        are turned, and several axes of outputs or inputs become one: of biases too, where they are
-        beside their kernel, as ``jp.export.safetensors`` has it.
+        are turned, and several axes of outputs or inputs become one: of biases too, as
+        ``jp.export.safetensors`` has it, so that those of attention are vectors.
       names: from paths of ``tensors`` to names in the file, a mapping or a function; None for the
         paths. Where layers are a stack ``{}`` stands for the number of the layer:
         ``"blk.{}.ffn_up.weight"``.

@@ -53,9 +53,10 @@ def safetensors(
       params: arrays in any tree, of dtypes that safetensors has.
       layout: what each axis means, such as ``jp.find_layout(fn, params, *inputs)``. A stack
         `[layers, in, out]` becomes a tensor `[out, in]` for each layer, several axes of outputs or
-        inputs become one, a convolution is `[out, in, ...]`. So do those of a bias that is alone
-        beside its kernel, as in flax: `[heads, size]` is `[heads * size]`; declare others, as
-        ``layout | jp.Layout({".*/bq": ("out", "out")})``. None to write arrays as they are.
+        inputs become one, a convolution is `[out, in, ...]`. A bias goes with the outputs of
+        a kernel in the same dict whose sizes it has: `[heads, size]` becomes `[heads * size]`;
+        for others say so, as ``layout | jp.Layout({".*/bias": ("out", "out")})``. None to write
+        arrays as they are.
       names: from paths to names in the file, a mapping or a function; None for the paths. Where
         layers are a stack ``{}`` stands for the number of the layer:
         ``"model.layers.{}.mlp.up_proj.weight"``. With a place for experts too, each gets a tensor.

@@ -25,30 +25,30 @@ ORDER: tuple[Role, ...] = ("group", "out", "in", "window")
 
 
 def with_biases(layout: Layout) -> Layout:
-    """Give each bias the roles of the outputs of the one kernel beside it, where sizes fit."""
+    """Give each bias the roles of the outputs of kernels beside it, where the sizes fit."""
     kernels: dict[str, list[Entry]] = {}
     for entry in layout.entries:
         if {"in", "out"} <= set(_roles(layout, entry)):
             kernels.setdefault(_parent(entry.path), []).append(entry)
-    found = []
-    for entry in layout.entries:
-        beside = kernels.get(_parent(entry.path), [])
-        if len(beside) == 1 and all(use.kind == "bias" for use in entry.uses):
-            found.append(_like_outputs(layout, entry, beside[0]))
-        else:
-            found.append(entry)
-    return Layout(tuple(found))
+    beside = [kernels.get(_parent(entry.path), []) for entry in layout.entries]
+    pairs = zip(layout.entries, beside, strict=True)
+    return Layout(tuple(_like_outputs(layout, entry, others) for entry, others in pairs))
 
 
-def _like_outputs(layout: Layout, bias: Entry, kernel: Entry) -> Entry:
-    """Name the axes of a bias as those of a kernel that it has too: not inputs nor windows."""
-    axes = zip(_roles(layout, kernel), kernel.shape or (), strict=True)
-    outputs = [(role, n) for role, n in axes if role in ("layer", "group", "out")]
-    roles, sizes = tuple(role for role, _ in outputs), tuple(n for _, n in outputs)
-    if sizes != bias.shape:
+def _like_outputs(layout: Layout, bias: Entry, kernels: list[Entry]) -> Entry:
+    """Name the axes of a bias as all kernels do that have these, beside inputs and windows."""
+    found = set()
+    for kernel in kernels:
+        axes = zip(_roles(layout, kernel), kernel.shape or (), strict=True)
+        outputs = [(role, n) for role, n in axes if role in ("layer", "group", "out")]
+        if tuple(n for _, n in outputs) == bias.shape:
+            found.add(tuple(role for role, _ in outputs))
+    if len(found) != 1 or any(use.kind != "bias" for use in bias.uses):
         return bias
-    if any(now not in (None, role) for now, role in zip(_roles(layout, bias), roles, strict=True)):
-        return bias
+    (roles,) = found
+    pairs = zip(_roles(layout, bias), roles, strict=True)
+    if any(now != role and (now or role == "layer") for now, role in pairs):
+        return bias  # known to be something else; loops over layers are always known
     return dataclasses.replace(bias, uses=(Use("bias", roles),))
 
 

@@ -300,6 +300,27 @@ def test_a_file_like_which_is_none_of_gguf_is_told(tmp_path, data):
     assert list(tmp_path.iterdir()) == [like]
 
 
+def test_empty_lists_of_a_file_like_are_left_out(tmp_path):
+    def text(x):
+        return len(x).to_bytes(8, "little") + x.encode()
+
+    def numbers(*xs):
+        return b"".join(x.to_bytes(size, "little") for x, size in xs)
+
+    like = tmp_path / "like.gguf"
+    name = text("general.architecture") + numbers((8, 4)) + text("llama")
+    tags = text("general.tags") + numbers((9, 4), (8, 4), (0, 8))  # a list of strings, none
+    like.write_bytes(b"GGUF" + numbers((3, 4), (0, 8), (2, 8)) + name + tags + bytes(64))
+    jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, like=like)
+    fields = library.GGUFReader(tmp_path / "net.gguf").fields
+    assert "general.tags" not in fields and fields["general.architecture"].contents() == "llama"
+    for value in (["a"], [3], "a"):
+        metadata = {"general.tags": value}
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, like=like, metadata=metadata)
+        fields = library.GGUFReader(tmp_path / "net.gguf").fields
+        assert fields["general.tags"].contents() == value
+
+
 @pytest.mark.parametrize(
     "key, value, kind",
     [

@@ -78,7 +78,8 @@ def gguf(
         ``{"general.architecture": "llama", "llama.block_count": 30}``. Whole numbers are unsigned
         of 32 bits where they fit, as llama.cpp wants most, others float32. It goes before ``like``,
         whose types it keeps. How the file is laid out is not yours to say: ``general.file_type``.
-      like: a GGUF file whose metadata to take, its tokenizer among them.
+      like: a GGUF file whose metadata to take, its tokenizer among them; not its empty lists,
+        which the package cannot write.
       lose_zeros: write a type that does not keep all zeros.
 
     Returns:

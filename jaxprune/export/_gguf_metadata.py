@@ -106,14 +106,21 @@ def _check_like(library: Any, metadata: Mapping[str, Value], fields: Mapping[str
     """Refuse what does not go into the type that its key has in the other file."""
     wrong = []
     for key in metadata.keys() & fields.keys():
-        types, rows = fields[key].types, _rows(metadata[key])
-        if (len(types) > 1) == _is_list(metadata[key]) and not _goes(library, rows, types[-1]):
-            wrong.append(f"{key!r}: {short(metadata[key])}, which is {types[-1].name} there")
+        kind = _type_before(library, fields[key], metadata[key])
+        if kind is not None and not _goes(library, _rows(metadata[key]), kind):
+            wrong.append(f"{key!r}: {short(metadata[key])}, which is {kind.name} there")
     if wrong:
         raise ValueError(
             f"`export.gguf(metadata=..., like=...)` got {'; '.join(sorted(wrong)[:12])}. Pass "
             "values of the types that the file has, or leave out `like=`."
         )
+
+
+def _type_before(library: Any, field: Any, value: Any) -> Any:
+    """The type of a field, or of what it lists; None if it is empty, or one of both lists alone."""
+    array = library.GGUFValueType.ARRAY
+    same = (field.types[0] == array) == _is_list(value)
+    return field.types[-1] if same and field.types[-1] != array else None
 
 
 def _goes(library: Any, rows: list[Any], kind: Any) -> bool:
@@ -164,9 +171,11 @@ def begin(
     writer.add_file_type(next(files[name] for name in names if name in files))
     writer.add_quantization_version(library.GGML_QUANT_VERSION)
     for key, field in fields.items():
-        if key not in metadata and key not in OURS and not key.startswith("GGUF."):
-            inner = field.types[-1] if len(field.types) > 1 else None
-            writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+        value = field.contents()
+        if key in metadata or key in OURS or key.startswith("GGUF.") or value in ([], None):
+            continue  # an empty list is what the package reads, but refuses to write
+        inner = field.types[-1] if len(field.types) > 1 else None
+        writer.add_key_value(key, value, field.types[0], sub_type=inner)
     for key, value in metadata.items():
         if key not in OURS:
             _put(library, writer, key, value, fields.get(key))
@@ -176,8 +185,8 @@ def begin(
 def _put(library: Any, writer: Any, key: str, value: Any, before: Any) -> None:
     """Write a value in the type that its key had before, or in the one that llama.cpp expects."""
     rows = _rows(value)
-    same = before is not None and (len(before.types) > 1) == _is_list(value)
-    kind = before.types[-1] if same else _type(library.GGUFValueType, rows)
+    same = None if before is None else _type_before(library, before, value)
+    kind = _type(library.GGUFValueType, rows) if same is None else same
     if _is_list(value):
         writer.add_key_value(key, rows, library.GGUFValueType.ARRAY, sub_type=kind)
     else:

@@ -124,6 +124,47 @@ def test_weights_beyond_the_scales_of_a_type_are_refused_by_path(tmp_path):
     assert np.isnan(read_gguf(tmp_path / "net.gguf")["bad"]).all()
 
 
+@pytest.mark.parametrize(
+    "quantization, factor, what",
+    [
+        ("Q8_0", 1e-7, r"8 whole blocks of 32 in Q8_0"),
+        ("Q4_0", 1e-8, r"8 whole blocks of 32 in Q4_0"),
+        ("F16", 1e-9, r"4 whole rows in F16"),
+    ],
+)
+def test_blocks_of_weights_that_are_too_small_for_a_type_are_told(
+    tmp_path, quantization, factor, what
+):
+    path = tmp_path / "net.gguf"
+    w = weights((4, 64))
+    tensors = {"small": np.concatenate([w * np.float32(factor), w]), "good": w}
+    masks = {"small": np.concatenate([w, w]) > 0, "good": None}
+    kept = int((w > 0).sum())
+    with pytest.warns(jp.PruneWarning, match=rf"'small' \({kept} weights, {what}\)\. Sc.*BF16"):
+        jp.export.gguf(path, tensors, masks=masks, quantization=quantization)
+    assert not read_gguf(path)["small"][:4].any()
+    for fine in ("BF16", "MXFP4"):
+        jp.export.gguf(path, tensors, masks=masks, quantization=fine)
+        assert all((read_gguf(path)["small"][:4] != 0).any(axis=1))
+
+
+def test_single_weights_that_become_zero_beside_larger_ones_are_only_counted(tmp_path):
+    w = weights((2, 32))
+    w[0, 3] = 1e-9
+    for quantization in ("Q8_0", "F16"):
+        report = jp.export.gguf(tmp_path / "net.gguf", {"w": w}, quantization=quantization)
+        assert report.zeroed >= 1
+
+
+def test_numbers_beyond_float32_are_told_apart_from_scales_beyond_float16(tmp_path):
+    path = tmp_path / "net.gguf"
+    for shape in ((2,), (2, 32)):
+        with pytest.raises(ValueError, match=r"'v'.* too large for float32.*Scale them down\.$"):
+            jp.export.gguf(path, {"v": np.full(shape, 1e300)})
+    with pytest.warns(jp.PruneWarning, match=r"'v' \(2 weights, 1 whole rows in F32\)"):
+        jp.export.gguf(path, {"v": np.full(2, 1e-300), "empty": np.ones((3, 0))})
+
+
 def test_stacks_become_layers_and_kernels_are_turned(tmp_path):
     params = {"layers": {"up": weights((3, 32, 64))}, "norm": weights((64,))}
     masks = {"layers": {"up": weights((3, 32, 64), 1) > 0}, "norm": None}
@@ -138,6 +179,20 @@ def test_stacks_become_layers_and_kernels_are_turned(tmp_path):
         np.testing.assert_array_equal(read[f"blk.{i}.ffn_up.weight"], up[i].T)
     assert set(read) == {*(f"blk.{i}.ffn_up.weight" for i in range(3)), "output_norm.weight"}
     assert report.zeros_kept == 1.0
+
+
+def test_biases_of_attention_stay_floats_with_one_axis(tmp_path):
+    linen = pytest.importorskip("flax.linen")
+    net, x = linen.MultiHeadDotProductAttention(2), weights((2, 6, 128))
+    params = net.init(jax.random.key(0), x)
+    layout = jp.find_layout(net.apply, params, x)
+    path = tmp_path / "net.gguf"
+    jp.export.gguf(path, params, layout=layout, quantization="Q4_0")
+    found = {t.name: t for t in library.GGUFReader(path).tensors}
+    for name in ("query", "key", "value", "out"):
+        bias, kernel = (found[f"params/{name}/{leaf}"] for leaf in ("bias", "kernel"))
+        assert bias.tensor_type.name == "F32" and bias.shape.tolist() == [128]
+        assert kernel.tensor_type.name == "Q4_0" and kernel.shape.tolist() == [128, 128]
 
 
 def test_metadata_are_written_and_taken_from_a_file_of_the_same_model(tmp_path):
@@ -181,14 +236,115 @@ def test_metadata_are_written_and_taken_from_a_file_of_the_same_model(tmp_path):
         ({"w": weights()}, {"masks": {"v": weights() > 0}}, ValueError, "unknown 'v'"),
         ({"w": weights()}, {"metadata": {"k": object()}}, TypeError, "'k'"),
         ({"w": weights()}, {"metadata": {"k": []}}, TypeError, "'k'"),
+        ({"w": weights()}, {"metadata": {"k": np.complex64(1)}}, TypeError, "'k'"),
+        ({"w": weights()}, {"metadata": {"k": np.datetime64(1, "s")}}, TypeError, "'k'"),
         ({"w": weights()}, {"metadata": "llama"}, TypeError, "metadata='llama'"),
         ({"w": weights()}, {"like": "nowhere.gguf"}, FileNotFoundError, "nowhere"),
+        ({"w": weights()}, {"like": 3}, TypeError, "like=3, which is no path"),
+        ({"w": weights()}, {"like": "."}, FileNotFoundError, "no such file"),
+        ({"w": weights()}, {"names": {"w": 3}}, TypeError, r"gives 3 for 'w'\. Pass a string"),
+        ({"w": weights()}, {"names": {"w": ""}}, TypeError, "gives '' for 'w'"),
+        ({"w": weights()}, {"names": "w"}, TypeError, "names='w'. Pass a mapping"),
+        ({"\ud800": weights()}, {}, ValueError, "UTF-8 has no place for"),
+        ({"w": weights()}, {"where": "w"}, TypeError, r"where='w', a string.*by_path\('w'\)"),
+        ({"w": weights()}, {"where": None}, TypeError, "where=None, which cannot be called"),
     ],
 )
 def test_bad_input_is_refused_at_the_door(tmp_path, tensors, kwargs, error, match):
     with pytest.raises(error, match=match):
         jp.export.gguf(tmp_path / "net.gguf", tensors, **kwargs)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "value",
+    [2**70, 2**64, -(2**63) - 1, [-1, 2**63], 1e300, [1.0, -1e39], "\ud800", ["a", "\ud800"]],
+)
+def test_metadata_beyond_the_types_of_gguf_are_refused(tmp_path, value):
+    with pytest.raises(ValueError, match=r"'a': .*beyond what GGUF holds: whole numbers of 64"):
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, metadata={"a": value, "b": 1})
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_largest_metadata_come_back(tmp_path):
+    metadata = {
+        "a": 2**64 - 1,
+        "b": [-1, 2**63 - 1],
+        "c": -(2**63),
+        "d": [0, 2**64 - 1],
+        "e": float(np.finfo(np.float32).max),
+        "f": float("inf"),
+        "g": "\N{SNOWMAN}",
+    }
+    jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, metadata=metadata)
+    fields = library.GGUFReader(tmp_path / "net.gguf").fields
+    assert {key: fields[key].contents() for key in metadata} == metadata
+
+
+@pytest.mark.parametrize(
+    "key", ["general.file_type", "general.alignment", "split.count", "GGUF.version"]
+)
+def test_metadata_that_the_writer_decides_are_refused(tmp_path, key):
+    with pytest.raises(ValueError, match=rf"got '{key}', which say .*quantization=.*Leave"):
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, metadata={key: 1})
+    with pytest.raises(TypeError, match=r"'general.architecture': 3\. Pass a name"):
+        jp.export.gguf(tmp_path / "n.gguf", {"w": weights()}, metadata={"general.architecture": 3})
+
+
+@pytest.mark.parametrize("data", [b"", b"GGUF", b"junk" * 30, b"GGUF" + b"\1" * 80])
+def test_a_file_like_which_is_none_of_gguf_is_told(tmp_path, data):
+    like = tmp_path / "junk"
+    like.write_bytes(data)
+    with pytest.raises(ValueError, match=r"gguf\(like='.*junk'\)` is no GGUF file.*metadata="):
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, like=like)
+    assert list(tmp_path.iterdir()) == [like]
+
+
+def test_empty_lists_of_a_file_like_are_left_out(tmp_path):
+    def text(x):
+        return len(x).to_bytes(8, "little") + x.encode()
+
+    def numbers(*xs):
+        return b"".join(x.to_bytes(size, "little") for x, size in xs)
+
+    like = tmp_path / "like.gguf"
+    name = text("general.architecture") + numbers((8, 4)) + text("llama")
+    tags = text("general.tags") + numbers((9, 4), (8, 4), (0, 8))  # a list of strings, none
+    like.write_bytes(b"GGUF" + numbers((3, 4), (0, 8), (2, 8)) + name + tags + bytes(64))
+    jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, like=like)
+    fields = library.GGUFReader(tmp_path / "net.gguf").fields
+    assert "general.tags" not in fields and fields["general.architecture"].contents() == "llama"
+    for value in (["a"], [3], "a"):
+        metadata = {"general.tags": value}
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, like=like, metadata=metadata)
+        fields = library.GGUFReader(tmp_path / "net.gguf").fields
+        assert fields["general.tags"].contents() == value
+
+
+@pytest.mark.parametrize(
+    "key, value, kind",
+    [
+        ("whole", -1, "UINT32"),
+        ("whole", 2**32, "UINT32"),
+        ("whole", 1.5, "UINT32"),
+        ("whole", True, "UINT32"),
+        ("whole", "x", "UINT32"),
+        ("flag", 7, "BOOL"),
+        ("text", 7, "STRING"),
+        ("rows", [1, -1], "UINT32"),
+        ("number", "x", "FLOAT32"),
+    ],
+)
+def test_metadata_of_another_type_than_in_the_file_like_are_refused(tmp_path, key, value, kind):
+    like = tmp_path / "like.gguf"
+    before = {"whole": 3, "flag": True, "text": "x", "rows": [1, 2], "number": 1.5}
+    jp.export.gguf(like, {"w": weights()}, metadata=before)
+    with pytest.raises(ValueError, match=rf"'{key}': .*, which is {kind} there\. Pass values of"):
+        jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, like=like, metadata={key: value})
+    after = {"whole": np.int64(4), "rows": np.array([7]), "number": 2, "flag": np.False_}
+    jp.export.gguf(tmp_path / "net.gguf", {"w": weights()}, like=like, metadata=after)
+    fields = library.GGUFReader(tmp_path / "net.gguf").fields
+    assert {k: fields[k].contents() for k in before} == before | after | {"rows": [7]}
 
 
 def test_reading_says_what_a_file_is_that_is_no_gguf_file(tmp_path):

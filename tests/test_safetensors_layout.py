@@ -15,6 +15,7 @@ pytest.importorskip("safetensors")
 import safetensors.numpy as library
 
 from experiments.common import llama
+from jaxprune.export._safetensors import read_safetensors
 
 NET = llama.Llama(vocabulary=32, width=16, layers=3, heads=4, kv_heads=2, inner=24)
 NAMES = {
@@ -115,6 +116,85 @@ def test_axes_of_outputs_and_of_inputs_become_one_and_windows_go_last(tmp_path):
     np.testing.assert_array_equal(one, params["experts"][1, 2].T)
 
 
+def attention():
+    from flax import linen as nn
+
+    net = nn.MultiHeadDotProductAttention(2)
+    x = numbers(2, 6, 128)
+    params = net.init(jax.random.key(0), x)["params"]
+    params = jax.tree.map(lambda p: p + numbers(*p.shape), params)
+    return params, jp.find_layout(lambda p, x: net.apply({"params": p}, x), params, x)
+
+
+def test_biases_of_attention_have_one_axis_as_their_kernels_have_for_outputs(tmp_path):
+    pytest.importorskip("flax")
+    params, layout = attention()
+    path = tmp_path / "model.safetensors"
+    masks = {n: {"kernel": None, "bias": None} for n in params}
+    masks["query"]["bias"] = params["query"]["bias"] > 0
+    report = jp.export.safetensors(path, params, layout=layout, masks=masks)
+    read = library.load_file(path)
+    for name in ("query", "key", "value", "out"):
+        assert read[f"{name}/kernel"].shape == (128, 128) and read[f"{name}/bias"].shape == (128,)
+    np.testing.assert_array_equal(read["value/bias"], params["value"]["bias"].reshape(128))
+    np.testing.assert_array_equal(
+        read["query/bias"], np.maximum(params["query"]["bias"], 0).ravel()
+    )
+    assert report.zeros_kept == 1.0
+
+
+@pytest.mark.parametrize(
+    "kernel, bias, wanted",
+    [
+        ((("layer", "in", "out", "out"), (5, 8, 2, 3)), (("layer", None, None), (5, 2, 3)), [6]),
+        ((("in", "out", "out"), (8, 2, 3)), ((None, None), (3, 2)), [3, 2]),  # other sizes
+        ((("in", "out", "out"), (8, 2, 3)), (("in", None), (2, 3)), None),  # another role
+        ((("layer", "in", "out"), (5, 8, 3)), ((None, None), (5, 3)), [5, 3]),  # of positions
+        ((("group", "in", "out"), (4, 8, 3)), ((None, None), (4, 3)), [4, 3]),
+        ((("window", "in", "out"), (3, 8, 2)), ((None, None), (6, 2)), [6, 2]),  # of positions
+    ],
+)
+def test_a_bias_takes_the_roles_of_outputs_of_kernels_beside_it_that_fit(
+    tmp_path, kernel, bias, wanted
+):
+    from jaxprune._use import Entry, Use
+
+    entries = (
+        Entry("q/kernel", (Use("matmul", kernel[0]),), kernel[1]),
+        Entry("q/bias", (Use("bias", bias[0]),), bias[1]),
+    )
+    params = {"q": {"kernel": numbers(*kernel[1]), "bias": numbers(*bias[1])}}
+    path = tmp_path / "model.safetensors"
+    if wanted is None:
+        with pytest.raises(ValueError, match="cannot lay out 'q/bias'"):
+            jp.export.safetensors(path, params, layout=jp.Layout(entries))
+        return
+    jp.export.safetensors(path, params, layout=jp.Layout(entries))
+    name = "q/bias[4]" if bias[0][0] == "layer" else "q/bias"
+    value = params["q"]["bias"][4] if bias[0][0] == "layer" else params["q"]["bias"]
+    np.testing.assert_array_equal(library.load_file(path)[name], value.reshape(wanted))
+
+
+def test_biases_in_a_dict_of_several_kernels_go_with_those_that_fit_if_these_agree(tmp_path):
+    def model(p, x):
+        q, k = (jnp.einsum("td,dhs->ths", x, p[f"w{n}"]) + p[f"b{n}"][None] for n in "qk")
+        return jnp.einsum("ths,uhs->htu", q, k), x @ p["up"] + p["bup"][None]
+
+    params = {"wq": numbers(8, 2, 3), "bq": numbers(2, 3), "wk": numbers(8, 2, 3)}
+    params |= {"bk": numbers(2, 3), "up": numbers(8, 5), "bup": numbers(5)}
+    layout = jp.find_layout(model, params, numbers(4, 8))
+    path = tmp_path / "model.safetensors"
+    jp.export.safetensors(path, params, layout=layout)
+    shapes = {name: x.shape for name, x in library.load_file(path).items()}
+    assert shapes == {"bq": (6,), "bk": (6,), "bup": (5,), "up": (5, 8)} | dict.fromkeys(
+        ("wq", "wk"), (6, 8)
+    )
+    # Of two that do not agree nobody can tell whose it is.
+    other = layout | jp.Layout({"wk": ("in", "group", "out")})
+    jp.export.safetensors(path, params, layout=other)
+    assert library.load_file(path)["bq"].shape == (2, 3)
+
+
 def test_layers_without_names_are_called_as_the_rest_of_the_library_calls_them(tmp_path):
     path = tmp_path / "model.safetensors"
     layout = jp.Layout({"up": ("layer", "in", "out")})
@@ -141,6 +221,53 @@ def test_dtypes_come_back_bit_by_bit(tmp_path, dtype):
     assert bytes(read["w"]["data"]) == np.ascontiguousarray(value.T).tobytes()
     assert tuple(read["empty"]["shape"]) == (0, 4) and tuple(read["one"]["shape"]) == ()
     assert report.parity == 0
+
+
+@pytest.mark.parametrize(
+    "dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.bfloat16, jnp.float16, jnp.int64, bool]
+)
+def test_every_dtype_that_is_written_is_read(tmp_path, dtype):
+    value = np.arange(12).reshape(3, 4).astype(dtype)
+    path = tmp_path / "model.safetensors"
+    jp.export.safetensors(path, {"w": value, "empty": value[:0], "one": value[1, 1]})
+    read = read_safetensors(path)
+    assert {name: (x.dtype, x.shape) for name, x in read.items()} == {
+        "w": (value.dtype, (3, 4)),
+        "empty": (value.dtype, (0, 4)),
+        "one": (value.dtype, ()),
+    }
+    np.testing.assert_array_equal(read["w"], value)
+
+
+def test_dtypes_of_others_are_read_and_packed_ones_told(tmp_path):
+    def write(dtype):
+        head = {"w": {"dtype": dtype, "shape": [2, 2], "data_offsets": [0, 4]}}
+        if dtype == "F4":
+            head["w"]["shape"] = [2, 4]
+        text = json.dumps(head).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes([127, 128, 126, 127]))
+
+    path = tmp_path / "model.safetensors"
+    write("F8_E8M0")
+    np.testing.assert_array_equal(
+        read_safetensors(path)["w"].astype(np.float32), [[1, 2], [0.5, 1]]
+    )
+    write("F4")
+    with pytest.raises(ValueError, match=r"NumPy has not: 'w' \(F4\).*F32.*convert"):
+        read_safetensors(path)
+
+
+def test_files_that_cannot_be_read_are_told(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match=r"no .*model\.safetensors"):
+        read_safetensors(path)
+    jp.export.safetensors(path, {"w": numbers(2, 3)})
+    whole = path.read_bytes()
+    bad_head = whole[:8] + b"[" + whole[9:]
+    for data in (b"", whole[:4], whole[:20], whole[:-1], whole + b"\0", bad_head, b"x" * 99):
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match=r"model\.safetensors' is no .*cut short.*Copy it"):
+            read_safetensors(path)
 
 
 def test_zeros_are_positive_and_what_was_removed_is_zero(tmp_path):
@@ -232,6 +359,14 @@ def test_a_kernel_that_the_layout_does_not_know_is_refused_and_vectors_are_not(t
         ({"w": np.ones(3, complex)}, {}, TypeError, "'w' is complex128"),
         ({"w": np.ones(3)}, {"layout": {"w": ("in",)}}, TypeError, "layout="),
         ({"w": np.ones(3)}, {"metadata": {"a": 1}}, TypeError, "'a': 1"),
+        ({"w": np.ones(3)}, {"metadata": {3: "a"}}, TypeError, "3: 'a'"),
+        ({"w": np.ones(3)}, {"metadata": [1]}, TypeError, r"metadata=\[1\]. Pass a dict of"),
+        ({"w": np.ones(3)}, {"metadata": {"a": "\ud800"}}, ValueError, "no place for in .'a'"),
+        ({"\ud800": np.ones(3)}, {}, ValueError, "UTF-8 has no place for"),
+        ({"__metadata__": np.ones(3)}, {}, ValueError, "would call '__metadata__'.*names="),
+        ({"w": np.ones(3)}, {"names": {"w": "__metadata__"}}, ValueError, "would call 'w' '__met"),
+        ({"w": np.ones(3)}, {"names": {"w": 3}}, TypeError, "gives 3 for 'w'"),
+        ({"w": np.ones(3)}, {"names": 3}, TypeError, "names=3. Pass a mapping"),
         ({"w": np.ones(3)}, {"masks": {"w": np.ones(3)}}, TypeError, "bool"),
         ({"a": {"b": np.ones(3)}, "a/b": np.ones(3)}, {}, ValueError, "several leaves at 'a/b'"),
     ],

@@ -7,12 +7,13 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import numpy as np
 
+from jaxprune._errors import short
 from jaxprune._layers import names_of
 from jaxprune._layout import Layout, check_layout
 from jaxprune._masks import check_masks, unpack
 from jaxprune._tree import list_paths, match
 from jaxprune.checkpoint._leaves import every_slot, named, on_host
-from jaxprune.export._turn import numbered_axes, turned
+from jaxprune.export._turn import numbered_axes, turned, with_biases
 from jaxprune.typing import Masks, Params
 
 Names: TypeAlias = Mapping[str, str] | Callable[[str], str] | None
@@ -42,7 +43,7 @@ def tensors_of(
     leaves = {p: x for p, x in named(params, f"export.{user}(...)").items() if x is not None}
     _check_values(user, leaves)
     check_layout(f"export.{user}", layout)
-    settled = None if layout is None else layout.on(params, f"export.{user}")
+    settled = None if layout is None else with_biases(layout.on(params, f"export.{user}"))
     mask_at = _masks(user, params, masks)
     templates = _templates(user, list(leaves), names)
     found: list[Tensor] = []
@@ -57,6 +58,7 @@ def tensors_of(
         )
         for name, part, out in zip(called, parts, gone, strict=True):
             found.append(Tensor(name, path, _clean(part, out), out))
+    _check_text(user, found)
     _check_twice(user, found)
     return found
 
@@ -99,13 +101,13 @@ def _templates(user: str, paths: list[str], names: Names) -> dict[str, str]:
         return {}
     if callable(names):
         found = {path: names(path) for path in paths}
-        wrong = [path for path, name in found.items() if not isinstance(name, str) or not name]
-        if wrong:
-            raise TypeError(
-                f"`export.{user}(names=...)` gives {found[wrong[0]]!r} for {list_paths(wrong)}. "
-                "Let the function return a string for each path."
-            )
+        _check_names(user, found, "Let the function return a string for each path.")
         return found
+    if not isinstance(names, Mapping):
+        raise TypeError(
+            f"`export.{user}` got names={short(names)}. Pass a mapping from paths to names in the "
+            "file, or a function: `lambda path: table.get(path, path)`."
+        )
     missing = [path for path in paths if path not in names]
     unknown = [path for path in names if path not in paths]
     if missing or unknown:
@@ -115,7 +117,17 @@ def _templates(user: str, paths: list[str], names: Names) -> dict[str, str]:
             f"`export.{user}(names=...)` {' and '.join(parts)}. Name each leaf by its path, or "
             "pass a function: `lambda path: table.get(path, path)`."
         )
+    _check_names(user, names, "Pass a string for each path.")
     return dict(names)
+
+
+def _check_names(user: str, names: Mapping[str, str], step: str) -> None:
+    wrong = [path for path, name in names.items() if not isinstance(name, str) or not name]
+    if wrong:
+        raise TypeError(
+            f"`export.{user}(names=...)` gives {short(names[wrong[0]])} for {list_paths(wrong)}. "
+            f"{step}"
+        )
 
 
 def _called(
@@ -132,6 +144,20 @@ def _filled(template: str, index: Iterable[int]) -> str:
     for i in index:
         template = template.replace("{}", str(i), 1)
     return template
+
+
+def is_text(value: str) -> bool:
+    """Say whether a string can be written: halves of characters, of names of files, cannot."""
+    return value.encode(errors="ignore").decode() == value
+
+
+def _check_text(user: str, tensors: list[Tensor]) -> None:
+    bad = [t.name for t in tensors if not is_text(t.name)]
+    if bad:
+        raise ValueError(
+            f"`export.{user}` got names that UTF-8 has no place for: {list_paths(bad)}. Give them "
+            "others with `names=`."
+        )
 
 
 def _check_twice(user: str, tensors: list[Tensor]) -> None:

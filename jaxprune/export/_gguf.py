@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxprune._advice import PruneWarning
 from jaxprune._atomic import in_place
+from jaxprune._errors import check_parts
 from jaxprune._layout import Layout
 from jaxprune._tree import check_regexes_match, list_paths
 from jaxprune._where import regexes_of
@@ -19,7 +20,7 @@ from jaxprune.export._compare import Comparison
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._flat import Names, Tensor, tensors_of, zeros_of
-from jaxprune.export._gguf_metadata import Value, begin, check_metadata
+from jaxprune.export._gguf_metadata import Value, begin, check_metadata, fields_of, opened
 from jaxprune.export._report import Report, describe
 from jaxprune.typing import Masks, Params, Where
 
@@ -64,8 +65,9 @@ def gguf(
       tensors: arrays, floating or integers of 8 to 64 bits: a dict or any other tree. As language
         models have them, `[out, in]`, unless there is a ``layout``.
       quantization: a type of GGUF, for what ``where`` takes.
-      layout: what each axis means. Stacks then become a tensor for each layer, and kernels
-        `[in, out]` are turned.
+      layout: what each axis means. Stacks then become a tensor for each layer, kernels `[in, out]`
+        are turned, and several axes of outputs or inputs become one: of biases too, as
+        ``jp.export.safetensors`` has it, so that those of attention are vectors.
       names: from paths of ``tensors`` to names in the file, a mapping or a function; None for the
         paths. Where layers are a stack ``{}`` stands for the number of the layer:
         ``"blk.{}.ffn_up.weight"``.
@@ -74,8 +76,10 @@ def gguf(
         rest is float32. ``jp.exclude("token_embd.weight", where=lambda path, x: x.ndim > 1)``.
       metadata: from keys to strings, numbers, bools or lists of these, such as
         ``{"general.architecture": "llama", "llama.block_count": 30}``. Whole numbers are unsigned
-        of 32 bits where they fit, as llama.cpp wants most, others float32. It goes before ``like``.
-      like: a GGUF file whose metadata to take, its tokenizer among them.
+        of 32 bits where they fit, as llama.cpp wants most, others float32. It goes before ``like``,
+        whose types it keeps. How the file is laid out is not yours to say: ``general.file_type``.
+      like: a GGUF file whose metadata to take, its tokenizer among them; not its empty lists,
+        which the package cannot write.
       lose_zeros: write a type that does not keep all zeros.
 
     Returns:
@@ -86,13 +90,15 @@ def gguf(
     Raises:
       ValueError: the type is none that the package writes; zeros would be lost; weights are too
         large for the scales of the type; names that are too long or given twice; more than four
-        axes.
+        axes; numbers in ``metadata`` beyond 64 bits or float32; ``like`` is no GGUF file.
       TypeError: leaves or metadata of a kind that GGUF has not.
+      FileNotFoundError: there is no file ``like``.
       ImportError: the package ``gguf`` is missing (extra ``gguf``).
 
     Warns:
       PruneWarning: tensors that were to be quantized are float16, since their last axis is no
-        multiple of the type's block.
+        multiple of the type's block. Or whole blocks of kept weights became 0, since they are too
+        small for the type: in ``"Q8_0"`` where the largest of a block is below some 4e-6.
 
     Example:
       >>> import tempfile
@@ -109,18 +115,20 @@ def gguf(
       `GGUF <https://github.com/ggml-org/ggml/blob/master/docs/gguf.md>`_. Measured with gguf 0.19.
     """
     check_path("gguf", path)
+    check_parts("export.gguf", where=where)
     library = need("gguf", "gguf", "gguf")
     kind = _kind(library, quantization)
     found = tensors_of("gguf", tensors, layout=layout, names=names, masks=masks)
     for regex, user in regexes_of(where):
         check_regexes_match((regex,), tensors, user)
-    check_metadata(metadata, like)
+    fields = fields_of(library, like)
+    check_metadata(library, metadata, fields)
     _check_fits(found)
     _check_finite([t for t in found if _is_quantized(t, where)])
     kinds = {t.name: _kind_of(library, t, kind, where) for t in found}
     _warn(library, [t for t in found if kinds[t.name] != kind and _is_quantized(t, where)], kind)
     with in_place(Path(path)) as written:
-        writer = begin(library, written, metadata or {}, like, kind)
+        writer = begin(library, written, metadata or {}, fields, kind)
         with np.errstate(all="ignore"):  # what overflows is found in what is read back
             for t in found:
                 _add(library, writer, t, kinds[t.name])
@@ -133,6 +141,7 @@ def gguf(
         kept, zeroed = zeros_of(found, got)
         if not lose_zeros:
             _check_zeros(library, kept, quantization)
+        _warn_wiped(library, found, got, kinds)
         report = describe(path, written, (parity, None))
         return dataclasses.replace(report, zeros_kept=kept, zeroed=zeroed)
 
@@ -242,13 +251,57 @@ def _compare(tensors: list[Tensor], got: Mapping[str, np.ndarray], quantization:
     found.add([got[t.name] for t in tensors], [t.value for t in tensors])
     lost = [t.path for t in tensors if np.any(~np.isfinite(got[t.name]) & np.isfinite(t.value))]
     if lost or not np.isfinite(found.parity):
+        beyond = any(t.path in lost and _is_beyond(t.value) for t in tensors)
+        why = "float32, which all numbers go through" if beyond else "scales in float16"
+        more = "" if beyond else ", use 'BF16' or 'MXFP4', or leave them out with `where=`"
         raise ValueError(
             f"`export.gguf(quantization={quantization!r})` makes inf or NaN of weights in "
             f"{list_paths(list(dict.fromkeys(lost)))} ({found.where}): they are too "
-            "large for scales in float16. No file was written. Scale them down, use 'BF16' or "
-            "'MXFP4', or leave them out with `where=`."
+            f"large for {why}. No file was written. Scale them down{more}."
         )
     return found.parity
+
+
+def _is_beyond(x: np.ndarray) -> bool:
+    """Say whether some numbers, of float64 then, are larger than any float32."""
+    return bool(np.any(np.isfinite(x) & (np.abs(x) > np.finfo(np.float32).max)))
+
+
+def _warn_wiped(
+    library: Any, tensors: list[Tensor], got: Mapping[str, np.ndarray], kinds: Mapping[str, Any]
+) -> None:
+    """Tell of blocks that lost all they kept: a block's scale below 3e-8 is 0 in float16."""
+    told = []
+    for t in tensors:
+        kind = kinds[t.name]
+        block = 1 if kind is None else library.GGML_QUANT_SIZES[kind][0]
+        weights, blocks = _wiped(t.value, got[t.name], block)
+        if weights and kind is not None:
+            what = f"{blocks:,} whole {'rows' if block == 1 else f'blocks of {block}'}"
+            told.append(f"{t.name!r} ({weights:,} weights, {what} in {kind.name})")
+    if told:
+        warnings.warn(
+            f"`export.gguf` makes kept weights 0, which are too small for their type: "
+            f"{', '.join(told[:6])}{f' and {len(told) - 6} more' if told[6:] else ''}. Scale them "
+            "up, use 'BF16' or 'MXFP4', or leave them out with `where=`.",
+            PruneWarning,
+            stacklevel=3,
+        )
+
+
+def _wiped(value: np.ndarray, got: np.ndarray, block: int) -> tuple[int, int]:
+    """Count kept weights in blocks of the last axis that all became 0, and these blocks.
+
+    Args:
+      value: `[..., n]`, as it was to be written.
+      got: `[..., n]`, as it was read.
+      block: of neighbours with a scale; a row counts as one where each number stands for itself,
+        since single weights that are nothing beside their neighbours are no loss.
+    """
+    width = block if block > 1 else max((value.shape or (1,))[-1], 1)
+    kept = (value != 0).reshape(-1, width)
+    wiped = kept.any(axis=1) & ~(got != 0).reshape(-1, width).any(axis=1)
+    return int(kept[wiped].sum()), int(wiped.sum())
 
 
 def _check_zeros(library: Any, kept: float | None, quantization: str) -> None:
@@ -274,12 +327,7 @@ def read_gguf(path: str | Path) -> dict[str, np.ndarray]:
     library = need("gguf", "gguf", "gguf")
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no {str(path)!r}. `jp.export.gguf` writes one.")
-    try:
-        found = library.GGUFReader(path).tensors
-    except (ValueError, KeyError, IndexError) as error:
-        raise ValueError(
-            f"{str(path)!r} is no GGUF file, or damaged: {error}. Pass one of `jp.export.gguf`."
-        ) from error
+    found = opened(library, path, repr(str(path)), "Pass one of `jp.export.gguf`.").tensors
     unknown = [f"{t.name!r} ({t.tensor_type.name})" for t in found if not _is_read(library, t)]
     if unknown:
         raise ValueError(

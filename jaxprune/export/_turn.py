@@ -8,16 +8,56 @@
 #     (layer, group, in, out)      for each layer [group, out, in], or [out, in] for each expert,
 #                                  by the places that its name has for numbers
 #     (None, out), (None,), ...    as it is: tables, gains, biases
+#
+# A layout calls the axes of a bias nothing, since they are contracted with nothing. Beside a kernel
+# (in, out, out) of [128, 2, 64] one of [2, 64] is (out, out) all the same, and becomes [128].
 
+import dataclasses
 import itertools
 import math
 
 import numpy as np
 
 from jaxprune._layout import Layout
-from jaxprune._use import Role
+from jaxprune._use import Entry, Role, Use
 
 ORDER: tuple[Role, ...] = ("group", "out", "in", "window")
+
+
+def with_biases(layout: Layout) -> Layout:
+    """Give each bias the roles of the outputs of kernels beside it, where the sizes fit."""
+    kernels: dict[str, list[Entry]] = {}
+    for entry in layout.entries:
+        if {"in", "out"} <= set(_roles(layout, entry)):
+            kernels.setdefault(_parent(entry.path), []).append(entry)
+    beside = [kernels.get(_parent(entry.path), []) for entry in layout.entries]
+    pairs = zip(layout.entries, beside, strict=True)
+    return Layout(tuple(_like_outputs(layout, entry, others) for entry, others in pairs))
+
+
+def _like_outputs(layout: Layout, bias: Entry, kernels: list[Entry]) -> Entry:
+    """Name the axes of a bias as all kernels do that have these, beside inputs and windows."""
+    found = set()
+    for kernel in kernels:
+        axes = zip(_roles(layout, kernel), kernel.shape or (), strict=True)
+        outputs = [(role, n) for role, n in axes if role in ("layer", "group", "out")]
+        if tuple(n for _, n in outputs) == bias.shape:
+            found.add(tuple(role for role, _ in outputs))
+    if len(found) != 1 or any(use.kind != "bias" for use in bias.uses):
+        return bias
+    (roles,) = found
+    pairs = zip(_roles(layout, bias), roles, strict=True)
+    if any(now != role and (now or role == "layer") for now, role in pairs):
+        return bias  # known to be something else; loops over layers are always known
+    return dataclasses.replace(bias, uses=(Use("bias", roles),))
+
+
+def _roles(layout: Layout, entry: Entry) -> tuple[Role, ...]:
+    return layout.roles(entry.path, entry.rank)
+
+
+def _parent(path: str) -> str:
+    return path.rpartition("/")[0]
 
 
 def numbered_axes(

@@ -483,3 +483,19 @@ def test_files_in_bfloat16_are_read(tmp_path):
     shapes = {"w": jax.ShapeDtypeStruct((64, 64), jnp.float32)}
     with pytest.raises(TypeError, match="params without values at 'w'"):
         jp.export.check_zeros(tmp_path / "half.onnx", shapes, masks)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "gguf"])
+def test_files_that_we_wrote_by_a_layout_hold_the_zeros_of_every_leaf(kind, tmp_path):
+    pytest.importorskip("gguf")
+    net, x = nn.MultiHeadDotProductAttention(2), DRAW(2, 6, 128)
+    params = net.init(jax.random.key(0), x)
+    layout = jp.find_layout(net.apply, params, x)
+    masks = jax.tree.map(lambda leaf: jnp.abs(leaf) > 0.05, params)
+    path = tmp_path / f"net.{kind}"
+    report = getattr(jp.export, kind)(path, params, layout=layout, masks=masks)
+    found = jp.export.check_zeros(path, params, masks)
+    assert report.zeros_kept == found.kept == 1.0 and len(found.leaves) == 8
+    report.path.write_bytes(path.read_bytes()[:400])
+    with pytest.raises(ValueError, match=r"net\.(safetensors|gguf)"):
+        jp.export.check_zeros(path, params, masks)

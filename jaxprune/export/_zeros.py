@@ -279,6 +279,8 @@ def _orders(x: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
 
 def _joined(x: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """Axes that a file holds as one: a kernel `[in, heads, size]` as `[in, heads * size]`."""
+    if x.ndim == 1 and len(shape) > 1 and x.size == np.prod(shape):  # biases of heads
+        yield x.reshape(shape)
     if x.ndim != 2 or len(shape) < 3:
         return
     for at in range(1, len(shape)):

@@ -1,6 +1,7 @@
 """A network on numbers that JAX does not know: fractions, NumPy's floats, da4ml's variables."""
 
 import dataclasses
+from decimal import Decimal
 from fractions import Fraction
 
 import flax.linen as nn
@@ -129,6 +130,80 @@ def test_replay_is_exact_on_fractions_that_no_float_holds():
     np.testing.assert_allclose(np.float64(found), floats, rtol=1e-14)
 
 
+X = np.array([[1.0, 2.0, -3.0]])
+SMALL = {"uint8": np.array([[200, 100, 7]], np.uint8), "int8": np.array([[100, 99, -100]], np.int8)}
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda _, x: (x > 0).astype(jnp.float32) + (x > -4).astype(jnp.float32),
+        lambda _, x: (x > 0).astype(jnp.float32) @ (x > 0).astype(jnp.float32).T,
+        lambda _, x: -(x > 0).astype(jnp.float32),
+        lambda _, x: (x > 0).sum() + (x > -4).sum(),
+        lambda _, x: (x > 0).astype(jnp.int8) * 100 + (x > 0).astype(jnp.int8) * 100,
+        lambda _, x: jnp.where(x > 0, 3, -4).astype(jnp.uint32),
+    ],
+)
+@pytest.mark.parametrize("number", [None, Fraction])
+def test_bools_of_numpy_are_numbers_where_jax_has_numbers(fn, number):
+    x = X if number is None else np.vectorize(Fraction, otypes=[object])(X)
+    wanted = fn(0, jnp.float32(X))
+    found = jp.export.replay(fn, jnp.ones(()), x, number=number)
+    assert_same(found, wanted)
+    if number is None or wanted.dtype != jnp.float32:
+        assert found.dtype == {"float32": "float64"}.get(wanted.dtype.name, wanted.dtype.name)
+    else:
+        assert all(type(entry) is Fraction for entry in found.ravel())
+
+
+@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda _, x: x.astype(jnp.float32) ** 2,
+        lambda _, x: -x.astype(jnp.float32),
+        lambda _, x: jnp.dot(x, x.T),
+        lambda _, x: jnp.dot(x, x.T, preferred_element_type=jnp.int32),
+        lambda _, x: lax.dot(x, x.T, preferred_element_type=jnp.float32),
+        lambda _, x: lax.conv(x[None], x[None], (1,), "SAME", preferred_element_type=jnp.int32),
+        lambda _, x: x + x,
+        lambda _, x: x * 3 + 1,
+        lambda _, x: jnp.pad(x, ((0, 0), (1, 1))) * 2,
+        lambda _, x: lax.reduce_sum_p.bind(x, axes=(1,), out_sharding=None),
+        lambda _, x: x.astype(jnp.uint8).astype(jnp.int32),
+        lambda _, x: x.astype(jnp.int8).astype(jnp.int32),
+        lambda _, x: (x.astype(jnp.int32) - 300).astype(jnp.uint32),
+        lambda _, x: (x.astype(jnp.int32) * 3).astype(jnp.int8),
+    ],
+)
+def test_integers_of_numpy_wrap_as_those_of_jax(fn, name):
+    wanted = fn(0, jnp.asarray(SMALL[name]))
+    found = jp.export.replay(fn, jnp.ones(()), SMALL[name])
+    assert_same(found, wanted)
+    assert wanted.dtype == jnp.float32 or found.dtype == wanted.dtype
+
+
+def test_narrow_floats_of_numpy_are_computed_as_wide_ones():
+    x = np.array([300.0], np.float16)
+    assert jp.export.replay(lambda w, x: x * x * w, jnp.ones(1), x) == [90000]
+
+
+@pytest.mark.parametrize("number", [Fraction, Decimal])
+def test_what_a_rule_needs_beside_its_operands_is_of_the_kind_of_the_numbers(number):
+    x = np.array([[[number(1) / number(4)], [number(3)]]], dtype=object)
+
+    def fn(w, x):
+        y = lax.conv_general_dilated(x, w, (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
+        return y, x**-1, x.max() * 2 + x**-2
+
+    found = jp.export.replay(fn, weights(3, 1, 2), x, number=number)
+    assert_same(found, fn(weights(3, 1, 2), jnp.float32(np.float64(x)))[:1] + found[1:])
+    assert found[1][0, 0, 0] == 4 and found[2][0, 0, 0] == 22
+    assert found[1][0, 1, 0] == number(1) / number(3)
+    assert all(type(entry) is number for each in found for entry in each.ravel())
+
+
 def test_replay_runs_the_layers_of_a_scan_one_by_one():
     params, x = {"layers": weights(3, 4, 4)}, np.asarray(weights(2, 4, seed=1), np.float64)
     assert_same(jp.export.replay(scanned, params, x), scanned(params, jnp.float32(x)))
@@ -194,6 +269,10 @@ def test_rules_stand_for_primitives_and_for_jitted_functions():
         (lambda w, x: jnp.tanh(x) + jnp.sin(w + x), r"`tanh`.*test_replay.* `sin`.*'tanh': lambda"),
         (lambda w, x: x.astype(jnp.int32), r"`convert_element_type` \(float32 to int32\)"),
         (lambda w, x: x.astype(jnp.float8_e4m3fn), r"\(float32 to float8_e4m3fn\)"),
+        (lambda w, x: (x > 0).astype(jnp.int8).astype(jnp.uint8), r"\(int8 to uint8\)"),
+        (lambda w, x: (x > 0).astype(jnp.int8).astype(jnp.uint32), r"\(int8 to uint32\)"),
+        (lambda w, x: (x > 0).astype(jnp.uint8).astype(jnp.int8), r"\(uint8 to int8\)"),
+        (lambda w, x: (x > 0).astype(jnp.int8).astype(jnp.float8_e4m3fn), r"\(int8 to float8"),
         (lambda w, x: (x > 0).sum() // 2, r"`div` \(int32, int32 to int32\)"),
         (lambda w, x: w[(x > 0).astype(jnp.int32)], r"`gather`"),
         (lambda w, x: lax.cond(x[0] > 0, lambda: x, lambda: -x), "`cond`"),

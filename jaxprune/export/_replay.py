@@ -1,5 +1,6 @@
 """A network on somebody else's numbers: its jaxpr, evaluated by NumPy's protocols."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,9 +22,15 @@ Value = Any  # an array that no input went into, or a `Foreign`
 
 
 class Foreign(NamedTuple):
-    """What depends on an input; without a value while rules are looked for."""
+    """What depends on an input; without a value while rules are looked for.
+
+    Attributes:
+      value: an array of somebody's numbers.
+      plain: whether it is an array of NumPy, whose integers and bools are those of JAX.
+    """
 
     value: Any
+    plain: bool
 
 
 class Walk(NamedTuple):
@@ -57,6 +64,10 @@ def replay(
     JAX. What depends on params alone, such as their quantization, is computed by JAX
     as ever, so that the weights are those of the float32 program; nothing after that is rounded,
     unless by the numbers themselves.
+
+    NumPy's own floats are computed in float64, its integers in the dtype that JAX has, so that they
+    wrap as there. Integers of others do not wrap: 200 + 100 is 300, uint8 or not, and casts that
+    may change one (fewer bits, or another sign) have no rule.
 
     There are rules for arithmetic with constants and among inputs, comparisons, ``where``, sums
     and maxima, matrix products, convolutions, pooling, all that only moves numbers, and calls and
@@ -95,6 +106,7 @@ def replay(
     arrays, static = split_static(params)
     leaves, structure = jax.tree.flatten(inputs)
     specs = [jax.ShapeDtypeStruct(tuple(x.shape), _dtype(x)) for x in leaves]
+    numbers = [_ours(x, spec) for x, spec in zip(leaves, specs, strict=True)]
 
     def call(arrays: Any, leaves: Any) -> Any:
         return fn(join_static(arrays, static), *jax.tree.unflatten(structure, leaves))
@@ -105,10 +117,11 @@ def replay(
         explain("replay", fn, params, jax.tree.unflatten(structure, specs), error)
         raise
     walk = Walk(rules or {}, number, missing=[], met=set())
-    _run(closed.jaxpr, closed.consts, [*arrays, *(Foreign(None) for _ in leaves)], walk, None)
+    unknown = [Foreign(None, type(x) is np.ndarray) for x in numbers]
+    _run(closed.jaxpr, closed.consts, [*arrays, *unknown], walk, None)
     _refuse(walk)
     walk = walk._replace(missing=None)
-    outs = _run(closed.jaxpr, closed.consts, [*arrays, *map(Foreign, leaves)], walk, None)
+    outs = _run(closed.jaxpr, closed.consts, [*arrays, *map(_foreign, numbers)], walk, None)
     values = [x.value if isinstance(x, Foreign) else np.asarray(x) for x in outs]
     return jax.tree.unflatten(jax.tree.structure(out), values)
 
@@ -144,6 +157,22 @@ def _dtype(x: Any) -> Any:
     dtype = getattr(x, "dtype", None)
     kind = getattr(dtype, "kind", "O")
     return jax.dtypes.canonicalize_dtype(dtype) if kind in "iub" else jnp.float32
+
+
+def _ours(x: Any, spec: jax.ShapeDtypeStruct) -> Any:
+    """An array of NumPy or JAX with integers and bools as traced, and floats of 64 bits."""
+    if not isinstance(x, np.ndarray | np.generic | jax.Array):
+        return x
+    known = np.asarray(x)
+    if known.dtype == object:
+        return known
+    return known.astype(spec.dtype if known.dtype.kind in "iub" else np.float64)
+
+
+def _foreign(x: Any) -> Foreign:
+    """Take a result in; a number alone becomes an array without axes."""
+    array = x if hasattr(x, "shape") and not isinstance(x, np.generic) else np.asarray(x)
+    return Foreign(array, type(array) is np.ndarray)
 
 
 def _refuse(walk: Walk) -> None:
@@ -188,6 +217,8 @@ def _evaluate(
     if any(foreign):
         walk.met.update((name, called))
         own = walk.rules.get(called, walk.rules.get(name))
+        if own is not None and walk.missing is not None:
+            return [Foreign(None, plain=False) for _ in eqn.outvars]
         if own is not None:
             return _apply(eqn, values, walk, lambda *xs: own(*xs, **eqn.params))
     if name in CALLS:
@@ -209,11 +240,24 @@ def _by_rule(
     which, rule = MOVES.get(name), RULES.get(name)
     if which is not None and sum(foreign) == sum(foreign[which]):
         return _apply(eqn, values[which], walk, lambda *xs: move(eqn, values, which, xs))
-    if rule is not None and rule.fits(eqn):
-        return _apply(eqn, values, walk, lambda *xs: rule.apply(eqn, *xs))
+    fits = rule is not None and (rule.fits(eqn) or (_plain(values) and rule.fits_plain(eqn)))
+    if rule is not None and fits:
+        numbers = functools.partial(_numbers, number=walk.number)
+        return _apply(eqn, values, walk, lambda *xs: _typed(eqn, rule.apply(eqn, numbers, *xs)))
     if walk.missing is not None:
         walk.missing.append(_describe(eqn, line))
-    return [Foreign(None) for _ in eqn.outvars]
+    return [Foreign(None, plain=False) for _ in eqn.outvars]
+
+
+def _plain(values: Sequence[Value]) -> bool:
+    return all(x.plain for x in values if isinstance(x, Foreign))
+
+
+def _typed(eqn: core.JaxprEqn, out: Any) -> Any:
+    """Give integers of NumPy the dtype that they have in JAX: NumPy sums int8 to int64."""
+    wanted = np.dtype(aval_of(eqn.outvars[0]).dtype)
+    ours = isinstance(out, np.ndarray | np.generic) and out.dtype.kind in "iu"
+    return out.astype(wanted) if ours and wanted.kind in "iu" else out
 
 
 def _apply(
@@ -221,8 +265,8 @@ def _apply(
 ) -> list[Value]:
     """Compute an equation by a rule, and see that it gave what JAX would give the shape of."""
     if walk.missing is not None:
-        return [Foreign(None) for _ in eqn.outvars]
-    outs = rule(*(_operand(x, walk.number) for x in values))
+        return [Foreign(None, _plain(values)) for _ in eqn.outvars]
+    outs = rule(*_operands(values, walk))
     outs = outs if isinstance(outs, list | tuple) else [outs]
     shapes = [tuple(getattr(x, "shape", ())) for x in outs]
     wanted = [tuple(aval_of(v).shape) for v in eqn.outvars]
@@ -232,16 +276,29 @@ def _apply(
             f"{_describe(eqn, source_line(eqn))}, where JAX has {_listed(wanted)}. A rule gives "
             "what the primitive gives, or a list of several."
         )
-    return [Foreign(x) for x in outs]
+    return [_foreign(x) for x in outs]
 
 
-def _operand(x: Value, number: Callable[[float], Any] | None) -> Any:
-    """What a rule sees of a value: what is no bool, in numbers that go with the others."""
-    if isinstance(x, Foreign):
-        return x.value
-    known = np.asarray(x)
-    if known.dtype == bool:
-        return known
+def _operands(values: Sequence[Value], walk: Walk) -> list[Any]:
+    """What a rule sees of values: those that are known, in numbers that go with the others.
+
+    Bools stay bools; beside integers of NumPy, integers stay what they are, and wrap as in JAX.
+    """
+    foreign = [x.value for x in values if isinstance(x, Foreign)]
+    whole = all(type(x) is np.ndarray and x.dtype.kind in "iub" for x in foreign)
+
+    def operand(x: Value) -> Any:
+        if isinstance(x, Foreign):
+            return x.value
+        known = np.asarray(x)
+        kept = known.dtype == bool or (whole and known.dtype.kind in "iu")
+        return known if kept else _numbers(known, walk.number)
+
+    return [operand(x) for x in values]
+
+
+def _numbers(known: np.ndarray, number: Callable[[float], Any] | None) -> np.ndarray:
+    """An array of ours in numbers of the user's kind, or in float64."""
     floats = known.astype(np.float64)
     if number is None:
         return floats
@@ -268,16 +325,16 @@ def _scan(params: Any, values: Sequence[Value], walk: Walk, line: str | None) ->
 def _row(x: Value, i: int) -> Value:
     if not isinstance(x, Foreign):
         return x[i]
-    return x if x.value is None else Foreign(np.reshape(x.value[i : i + 1], x.value.shape[1:]))
+    return x if x.value is None else _foreign(np.reshape(x.value[i : i + 1], x.value.shape[1:]))
 
 
 def _stacked(rows: Sequence[Value], walk: Walk) -> Value:
     if not any(isinstance(row, Foreign) for row in rows):
         return jnp.stack(rows)
     if walk.missing is not None:
-        return Foreign(None)
-    numbers = [_operand(row, walk.number) for row in rows]
-    return Foreign(np.concatenate([np.reshape(x, (1, *x.shape)) for x in numbers]))
+        return Foreign(None, _plain(rows))
+    numbers = [np.reshape(x, (1, *x.shape)) for x in _operands(rows, walk)]
+    return _foreign(np.concatenate(numbers))
 
 
 def _describe(eqn: core.JaxprEqn, line: str | None) -> str:

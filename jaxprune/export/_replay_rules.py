@@ -17,18 +17,21 @@ from jax.extend import core
 from jaxprune.export._products import aval_of, bind
 
 Array = Any  # of numbers that are not ours
+Numbers = Callable[[np.ndarray], Array]  # makes such numbers of an array of ours
 
 
 class Rule(NamedTuple):
     """How a primitive is computed.
 
     Attributes:
-      apply: from the equation and its operands to the result, a list of them if there are several.
+      apply: from the equation, what makes numbers, and its operands to the result.
       fits: whether that is right for the equation.
+      fits_plain: whether it is for arrays of NumPy, whose integers wrap as those of JAX do.
     """
 
     apply: Callable[..., Any]
     fits: Callable[[core.JaxprEqn], bool] = lambda eqn: True
+    fits_plain: Callable[[core.JaxprEqn], bool] = lambda eqn: False
 
 
 def _kinds(eqn: core.JaxprEqn) -> str:
@@ -38,14 +41,14 @@ def _kinds(eqn: core.JaxprEqn) -> str:
 
 
 def _plain(function: Callable[..., Any]) -> Rule:
-    return Rule(lambda _, *xs: function(*xs))
+    return Rule(lambda _eqn, _numbers, *xs: function(*xs))
 
 
 def _compared(function: Callable[..., Any], turned: Callable[..., Any]) -> Rule:
     """Compare; the array that is not NumPy's has to stand in front for its operator to be asked."""
 
-    def apply(eqn: core.JaxprEqn, x: Array, y: Array) -> Array:
-        del eqn
+    def apply(eqn: core.JaxprEqn, numbers: Numbers, x: Array, y: Array) -> Array:
+        del eqn, numbers
         first = type(x) is np.ndarray and type(y) is not np.ndarray
         return turned(y, x) if first else function(x, y)
 
@@ -54,25 +57,50 @@ def _compared(function: Callable[..., Any], turned: Callable[..., Any]) -> Rule:
 
 def _logical(function: Callable[..., Any]) -> Rule:
     """Combine bools. Of integers the same primitives combine bits, which nobody else numbers."""
-    return Rule(lambda _, *xs: function(*xs), lambda eqn: set(_kinds(eqn)) == {"b"})
+    return Rule(lambda _eqn, _numbers, *xs: function(*xs), lambda eqn: set(_kinds(eqn)) == {"b"})
 
 
-def _power(eqn: core.JaxprEqn, x: Array) -> Array:
+def _power(eqn: core.JaxprEqn, numbers: Numbers, x: Array) -> Array:
     power = eqn.params["y"]
-    return np.power(x, power) if power >= 0 else np.true_divide(1.0, np.power(x, -power))
+    if power >= 0:
+        return np.power(x, power)
+    return np.true_divide(numbers(np.ones(())), np.power(x, -power))
+
+
+def _cast(eqn: core.JaxprEqn, numbers: Numbers, x: Array) -> Array:
+    """Cast bools and integers of NumPy as JAX does; to all others a cast is nothing."""
+    return _as_type(eqn.params["new_dtype"], numbers, x)
+
+
+def _as_type(dtype: Any, numbers: Numbers, x: Array) -> Array:
+    """Bools and integers of NumPy as what stands for a dtype of JAX.
+
+    NumPy adds bools to bools, and int8 to int8, where JAX has float32 or int32 by then.
+    """
+    if type(x) is not np.ndarray or x.dtype.kind not in "iub":
+        return x
+    return numbers(x) if jnp.issubdtype(dtype, jnp.floating) else x.astype(dtype)
 
 
 def _cast_fits(eqn: core.JaxprEqn) -> bool:
     """Tell casts that keep a number from those that are meant to change it.
 
-    Rounding of float32 to bfloat16 is left out, as all rounding of floats is; eight bits are a
-    quantizer, and an integer in the place of a float has lost what was behind the point.
+    Rounding to bfloat16 is left out, as all rounding to floats is; eight bits are a quantizer, an
+    integer in the place of a float has lost what was behind the point, and one that is negative
+    is another number without a sign.
     """
     old, new = _kinds(eqn), np.dtype(eqn.params["new_dtype"])
+    if old == "b":
+        return True
     if jnp.issubdtype(new, jnp.floating):
-        return old != "f" or new.itemsize >= 2
-    wider = new.itemsize >= np.dtype(aval_of(eqn.invars[0]).dtype).itemsize
-    return old == "b" or (old in "iu" and new.kind in "iu" and wider)
+        return new.itemsize >= 2
+    more = new.itemsize - np.dtype(aval_of(eqn.invars[0]).dtype).itemsize
+    return (old == new.kind and old in "iu" and more >= 0) or (old + new.kind == "ui" and more > 0)
+
+
+def _cast_fits_plain(eqn: core.JaxprEqn) -> bool:
+    """Integers of NumPy wrap as those of JAX do, whatever the width."""
+    return _kinds(eqn) in ("i", "u") and np.dtype(eqn.params["new_dtype"]).kind in "iu"
 
 
 def _arithmetic_fits(eqn: core.JaxprEqn) -> bool:
@@ -80,18 +108,18 @@ def _arithmetic_fits(eqn: core.JaxprEqn) -> bool:
 
 
 ELEMENTWISE = {
-    "add": Rule(lambda _, x, y: np.add(x, y), _arithmetic_fits),
-    "add_any": Rule(lambda _, x, y: np.add(x, y), _arithmetic_fits),
-    "sub": Rule(lambda _, x, y: np.subtract(x, y), _arithmetic_fits),
-    "mul": Rule(lambda _, x, y: np.multiply(x, y), _arithmetic_fits),
+    "add": Rule(lambda _eqn, _numbers, x, y: np.add(x, y), _arithmetic_fits),
+    "add_any": Rule(lambda _eqn, _numbers, x, y: np.add(x, y), _arithmetic_fits),
+    "sub": Rule(lambda _eqn, _numbers, x, y: np.subtract(x, y), _arithmetic_fits),
+    "mul": Rule(lambda _eqn, _numbers, x, y: np.multiply(x, y), _arithmetic_fits),
     # JAX divides integers to an integer.
-    "div": Rule(lambda _, x, y: np.true_divide(x, y), lambda eqn: _kinds(eqn) == "ff"),
+    "div": Rule(lambda _eqn, _numbers, x, y: np.true_divide(x, y), lambda eqn: _kinds(eqn) == "ff"),
     "neg": _plain(np.negative),
     "abs": _plain(np.abs),
     "square": _plain(lambda x: np.multiply(x, x)),
     "integer_pow": Rule(_power),
-    "max": Rule(lambda _, x, y: np.maximum(x, y), _arithmetic_fits),
-    "min": Rule(lambda _, x, y: np.minimum(x, y), _arithmetic_fits),
+    "max": Rule(lambda _eqn, _numbers, x, y: np.maximum(x, y), _arithmetic_fits),
+    "min": Rule(lambda _eqn, _numbers, x, y: np.minimum(x, y), _arithmetic_fits),
     "clamp": _plain(lambda low, x, high: np.minimum(np.maximum(x, low), high)),
     "lt": _compared(operator.lt, operator.gt),
     "le": _compared(operator.le, operator.ge),
@@ -103,10 +131,10 @@ ELEMENTWISE = {
     "or": _logical(operator.or_),
     "not": _logical(operator.invert),
     "select_n": Rule(
-        lambda _, which, no, yes: np.where(which, yes, no),
+        lambda _eqn, _numbers, which, no, yes: np.where(which, yes, no),
         lambda eqn: len(eqn.invars) == 3 and _kinds(eqn)[0] == "b",
     ),
-    "convert_element_type": Rule(lambda _, x: x, _cast_fits),
+    "convert_element_type": Rule(_cast, _cast_fits, _cast_fits_plain),
     "stop_gradient": _plain(lambda x: x),
 }
 
@@ -165,15 +193,17 @@ def move(
 def _reduced(function: Callable[..., Any]) -> Rule:
     """Reduce an array with its axes kept, so that a number alone is an array, too."""
 
-    def apply(eqn: core.JaxprEqn, x: Array) -> Array:
+    def apply(eqn: core.JaxprEqn, numbers: Numbers, x: Array) -> Array:
+        del numbers
         out = function(x, axis=tuple(eqn.params["axes"]), keepdims=True)
         return np.reshape(out, aval_of(eqn.outvars[0]).shape)
 
     return Rule(apply, _arithmetic_fits)
 
 
-def _dot(eqn: core.JaxprEqn, x: Array, y: Array) -> Array:
+def _dot(eqn: core.JaxprEqn, numbers: Numbers, x: Array, y: Array) -> Array:
     """Multiply two-dimensional matrices, one for each index of the batch axes."""
+    x, y = (_as_type(aval_of(eqn.outvars[0]).dtype, numbers, each) for each in (x, y))
     (left, right), (many, others) = eqn.params["dimension_numbers"]
     rows = [i for i in range(len(x.shape)) if i not in (*left, *many)]
     columns = [i for i in range(len(y.shape)) if i not in (*right, *others)]
@@ -220,16 +250,18 @@ def _places(shape: Sequence[int], by: Windows) -> np.ndarray:
     return seen[tuple(slice(None, None, n) for n in (*by.window_strides, *by.window_dilation))]
 
 
-def _seen(x: Array, places: np.ndarray) -> Array:
-    """What windows see of an array, zeros for padding."""
+def _seen(x: Array, places: np.ndarray, numbers: Numbers) -> Array:
+    """What windows see of an array, zeros of its kind for padding."""
     flat = np.reshape(x, (-1,))
     if places.size and places.max() == flat.shape[0]:
-        flat = np.concatenate([flat, np.zeros(1)])
+        ours = type(x) is np.ndarray and x.dtype != object
+        flat = np.concatenate([flat, np.zeros(1, x.dtype) if ours else numbers(np.zeros(1))])
     return np.reshape(flat[places.reshape(-1)], places.shape)
 
 
-def _convolution(eqn: core.JaxprEqn, x: Array, w: Array) -> Array:
+def _convolution(eqn: core.JaxprEqn, numbers: Numbers, x: Array, w: Array) -> Array:
     """Multiply what each window sees with the kernel as a matrix, group by group."""
+    x, w = (_as_type(aval_of(eqn.outvars[0]).dtype, numbers, each) for each in (x, w))
     params, spec = eqn.params, eqn.params["dimension_numbers"]
     groups = params["feature_group_count"]
     x, w = np.transpose(x, spec.lhs_spec), np.transpose(w, spec.rhs_spec)
@@ -250,17 +282,19 @@ def _convolution(eqn: core.JaxprEqn, x: Array, w: Array) -> Array:
     order = (1, 0, *here, 2, *range(3 + len(space), places.ndim))
     places = places.transpose(order).reshape(groups, batch * int(np.prod(space)), -1)
     matrix = np.reshape(w, (groups, w.shape[0] // groups, -1))
-    out = _matrices(_seen(x, places), np.transpose(matrix, (0, 2, 1)))  # [groups, windows, outputs]
+    seen = _seen(x, places, numbers)
+    out = _matrices(seen, np.transpose(matrix, (0, 2, 1)))  # [groups, windows, outputs]
     out = np.reshape(np.transpose(out, (1, 0, 2)), (batch, *space, w.shape[0]))
     axes = (0, len(space) + 1, *range(1, len(space) + 1))  # those of [batch, outputs, *space]
     return np.transpose(out, [axes[list(spec.out_spec).index(i)] for i in range(len(axes))])
 
 
 def _pooled(function: Callable[..., Any], padded: bool) -> Rule:
-    def apply(eqn: core.JaxprEqn, x: Array) -> Array:
+    def apply(eqn: core.JaxprEqn, numbers: Numbers, x: Array) -> Array:
         places = _places(x.shape, Windows(**{k: eqn.params[k] for k in Windows._fields}))
         shape = places.shape[: len(x.shape)]
-        return np.reshape(function(_seen(x, places.reshape(*shape, -1)), axis=-1), shape)
+        seen = _seen(x, places.reshape(*shape, -1), numbers)
+        return np.reshape(function(seen, axis=-1), shape)
 
     def fits(eqn: core.JaxprEqn) -> bool:
         sides = [side for pair in eqn.params["padding"] for side in pair]

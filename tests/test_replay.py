@@ -312,6 +312,47 @@ def test_replay_refuses_what_it_cannot_trace_or_read():
         jp.export.replay(lambda w, x: x.at[jnp.array([5])].get(mode="fill"), w, x)
 
 
+def test_flags_are_held_fixed():
+    def fn(w, x, train, options):
+        return x * w if train or options["mode"] == "double" else x
+
+    w, x = jnp.array(2.0), np.array([Fraction(1, 3)], dtype=object)
+    run = lambda *flags: jp.export.replay(fn, w, x, *flags, number=Fraction)
+    assert run(False, {"mode": "once", "rate": None}) == [Fraction(1, 3)]
+    assert run(True, {"mode": "once"}) == run(False, {"mode": "double"}) == [Fraction(2, 3)]
+    with pytest.raises(
+        TypeError, match=r"`Fraction` as input 1 at '0', which has no shape.*asarray"
+    ):
+        jp.export.replay(lambda w, x, y: x, w, x, list(x))
+
+
+def test_what_is_not_named_is_counted():
+    functions = [
+        *(jnp.exp, jnp.log, jnp.sin, jnp.cos, jnp.tanh, jnp.sinh, jnp.cosh, jnp.floor, jnp.ceil),
+        *(jnp.arcsinh, jnp.arctanh, jnp.sqrt, jnp.cbrt, jnp.expm1, jnp.log1p),
+    ]
+    with pytest.raises(NotImplementedError, match=r"`exp`.*`sqrt` [^`]* and 3 more\. Pass one"):
+        jp.export.replay(lambda w, x: [f(x) for f in functions], jnp.ones(1), np.ones(3))
+
+
+@pytest.mark.parametrize(
+    "fn",
+    [
+        lambda w, x: lax.scan(lambda c, row: (c + row, row @ w), x[0], x[1:1])[1],
+        lambda w, x: lax.scan(lambda c, row: (c + row, row @ w), x[0], x[1:1])[0],
+        lambda w, x: jnp.einsum("gbk,kd->gbd", x[:0, None], w),
+        lambda w, x: jnp.einsum("gbk,gkd->gbd", x[:0, None], w[None][:0]),
+        lambda w, x: x[:, :0] @ w[:0],
+        lambda w, x: jnp.concatenate([jnp.exp(x[:0]), x]),
+    ],
+)
+def test_arrays_without_entries_are_computed(fn):
+    w, x = weights(3, 2), np.asarray(weights(2, 3, seed=1), np.float64)
+    assert_same(jp.export.replay(fn, w, x), fn(w, jnp.float32(x)))
+    exact = np.vectorize(Fraction, otypes=[object])(x)
+    assert_same(jp.export.replay(fn, w, exact, number=Fraction), fn(w, jnp.float32(x)))
+
+
 def network(params, x):
     x = jax.nn.relu(x @ params["in"] + params["bias"])
     return jnp.clip(x @ params["out"], -4, 4 - 1 / 64)
@@ -349,6 +390,23 @@ def test_replay_on_variables_of_da4ml_convolves_and_pools_bit_exactly():
     data = np.random.default_rng(0).integers(-64, 64, (20, 5, 5, 1)) / 32
     wanted = np.asarray(fn(weights(3, 3, 1, 2), jnp.float32(data))).reshape(20, -1)
     assert (logic.predict(data.reshape(20, -1)) == wanted).all()
+
+
+MASKED = lambda w, x: jnp.where(w > 0, x, -jnp.inf).max(1)
+ENDLESS = r"constant that is not finite in `select_n` .* at test_replay.py:\d+.*Overflow.*Mask with"
+
+
+def test_a_constant_that_numbers_cannot_be_is_named_with_its_line():
+    w, x = jnp.array([[1.0, 0.0]]), np.array([[Fraction(1, 3), Fraction(1)]], dtype=object)
+    with pytest.raises(ValueError, match=ENDLESS):
+        jp.export.replay(MASKED, w, x, number=Fraction)
+    assert jp.export.replay(MASKED, w, x) == [Fraction(1, 3)]  # floats beside fractions
+    assert jp.export.replay(MASKED, w, np.array([[1.0, 2.0]])) == [1]
+
+
+def test_a_constant_that_hardware_cannot_hold_is_named_with_its_line():
+    with pytest.raises(ValueError, match=ENDLESS):
+        jp.export.replay(MASKED, jnp.array([[1.0, 0.0]]), variables((1, 2)))
 
 
 def test_a_budget_in_adders_is_met():

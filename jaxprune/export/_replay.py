@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from numbers import Number
 from typing import Any, NamedTuple
 
 import jax
@@ -77,7 +78,8 @@ def replay(
       fn: function of params and inputs.
       params: its parameters, ordinary arrays; apply masks first.
       *inputs: trees of array-likes with a ``shape``. They are traced as float32, or as the
-        integers or bools that their ``dtype`` says.
+        integers or bools that their ``dtype`` says. What has no shape, such as flags, is held
+        fixed.
       rules: functions for primitives that have no rule, or in place of one that has: from the
         operands, and the params of the primitive as keywords, to the result, or a list of several.
         The name of a jitted function stands for all of it: ``{"quantize": lambda x, **_:
@@ -89,10 +91,11 @@ def replay(
       What ``fn`` returns, of the kind of the inputs; NumPy arrays where no input went in.
 
     Raises:
-      NotImplementedError: primitives without a rule meet an input; all of them are named with
-        their lines, before anything is computed.
-      TypeError: arguments in the wrong places, an input without a shape, traced params.
-      ValueError: a rule gave another shape than JAX has, or nothing has its name.
+      NotImplementedError: primitives without a rule meet an input; they are named with their
+        lines, the first twelve, before anything is computed.
+      TypeError: arguments in the wrong places, numbers without a shape, traced params.
+      ValueError: a rule gave another shape than JAX has, or nothing has its name; a constant is
+        infinite, as those that mask are, and the numbers that it meets cannot be.
 
     Example:
       >>> from fractions import Fraction
@@ -105,16 +108,22 @@ def replay(
     _check(fn, params, inputs, rules or {})
     arrays, static = split_static(params)
     leaves, structure = jax.tree.flatten(inputs)
-    specs = [jax.ShapeDtypeStruct(tuple(x.shape), _dtype(x)) for x in leaves]
-    numbers = [_ours(x, spec) for x, spec in zip(leaves, specs, strict=True)]
+    given = [x for x in leaves if hasattr(x, "shape")]
+    specs = [jax.ShapeDtypeStruct(tuple(x.shape), _dtype(x)) for x in given]
+    numbers = [_ours(x, spec) for x, spec in zip(given, specs, strict=True)]
 
-    def call(arrays: Any, leaves: Any) -> Any:
-        return fn(join_static(arrays, static), *jax.tree.unflatten(structure, leaves))
+    def with_fixed(given: Sequence[Any]) -> Any:
+        left = iter(given)
+        filled = [next(left) if hasattr(x, "shape") else x for x in leaves]
+        return jax.tree.unflatten(structure, filled)
+
+    def call(arrays: Any, given: Any) -> Any:
+        return fn(join_static(arrays, static), *with_fixed(given))
 
     try:
         closed, out = jax.make_jaxpr(call, return_shape=True)(arrays, specs)
     except Exception as error:
-        explain("replay", fn, params, jax.tree.unflatten(structure, specs), error)
+        explain("replay", fn, params, with_fixed(specs), error)
         raise
     walk = Walk(rules or {}, number, missing=[], met=set())
     unknown = [Foreign(None, type(x) is np.ndarray) for x in numbers]
@@ -130,14 +139,16 @@ def _check(
     fn: Callable[..., Any], params: Params, inputs: Sequence[Any], rules: Mapping[str, Any]
 ) -> None:
     check_call("replay", fn, params, inputs)
-    for i, given in enumerate(inputs):
-        for path, leaf in leaves_with_path(given):
-            if not hasattr(leaf, "shape"):
-                where = f"input {i}" + (f" at {path!r}" if path else "")
-                raise TypeError(
-                    f"`export.replay` got an object of type `{type(leaf).__name__}` as {where}, "
-                    "which has no shape. Pass array-likes, as `np.asarray(values, dtype=object)`."
-                )
+    found = [(i, *each) for i, given in enumerate(inputs) for each in leaves_with_path(given)]
+    flags = not found or any(hasattr(leaf, "shape") for *_, leaf in found)
+    for i, path, leaf in found:
+        if hasattr(leaf, "shape") or (flags and not _is_number(leaf)):
+            continue
+        where = f"input {i}" + (f" at {path!r}" if path else "")
+        raise TypeError(
+            f"`export.replay` got an object of type `{type(leaf).__name__}` as {where}, "
+            "which has no shape. Pass array-likes, as `np.asarray(values, dtype=object)`."
+        )
     traced = [path for path, x in leaves_with_path(params) if isinstance(x, jax.core.Tracer)]
     if traced:
         raise TypeError(
@@ -150,6 +161,11 @@ def _check(
             f"`export.replay(rules=)` has no function for {wrong[0]!r}. Pass one of the operands "
             f"and keywords: `{{{wrong[0]!r}: lambda x, **params: ...}}`."
         )
+
+
+def _is_number(x: Any) -> bool:
+    """True for a number that no trace can hold fixed, since JAX does not know it."""
+    return isinstance(x, Number) and not isinstance(x, bool | int | float | complex)
 
 
 def _dtype(x: Any) -> Any:
@@ -187,8 +203,9 @@ def _refuse(walk: Walk) -> None:
     if walk.missing:
         found = list(dict.fromkeys(walk.missing))
         name = found[0].split("`")[1]
+        more = f" and {len(found) - 12} more" if len(found) > 12 else ""
         raise NotImplementedError(
-            f"`export.replay` has no rule for {', '.join(found[:12])}. Pass one: "
+            f"`export.replay` has no rule for {', '.join(found[:12])}{more}. Pass one: "
             f"`rules={{{name!r}: lambda *operands, **params: ...}}`, or keep that part out of `fn`."
         )
 
@@ -217,10 +234,8 @@ def _evaluate(
     if any(foreign):
         walk.met.update((name, called))
         own = walk.rules.get(called, walk.rules.get(name))
-        if own is not None and walk.missing is not None:
-            return [Foreign(None, plain=False) for _ in eqn.outvars]
         if own is not None:
-            return _apply(eqn, values, walk, lambda *xs: own(*xs, **eqn.params))
+            return _by_own(eqn, values, walk, line, own)
     if name in CALLS:
         inner = eqn.params[CALLS[name]]
         jaxpr, consts = getattr(inner, "jaxpr", inner), getattr(inner, "consts", ())
@@ -233,17 +248,33 @@ def _evaluate(
     return _by_rule(eqn, values, walk, line)
 
 
+def _by_own(
+    eqn: core.JaxprEqn,
+    values: Sequence[Value],
+    walk: Walk,
+    line: str | None,
+    own: Callable[..., Any],
+) -> list[Value]:
+    """Compute an equation by a rule of the user, who may give arrays of any kind."""
+    if walk.missing is not None:
+        return [Foreign(None, plain=False) for _ in eqn.outvars]
+    return _apply(eqn, values, walk, line, lambda *xs: own(*xs, **eqn.params))
+
+
 def _by_rule(
     eqn: core.JaxprEqn, values: Sequence[Value], walk: Walk, line: str | None
 ) -> list[Value]:
     name, foreign = eqn.primitive.name, [isinstance(x, Foreign) for x in values]
     which, rule = MOVES.get(name), RULES.get(name)
+    if all(0 in aval_of(v).shape for v in eqn.outvars):  # without entries: nothing went in
+        return [np.zeros(aval_of(v).shape, aval_of(v).dtype) for v in eqn.outvars]
     if which is not None and sum(foreign) == sum(foreign[which]):
-        return _apply(eqn, values[which], walk, lambda *xs: move(eqn, values, which, xs))
+        return _apply(eqn, values[which], walk, line, lambda *xs: move(eqn, values, which, xs))
     fits = rule is not None and (rule.fits(eqn) or (_plain(values) and rule.fits_plain(eqn)))
     if rule is not None and fits:
         numbers = functools.partial(_numbers, number=walk.number)
-        return _apply(eqn, values, walk, lambda *xs: _typed(eqn, rule.apply(eqn, numbers, *xs)))
+        by_rule = lambda *xs: _typed(eqn, rule.apply(eqn, numbers, *xs))  # noqa: E731
+        return _apply(eqn, values, walk, line, by_rule)
     if walk.missing is not None:
         walk.missing.append(_describe(eqn, line))
     return [Foreign(None, plain=False) for _ in eqn.outvars]
@@ -261,19 +292,32 @@ def _typed(eqn: core.JaxprEqn, out: Any) -> Any:
 
 
 def _apply(
-    eqn: core.JaxprEqn, values: Sequence[Value], walk: Walk, rule: Callable[..., Any]
+    eqn: core.JaxprEqn,
+    values: Sequence[Value],
+    walk: Walk,
+    line: str | None,
+    rule: Callable[..., Any],
 ) -> list[Value]:
     """Compute an equation by a rule, and see that it gave what JAX would give the shape of."""
     if walk.missing is not None:
         return [Foreign(None, _plain(values)) for _ in eqn.outvars]
-    outs = rule(*_operands(values, walk))
+    try:
+        outs = rule(*_operands(values, walk))
+    except Exception as error:
+        if all(isinstance(x, Foreign) or np.isfinite(np.asarray(x)).all() for x in values):
+            raise
+        raise ValueError(
+            f"`export.replay` met a constant that is not finite in {_describe(eqn, line)}, and the "
+            f"numbers that it goes with have none such ({type(error).__name__}: {error}). Mask "
+            "with a finite number that is below all others, or by multiplication."
+        ) from error
     outs = outs if isinstance(outs, list | tuple) else [outs]
     shapes = [tuple(getattr(x, "shape", ())) for x in outs]
     wanted = [tuple(aval_of(v).shape) for v in eqn.outvars]
     if shapes != wanted:
         raise ValueError(
             f"`export.replay` got {_listed(shapes)} from the rule of "
-            f"{_describe(eqn, source_line(eqn))}, where JAX has {_listed(wanted)}. A rule gives "
+            f"{_describe(eqn, line)}, where JAX has {_listed(wanted)}. A rule gives "
             "what the primitive gives, or a list of several."
         )
     return [_foreign(x) for x in outs]
@@ -318,6 +362,8 @@ def _scan(params: Any, values: Sequence[Value], walk: Walk, line: str | None) ->
         outs = _run(body.jaxpr, body.consts, [*fixed, *carry, *here], walk, line)
         carry = outs[:k]
         made.append(outs[k:])
+    if not made:  # a loop without steps stacks nothing
+        return [*carry, *(np.zeros((0, *x.shape), x.dtype) for x in body.out_avals[k:])]
     order = made[::-1] if params["reverse"] else made
     return [*carry, *(_stacked(each, walk) for each in zip(*order, strict=True))]
 

@@ -153,6 +153,14 @@ def write_tflite(path):
     litert.write(path, litert.mlp((w.reshape(128, 128, 4) * alive).reshape(w.shape)))
 
 
+def test_the_page_on_deploying_says_which_blocks_do_not_run_and_which_file_is_yours():
+    text = (ROOT / "docs" / "deploying.md").read_text()
+    first, (*others, (_, _, last)) = text.split("```", 1)[0], snippets(text.splitlines(True))
+    assert text.count("```py\n") == 2 and "All Python blocks\nof this page but two run" in first
+    assert '"dense.tflite"' in last and "last block reads a file that is yours, `dense" in first
+    assert not any('"dense.tflite"' in source for _, _, source in others)
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(flax|qwix)")
 def test_what_the_page_on_deploying_shows_runs(tmp_path, monkeypatch):

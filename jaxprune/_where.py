@@ -55,7 +55,7 @@ _KINDS = {
 }
 _ONLY_BY_NAME = ("LoRA factors", "widths of quantizers")  # no use tells those from kernels
 # Ends of a path that say where a value lies in its container, not what it is.
-_CONTAINERS = r"\d+|value|array|data_array|mantissa|raw_value|args|arr"
+_CONTAINERS = r"\d+|value|array|data_array|mantissa|raw_value|args|arr|tree"
 
 
 def is_array(leaf: Any) -> bool:
@@ -134,9 +134,16 @@ def _by_name(path: str, shape: tuple[int, ...]) -> str:
 
 
 def _words(path: str) -> list[str]:
-    """The parts of a path, down to the last that is a name."""
-    words = path.split("/")
-    while len(words) > 1 and re.fullmatch(_CONTAINERS, words[-1]):
+    """The parts of a path, down to the last that is a name.
+
+    paramax wraps what it freezes in `tree` and what it normalizes in another `weight`, in any
+    order: `embed/weight/tree/weight` is called `embed/weight`, as before it was wrapped.
+    """
+    first, *words = path.split("/")
+    words = [first, *(word for word in words if word != "tree")]
+    while len(words) > 1 and (
+        re.fullmatch(_CONTAINERS, words[-1]) or words[-2:] == ["weight", "weight"]
+    ):
         words.pop()
     return words
 

@@ -33,6 +33,8 @@ MATRICES = {
     "containers": [
         *("Dense_0/kernel/value", "linear/weight/array", "net/kernel/0", "0/1"),
         *("layers/0/weight/args/1", "linear/weight/weight/args/0", "triangular/weight/arr"),
+        *("linear/weight/tree", "linear/weight/tree/weight", ("weight/weight/tree", (1, 64))),
+        *("tree", "tree/weight", "embed/proj/weight/weight", "weight/weight"),
     ],
     "Keras": ["sequential/dense/kernel", "gru/gru_cell/recurrent_kernel"],
     "raw dicts": ["wq", "w_gate", "wi_0", "A", "b", "B", "C", "Wx", "proj"],
@@ -40,6 +42,7 @@ MATRICES = {
 OTHERS = {
     "biases": [
         *("Dense_0/bias", "layers/bias", "linear/b", "b1", "bq", "rnn/bias_hh_l0"),
+        *("linear/bias/tree", "norm/tree/bias"),
         *("norm/offset", "norm/beta", "stacked/bias/0", "bias/value", "attn/query_bias", "bias_n"),
     ],
     "gains and scales": [
@@ -49,15 +52,19 @@ OTHERS = {
         *("cell/tau/mantissa", "cell/time_constant", "g", "time_decay"),
         *("attn_ln/weight", "norm_weight", "nu_log", "w_log_std", "logvar", "kernel_bits"),
         *("linear/weight/scale/args/0", "base_dist/scale/args/0"),
+        *("norm/weight/weight", "norm/weight/tree", "embed/weight/scale/args/0/tree"),
     ],
     "embeddings": [
         *("Embed_0/embedding", "embed/embeddings", "wte/weight", "tok_embeddings/weight"),
         *("token_embedding", "wte", "word_embeddings", "embedding/weight", "wpe/embedding"),
         *("relative_attention_bias/weight", "embed", "embeddings/token_embeddings/weight/array"),
+        *("embed/weight/weight", "embed/weight/tree", "embed/weight/tree/weight"),
+        *("embed/weight/weight/tree", "embed/tree/weight", "embed/weight/weight/args/0"),
     ],
     "tables": [
         *("cls_token", "mask_token", "pos_embed", "pos_embedding", "position_embeddings", "cls"),
         *("relative_position_bias_table", "codebook", "register_tokens", "rel_pos_h", "pos_enc"),
+        *("pos/tree", "pos_embed/tree"),
     ],
     "LoRA factors": [
         "lora/lora_a",
@@ -252,6 +259,20 @@ class Block(nnx.Module):
         self.pos_embedding = nnx.Param(jnp.ones((4, 6)))
 
 
+def paramax_stack(key):
+    paramax = pytest.importorskip("paramax")
+    normal = paramax.WeightNormalization
+    parts = {
+        "linear": eqx.nn.Linear(6, 6, key=key),
+        "embed": eqx.nn.Embedding(10, 6, key=key),
+        "tokens": eqx.nn.Embedding(10, 6, key=key),
+    }
+    parts = eqx.tree_at(lambda p: [p["linear"].weight, p["embed"].weight], parts, replace_fn=normal)
+    frozen = {"pos": jnp.ones((4, 6)), "embed_tokens": parts.pop("tokens")}
+    parts["both"] = {"embed": paramax.non_trainable(parts["embed"])}
+    return eqx.filter({**parts, **paramax.non_trainable(frozen)}, eqx.is_inexact_array)
+
+
 def nnx_stack(key):
     return nnx.state(nnx.vmap(Block)(jax.random.split(key, 2)))
 
@@ -261,6 +282,7 @@ def nnx_stack(key):
     [
         (haiku_stack, {"linear/w", "conv2_d/w"}),
         (equinox_stack, {"linear/weight", "gru/weight_ih", "gru/weight_hh"}),
+        (paramax_stack, {"linear/weight/weight"}),
         (nnx_stack, {f"attn/{name}/kernel" for name in ("query", "key", "value", "out")}),
     ],
 )

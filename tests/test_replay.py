@@ -376,6 +376,21 @@ def test_replay_on_variables_of_da4ml_is_bit_exact():
     assert (logic.predict(data) == np.asarray(network(PARAMS, jnp.float32(data)))).all()
 
 
+def test_bools_of_da4ml_are_numbers_bit_exactly():
+    x = variables((1, 4))
+    from da4ml.trace import comb_trace
+
+    def fn(w, x):
+        above, below = (x > 0).astype(jnp.int8), x <= -0.5
+        counted = (above * 100 + below.astype(jnp.int8)).astype(jnp.int32) * 2
+        return counted.astype(jnp.float32) @ w + jnp.where(below, 3, -4).sum() + x.max()
+
+    logic = comb_trace(x, jp.export.replay(fn, weights(4, 2), x))
+    data = np.random.default_rng(0).integers(-64, 64, (50, 4)) / 32
+    wanted = jax.vmap(lambda x: fn(weights(4, 2), x[None])[0])(jnp.float32(data))
+    assert (logic.predict(data) == np.asarray(wanted)).all()
+
+
 def test_replay_on_variables_of_da4ml_convolves_and_pools_bit_exactly():
     x = variables((1, 5, 5, 1))
     from da4ml.trace import comb_trace

@@ -187,18 +187,83 @@ def test_zeros_that_palettes_lose_are_told(tmp_path):
 def test_params_are_found_transposed_and_layer_by_layer():
     w = np.arange(24, dtype=np.float32).reshape(2, 3, 4)
     ((part, place),) = locate(w, {"other": np.ones(24), "a": w.transpose(2, 0, 1).reshape(4, 6)})
-    assert part is w and place == ("a", (2, 0, 1), True)
+    assert part is w and place == ("a", (2, 0, 1), True, False)
     found = locate(w, {"b": w[1].T.copy(), "a": w[0]})
-    assert [place for _, place in found] == [("a", (0, 1), True), ("b", (1, 0), True)]
+    assert [place for _, place in found] == [
+        ("a", (0, 1), True, False),
+        ("b", (1, 0), True, False),
+    ]
     assert locate(w, {"a": np.ones(23)}) == []
 
 
 def test_what_a_file_lost_is_counted_by_the_places_before_it_was_compressed():
     w = np.array([[0, 1], [2, 4]], np.float32)
     back = {"a": np.array([[0.5, 2], [0, 4]], np.float32)}  # transposed: 0 is 0.5, 1 is 0
-    assert compare_constants([w], {"a": w.T}, back) == (0.25, 0.0, 1)
+    assert compare_constants({"w": w}, {"a": w.T}, back) == (0.25, 0.0, 1, ())
     scaled = {"a": 3 * w.T}  # as a norm does; then what counts is what compression changed
-    assert compare_constants([w], scaled, {"a": 3 * w.T}) == (0.0, 1.0, 0)
+    assert compare_constants({"w": w}, scaled, {"a": 3 * w.T}) == (0.0, 1.0, 0, ())
+
+
+def draw(i, *shape):
+    return jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.float32)
+
+
+def test_weights_that_are_merged_are_counted_over_the_program_and_named(tmp_path):
+    path, params = tmp_path / "net.mlpackage", {n: draw(i, 64, 64) for i, n in enumerate("qkv")}
+    fused = lambda p, x: x @ jnp.concatenate([p["q"], p["k"], p["v"]], 1)
+    # By magnitude there would be a gap around zero, and with it a value of the palette.
+    masks = {n: jax.random.uniform(jax.random.key(0), (64, 64)) > 0.1 for n in "qkv"}
+    with pytest.warns(jp.PruneWarning) as told:
+        report = jp.export.coreml(path, fused, params, ONES, masks=masks, palettize=4)
+    words = [str(warning.message) for warning in told]
+    assert "kept 0.00% of the zeros" in words[0]
+    assert "finds no matrix like 'k', 'q', 'v'" in words[1]
+    assert report.zeros_kept == 0 and report.parity > 0.01
+    with pytest.warns(jp.PruneWarning, match=r"finds no matrix like 'q' in .*merged with others"):
+        report = jp.export.coreml(
+            path,
+            lambda p, x: x @ p["q"][:, :32],
+            params,
+            ONES,
+            masks={**masks, "k": None, "v": None},
+        )
+    assert report.zeros_kept == 1 and report.parity == 2**-11  # what float16 rounds at most
+
+
+def test_weights_in_the_bodies_of_loops_and_branches_are_compared(tmp_path):
+    params = {n: draw(i, 64, 64) for i, n in enumerate("qkv")}
+
+    def fn(p, x):
+        x = jax.lax.fori_loop(0, 3, lambda _, x: jnp.tanh(x @ p["q"]), x)
+        return jax.lax.cond(x.sum() > 0, lambda x: x @ p["k"], lambda x: x @ p["v"], x)
+
+    masks = jp.find_masks(params, 0.9)
+    report = jp.export.coreml(tmp_path / "net.mlpackage", fn, params, ONES, masks=masks)
+    assert report.zeros_kept == 1 and report.zeroed == 0 and 1e-4 < report.parity < 2**-11
+    report = jp.export.coreml(
+        tmp_path / "net.mlpackage", fn, params, ONES, masks=masks, palettize=2
+    )
+    assert report.zeros_kept == 1 and report.parity > 0.05
+
+
+def test_unused_params_are_no_other_matrix_of_their_size(tmp_path):
+    params = {n: draw(i, 64, 64) for i, n in enumerate("qk")}
+    masks, path = jp.find_masks(params, 0.9), tmp_path / "net.mlpackage"
+    with pytest.warns(jp.PruneWarning, match=r"finds no matrix like 'k' in"):
+        report = jp.export.coreml(path, lambda p, x: x @ p["q"], params, ONES, masks=masks)
+    assert report.zeros_kept == 1 and report.zeroed == 0
+
+
+def test_kernels_that_are_turned_are_found(tmp_path):
+    params = {"k": draw(3, 3, 3, 16, 32)}
+    report = jp.export.coreml(
+        tmp_path / "net.mlpackage",
+        lambda p, x: jax.lax.conv_transpose(x, p["k"], (2, 2), "SAME"),
+        params,
+        jnp.ones((1, 8, 8, 16)),
+        masks=jp.find_masks(params, 0.9),
+    )
+    assert report.zeros_kept == 1 and report.zeroed == 0 and 1e-4 < report.parity < 2**-11
 
 
 # Packages that are folders
@@ -256,7 +321,7 @@ def test_weights_beyond_float16_are_named(tmp_path):
         jp.export.coreml(tmp_path / "net.mlpackage", product, large, ONES)
     path = tmp_path / "net.mlpackage"
     assert jp.export.coreml(path, product, large, ONES, precision="float32").parity == 0
-    assert not _coreml._weights({"w": jnp.ones((600, 1))[:10]}, "float16")
+    assert not _coreml._weights({"b": jnp.ones(10), "w": jnp.ones((1, 1))}, "float16")
 
 
 def test_a_missing_package_is_told_with_its_extra(tmp_path, monkeypatch):

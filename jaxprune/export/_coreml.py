@@ -15,10 +15,10 @@ import numpy as np
 
 from jaxprune._advice import PruneWarning
 from jaxprune._atomic import in_place
-from jaxprune._tree import leaves_with_path
+from jaxprune._tree import leaves_with_path, list_paths
 from jaxprune.export._bake import bake
 from jaxprune.export._compare import compare
-from jaxprune.export._constants import Constants, compare_constants
+from jaxprune.export._constants import Constants, Found, compare_constants
 from jaxprune.export._culprits import culprits
 from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
@@ -134,17 +134,31 @@ def coreml(
         _named(program, _compress(model, palettize, min_sparsity)).save(str(written))
         found = compare_constants(weights, dense, _follow(dense, _read(written)))
         report = describe(path, written, (found.parity, None))
+    _warn(path, found)
+    return dataclasses.replace(
+        report, zeros_kept=found.zeros_kept, zeroed=found.zeroed, dense_bytes=before
+    )
+
+
+def _warn(path: str | Path, found: Found) -> None:
+    """Tell of zeros that are lost, and of those that cannot be told apart."""
     if found.zeros_kept is not None and found.zeros_kept < 1:
         warnings.warn(
             f"`export.coreml` kept {found.zeros_kept:.2%} of the zeros in {str(path)!r}; the "
             "others are small numbers there. Pass a smaller `min_sparsity`: palettes keep the "
             "zeros of matrices that are stored sparse, and of no others.",
             PruneWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return dataclasses.replace(
-        report, zeros_kept=found.zeros_kept, zeroed=found.zeroed, dense_bytes=before
-    )
+    if found.missing:
+        warnings.warn(
+            f"`export.coreml` finds no matrix like {list_paths(list(found.missing))} in "
+            f"{str(path)!r}: merged with others, cut to pieces, or unused. Zeros are counted over "
+            "all constants of the program. Look at the report, and let `fn` multiply with each "
+            "param as it is if its zeros have to be told.",
+            PruneWarning,
+            stacklevel=3,
+        )
 
 
 def _check_path(path: Any) -> None:
@@ -179,8 +193,8 @@ def _check_settings(palettize: int | None, precision: str, min_sparsity: float) 
         )
 
 
-def _weights(params: Params, precision: str) -> list[np.ndarray]:
-    """Take the matrices that are large enough to be sparse, and refuse what float16 cannot hold."""
+def _weights(params: Params, precision: str) -> dict[str, np.ndarray]:
+    """Take the matrices, and refuse what float16 cannot hold."""
     floats = [
         (path, np.asarray(x, np.float32))
         for path, x in leaves_with_path(params)
@@ -194,7 +208,7 @@ def _weights(params: Params, precision: str) -> list[np.ndarray]:
             f"`export.coreml` got weights beyond {limit:g}, which float16 cannot hold: "
             f"{', '.join(beyond)}. Pass `precision='float32'`, or scale them."
         )
-    return [x for _, x in floats if x.ndim > 1 and x.size > SMALL]
+    return {path: x for path, x in floats if x.ndim > 1 and x.size > 1}
 
 
 def _convert_or_tell(program: Program, precision: str, max_batch: int) -> Any:
@@ -269,23 +283,33 @@ def _constants(model: Any) -> Constants:
     """List the constants of a program that may be weights, by their names."""
     found = {}
     for function in model._mil_program.functions.values():
-        for op in function.operations:
+        for op in _operations(function):
             value = op.outputs[0].val if op.op_type == "const" else None
-            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.size > 1:
                 found[op.name] = value
     return found
+
+
+def _operations(block: Any) -> Iterator[Any]:
+    """List what a program computes, also inside of loops and branches."""
+    for op in block.operations:
+        yield op
+        for inner in op.blocks:
+            yield from _operations(inner)
 
 
 def _follow(dense: Constants, back: Constants) -> Constants:
     """Give constants the names that they had before they were compressed."""
     ends = ("", "_sparsified", "_palettized", "_sparsified_palettized")
-    return {
-        name: back[name + end]
-        for name, values in dense.items()
-        if values.size > SMALL
-        for end in ends
-        if name + end in back
-    }
+    found = {n: back[n + end] for n in dense for end in ends if n + end in back}
+    lost = [name for name in dense if name not in found]
+    if lost:
+        raise ValueError(
+            f"`export.coreml` cannot read {list_paths(lost)} back, constants of the program, and "
+            "knows nothing of their zeros. No file was written. Pass `min_sparsity=1.0` and no "
+            "`palettize`, which leaves weights as they are, and report the function."
+        )
+    return found
 
 
 def _size(model: Any) -> int:

@@ -9,6 +9,7 @@ import jaxprune as jp
 from jaxprune._atomic import _exchange
 from jaxprune.export import _coreml, _mil
 from jaxprune.export._constants import compare_constants, locate
+from jaxprune.export._coreml_door import matrices
 
 pytest.importorskip("stablehlo_coreml", reason="coremltools has no wheel for Python 3.14")
 pytest.importorskip("sklearn")
@@ -150,6 +151,42 @@ def test_a_batch_of_any_size_has_a_range(tmp_path):
     (batch, inputs) = given.type.multiArrayType.shapeRange.sizeRanges
     assert (batch.lowerBound, batch.upperBound) == (1, 9)
     assert (inputs.lowerBound, inputs.upperBound) == (64, 64)
+
+
+def test_the_range_holds_the_example(tmp_path):
+    path = tmp_path / "net.mlpackage"
+    jp.export.coreml(path, product, SMALL, jnp.ones((128, 64)), batch="batch")
+    (given,) = spec(path).input
+    assert given.type.multiArrayType.shapeRange.sizeRanges[0].upperBound == 128
+
+
+def test_a_conversion_that_failed_stands_in_no_way_of_the_next(tmp_path):
+    from coremltools.converters.mil.mil import Symbol
+
+    path = tmp_path / "net.mlpackage"
+    with pytest.raises(ValueError, match="cannot convert"):
+        jp.export.coreml(path, lambda p, x: jnp.linalg.eigh(x.T @ x)[0], SMALL, ONES, batch="b")
+    Symbol("dim_0")  # as a conversion of the user leaves it that fails
+    assert jp.export.coreml(path, product, SMALL, ONES, batch="b").bytes
+
+
+def test_inputs_that_nothing_reads_are_there(tmp_path):
+    path = tmp_path / "net.mlpackage"
+    inputs = {"a": jnp.ones((2, 3)), "b": ONES}
+    jp.export.coreml(path, lambda p, x: product(p, x["b"]), SMALL, inputs)
+    assert [x.name for x in spec(path).input] == ["input_0_a", "input_0_b"]
+    assert list(spec(path).input[0].type.multiArrayType.shape) == [2, 3]
+
+
+def test_names_are_of_letters_and_digits(tmp_path):
+    path = tmp_path / "net.mlpackage"
+    fn = lambda p, x: {"my out": product(p, x["my input"]), "é": x["b"]}
+    jp.export.coreml(path, fn, SMALL, {"my input": ONES, "b": ONES})
+    assert [x.name for x in spec(path).input] == ["input_0_b", "input_0_my_input"]
+    assert [x.name for x in spec(path).output] == ["output_my_out", "output__"]
+    fn = lambda p, x: product(p, x["a b"]) + x["a-b"]
+    jp.export.coreml(path, fn, SMALL, {"a b": ONES, "a-b": ONES})
+    assert [x.name for x in spec(path).input] == ["input_0", "input_1"]
 
 
 # What is compared
@@ -306,6 +343,12 @@ def test_paths_of_other_names_and_other_folders_are_refused(tmp_path):
     ("setting", "words"),
     [
         ({"palettize": 5}, r"palettize=5.* Use one of \[1, 2, 3, 4, 6, 8\]"),
+        ({"palettize": True}, "palettize=True.* is no number of bits"),
+        ({"palettize": 4.0}, "palettize=4.0.* is no number of bits"),
+        ({"min_sparsity": "0.5"}, "min_sparsity='0.5'.* is no share of zeros"),
+        ({"batch": "b", "max_batch": 0}, "max_batch=0.* is no size of a batch"),
+        ({"batch": "my axis"}, "batch='my axis'.* is no name of an axis"),
+        ({"tolerance": "1e-4"}, "tolerance='1e-4'.* is no difference"),
         ({"precision": "int8"}, "precision='int8'.* Use 'float16' or 'float32'"),
         ({"min_sparsity": 90}, "min_sparsity=90.* is no share of zeros"),
     ],
@@ -321,7 +364,7 @@ def test_weights_beyond_float16_are_named(tmp_path):
         jp.export.coreml(tmp_path / "net.mlpackage", product, large, ONES)
     path = tmp_path / "net.mlpackage"
     assert jp.export.coreml(path, product, large, ONES, precision="float32").parity == 0
-    assert not _coreml._weights({"b": jnp.ones(10), "w": jnp.ones((1, 1))}, "float16")
+    assert not matrices({"b": jnp.ones(10), "w": jnp.ones((1, 1))}, "float16")
 
 
 def test_a_missing_package_is_told_with_its_extra(tmp_path, monkeypatch):
@@ -330,3 +373,21 @@ def test_a_missing_package_is_told_with_its_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "stablehlo_coreml", None)
     with pytest.raises(ImportError, match=r"needs 'stablehlo_coreml'.*jaxprune\[coreml\]"):
         jp.export.coreml(tmp_path / "net.mlpackage", product, SMALL, ONES)
+
+
+def test_weights_that_are_no_numbers_are_named(tmp_path):
+    for bad in (jnp.nan, jnp.inf):
+        params = {"w": SMALL["w"], "b": {"c": jnp.zeros(64).at[3].set(bad)}}
+        with pytest.raises(ValueError, match="got 'b/c' with NaN or infinite entries"):
+            jp.export.coreml(tmp_path / "net.mlpackage", product, params, ONES)
+
+
+def test_inputs_without_entries_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"input of shape \[0, 64\].* one row or more"):
+        jp.export.coreml(tmp_path / "net.mlpackage", product, SMALL, jnp.ones((0, 64)))
+
+
+def test_bfloat16_is_told_to_be_none_of_core_ml(tmp_path):
+    fn = lambda p, x: x @ p["w"].astype(jnp.bfloat16)
+    with pytest.raises(ValueError, match=r"no bfloat16: build the model with `dtype=jnp.float32`"):
+        jp.export.coreml(tmp_path / "net.mlpackage", fn, SMALL, ONES.astype(jnp.bfloat16))

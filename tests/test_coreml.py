@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 import jaxprune as jp
-from jaxprune._atomic import _exchange
+from jaxprune import _atomic
+from jaxprune._atomic import _exchange, in_place
 from jaxprune.export import _coreml, _mil
 from jaxprune.export._constants import compare_constants, locate
 from jaxprune.export._coreml_door import matrices
@@ -324,6 +325,28 @@ def test_an_older_folder_is_put_back_where_the_new_one_cannot_come(tmp_path):
     with pytest.raises(FileNotFoundError):
         _exchange(tmp_path / "nothing", old, tmp_path / "aside")
     assert old.is_dir() and not (tmp_path / "aside").exists()
+
+
+def test_of_two_writers_of_one_folder_the_last_one_tries_again(tmp_path, monkeypatch):
+    path, calls = tmp_path / "net.mlpackage", []
+    path.mkdir()
+
+    def meets_another(new, path, old):
+        calls.append(path)
+        path.rename(tmp_path / "aside")  # the other one is between its two strokes
+        _exchange(new, path, old)
+
+    monkeypatch.setattr(_atomic, "_exchange", meets_another)
+    with in_place(path) as written:
+        written.mkdir()
+        (written / "new").touch()
+    assert (path / "new").exists() and len(calls) == 1
+
+
+def test_a_folder_that_is_a_file_is_told(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match=r"file' is no folder.* Pass another path"):
+        jp.export.coreml(tmp_path / "file" / "net.mlpackage", product, SMALL, ONES)
 
 
 # Bad input

@@ -188,10 +188,10 @@ def _convert_or_tell(program: Program, precision: str, max_batch: int) -> Any:
     try:
         return convert(lambda *xs: fold(program.closed, *xs), program.specs)
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        reason = next((line for line in str(error).splitlines() if line.strip()), "").rstrip(".")
         raise ValueError(
             f"`export.coreml` cannot convert {culprits(program.closed.jaxpr, convert, error)}: "
-            f"{type(error).__name__}: {reason} {_advice(program, error)}"
+            f"{type(error).__name__}: {reason}. {_advice(program, error)}"
         ) from error
 
 

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from jaxprune._tree import leaves_with_path, list_paths, split_static
-from jaxprune.export._door import check_path
+from jaxprune.export._door import check_path, check_share, check_tolerance, is_whole
 from jaxprune.typing import Params
 
 PALETTES = (1, 2, 3, 4, 6, 8)
@@ -42,11 +42,7 @@ def check_settings(palettize: Any, precision: Any, min_sparsity: Any, tolerance:
             f"`export.coreml(precision={precision!r})` is unknown. Use 'float16' or 'float32'."
         )
     check_share("coreml", min_sparsity)
-    if not is_real(tolerance) or not tolerance >= 0:
-        raise ValueError(
-            f"`export.coreml(tolerance={tolerance!r})` is no difference to allow. Use a number "
-            "such as 1e-4."
-        )
+    check_tolerance("coreml", tolerance)
 
 
 def check_batch(batch: Any, max_batch: Any) -> None:
@@ -64,25 +60,6 @@ def check_batch(batch: Any, max_batch: Any) -> None:
         raise ValueError(
             f"`export.coreml(max_batch={max_batch!r})` is no size of a batch. Use a number such as "
             "64."
-        )
-
-
-def is_whole(x: Any) -> bool:
-    """True for an integer that is no bool."""
-    return isinstance(x, int | np.integer) and not isinstance(x, bool)
-
-
-def is_real(x: Any) -> bool:
-    """True for a number that is no bool."""
-    return is_whole(x) or isinstance(x, float | np.floating)
-
-
-def check_share(user: str, min_sparsity: Any) -> None:
-    """Refuse what is no share of zeros."""
-    if not is_real(min_sparsity) or not 0 <= min_sparsity <= 1:
-        raise ValueError(
-            f"`export.{user}(min_sparsity={min_sparsity!r})` is no share of zeros. Use a number in "
-            "[0, 1]."
         )
 
 

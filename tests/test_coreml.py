@@ -405,6 +405,14 @@ def test_weights_that_are_no_numbers_are_named(tmp_path):
             jp.export.coreml(tmp_path / "net.mlpackage", product, params, ONES)
 
 
+def test_infinite_constants_have_no_palette(tmp_path):
+    fn = lambda p, x: x @ p["w"] + jnp.where(jnp.tri(64) > 0, 0, -jnp.inf)
+    path, x = tmp_path / "net.mlpackage", jnp.ones((64, 64))
+    with pytest.raises(ValueError, match=r"cannot round .* such as \[64, 64\] of a mask"):
+        jp.export.coreml(path, fn, SMALL, x, palettize=4)
+    assert jp.export.coreml(path, fn, SMALL, x).parity < 2**-11
+
+
 def test_inputs_without_entries_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"input of shape \[0, 64\].* one row or more"):
         jp.export.coreml(tmp_path / "net.mlpackage", product, SMALL, jnp.ones((0, 64)))

@@ -51,13 +51,15 @@ def locate(
     param that it holds.
     """
     sums = _sums(constants) if sums is None else sums
-    found = []
+    found, removed = [], param == 0
     for name in _alike(param, constants, sums, exact):
         rounded = param.astype(constants[name].dtype).astype(np.float32)
         for place in _places(name, constants[name].shape, param.shape):
             now = read_as(place, param.shape, constants)
+            if np.any(now[removed]):  # most are told apart by this
+                continue
             gap = gap_of(now, rounded)
-            if gap <= EXACT or not (exact or np.any(now[param == 0])):
+            if gap <= EXACT or not exact:
                 score = (int(np.sum((now == 0) != (rounded == 0))), gap)
                 found.append((score, place._replace(exact=gap <= EXACT)))
     if found:

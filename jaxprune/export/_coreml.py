@@ -145,6 +145,7 @@ def coreml(
         model = _convert_or_tell(program, precision, _most(program, max_batch))
         _compare(program, tolerance, seed)
         dense, before = _constants(model), _size(model)
+        _check_palettes(dense, palettize)
         _named(program, _compress(model, palettize, min_sparsity)).save(str(written))
         found = compare_constants(weights, dense, _follow(dense, _read(written)))
         report = describe(path, written, (found.parity, None))
@@ -219,6 +220,18 @@ def _compare(program: Program, tolerance: float, seed: int) -> None:
             wanted = program.reference(*values)
         pair = [results[i] for i in known], [wanted[i] for i in known]
         compare("coreml", [labels[i] for i in known], [pair], tolerance)
+
+
+def _check_palettes(dense: Constants, palettize: int | None) -> None:
+    """Refuse constants that no mean is made of."""
+    infinite = [name for name, x in dense.items() if x.size > SMALL and not np.isfinite(x).all()]
+    if palettize is not None and infinite:
+        raise ValueError(
+            f"`export.coreml(palettize={palettize})` cannot round {list_paths(infinite)}, "
+            f"constants of the program with infinite entries, such as {list(dense[infinite[0]].shape)} of a "
+            "mask. Let `fn` compute them from an input, or use -1e4 in place of infinity: float16 "
+            "ends at 65504."
+        )
 
 
 def _named(program: Program, model: Any) -> Any:

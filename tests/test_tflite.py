@@ -128,6 +128,43 @@ def test_signatures_and_metadata_stay(tmp_path):
     assert runner(images=np.ones((1, 64), np.float32))["y"].shape == (1, 64)
 
 
+def two_graphs(*named):
+    """Make a file of two networks, of which the second one is no part of the first."""
+    model, other = litert.mlp(matrix(0, 64, 64, 0.95)), litert.mlp(matrix(1, 64, 64, 0.95))
+    (second,), ends = other.subgraphs, (("x", 0), ("y", 3))
+    for tensor in second.tensors:
+        tensor.buffer += len(model.buffers)
+    model.buffers += other.buffers
+    model.subgraphs.append(second)
+    model.signatureDefs = []
+    for graph, key in enumerate(named):
+        x, y = ([litert.schema.TensorMapT(name=n, tensorIndex=i)] for n, i in ends)
+        model.signatureDefs.append(
+            litert.schema.SignatureDefT(inputs=x, outputs=y, signatureKey=key, subgraphIndex=graph)
+        )
+    return model
+
+
+def test_each_signature_is_compared(tmp_path, monkeypatch):
+    source = litert.write(tmp_path / "net.tflite", two_graphs("encode", "decode"))
+    out = tmp_path / "out.tflite"
+    report = jp.export.sparsify_tflite(out, source, latency=())
+    assert report.zeros_kept == 1 and report.parity < 1e-6
+    model = litert.read(out)
+    assert all(any(t.sparsity for t in graph.tensors) for graph in model.subgraphs)
+    second = matrix(1, 64, 64, 0.95)
+    wrong = lambda w, n: tabulate(2 * w if np.array_equal(w, second) else w, n)
+    monkeypatch.setattr(_tflite, "tabulate", wrong)
+    with pytest.raises(ValueError, match=r"differs from the source by .* 'decode/y'"):
+        jp.export.sparsify_tflite(out, source, latency=())
+
+
+def test_what_no_signature_runs_stays_dense(tmp_path):
+    source = litert.write(tmp_path / "net.tflite", two_graphs("encode"))
+    model = litert.read(jp.export.sparsify_tflite(tmp_path / "o.tflite", source, latency=()).path)
+    assert [any(t.sparsity for t in graph.tensors) for graph in model.subgraphs] == [True, False]
+
+
 # Which form, for which matrix
 
 
@@ -279,6 +316,11 @@ def test_what_is_no_file_of_litert_is_refused(tmp_path):
         ({"block": (4, 4)}, r"block=\(4, 4\).* Use \(1, 4\)"),
         ({"min_sparsity": 90}, "share of zeros"),
         ({"compute": "fast"}, "'sparse', 'dense', or"),
+        ({"block": 4}, r"block=4\)` is none .* Use \(1, 4\)"),
+        ({"min_sparsity": "0.5"}, "share of zeros"),
+        ({"latency": 1}, r"latency=1\)` is no sequence of batch sizes"),
+        ({"latency": (0,)}, r"latency=\(0,\)\)` is no sequence of batch sizes"),
+        ({"tolerance": None}, "tolerance=None.* is no difference"),
     ],
 )
 def test_unknown_settings_are_refused(setting, words, net, tmp_path):

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import io
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,12 +16,18 @@ import numpy as np
 
 from jaxprune._advice import PruneWarning
 from jaxprune._atomic import in_place
-from jaxprune._tree import leaves_with_path
+from jaxprune._tree import list_paths
 from jaxprune.export._bake import bake
 from jaxprune.export._compare import compare
-from jaxprune.export._constants import Constants, compare_constants
+from jaxprune.export._constants import Constants, Found, compare_constants
+from jaxprune.export._coreml_door import (
+    check_batch,
+    check_inputs,
+    check_package,
+    check_settings,
+    matrices,
+)
 from jaxprune.export._culprits import culprits
-from jaxprune.export._door import check_path
 from jaxprune.export._extras import need
 from jaxprune.export._fold import fold
 from jaxprune.export._mil import infer, to_model
@@ -29,7 +36,6 @@ from jaxprune.export._report import Report, describe, sizes_in
 from jaxprune.typing import Masks, Params
 
 SMALL = 512  # entries: the table of a smaller sparse matrix is larger than what it saves
-PALETTES = (1, 2, 3, 4, 6, 8)
 
 
 def coreml(
@@ -58,11 +64,13 @@ def coreml(
     program is computed by coremltools' own inference of constants and compared with ``fn``, as far
     as that goes: products, elementwise functions, sums, softmax and norms, no convolution and no
     pooling. Then the package is saved and loaded again from disk; its weights, decompressed, are
-    compared with the params, each found by its values and zeros however it is transposed. Only then
-    it is put in place; an older one stays until then, and stays if something is wrong.
+    compared with those before, and these with the params, each found by its values however it is
+    transposed. Only then it is put in place; an older one stays until then, and stays if something
+    is wrong.
 
     Inputs are called ``input_0``, ``input_1``, those of trees by their paths as well
     (``input_0_tokens``); outputs ``output``, ``output_0`` in a tuple, ``output_logits`` in a dict.
+    What is no letter or digit of ASCII becomes ``_`` in names.
 
     Args:
       path: where to write, a name that ends in ``.mlpackage``; packages are folders. One that is
@@ -80,7 +88,8 @@ def coreml(
       min_sparsity: matrices with a smaller share of zeros stay dense.
       batch: name of a first axis of any size, that of all inputs whose first axis is as long as the
         first input's; None for the shapes as given, which Core ML runs on more of its hardware.
-      max_batch: the largest size of that axis, which Core ML wants to know.
+      max_batch: the largest size of that axis, which Core ML wants to know; that of the examples
+        if it is larger.
       tolerance: the largest difference from ``fn`` to allow, as a fraction of the largest value of
         an output, where the program can be computed.
       seed: of NumPy's generator for the inputs to compare on: normal floats, and integers within
@@ -88,19 +97,22 @@ def coreml(
 
     Returns:
       A ``Report`` of the package, without latency. Its parity compares weights, not outputs: the
-      largest difference as a fraction of the largest value of the matrix, 5e-4 for float16 alone.
+      largest difference as a fraction of the largest value of the matrix, at most 5e-4 for float16
+      alone, which is also what it is where weights are merged with others before they are rounded.
       ``dense_bytes`` are those of the package before weights became sparse.
 
     Raises:
       ValueError: another suffix, or a folder that is no package; an operation that cannot be
-        converted; the program differs from ``fn``; weights beyond the range of float16; a palette
-        that Core ML does not have.
+        converted, or a type (bfloat16 is none of Core ML's); the program differs from ``fn``;
+        weights that are no numbers, or beyond the range of float16; a palette that Core ML does not
+        have; an example without entries.
       TypeError: arguments in the wrong places, params without values, inputs that are keys.
       ImportError: a package of the extra ``coreml`` is missing (there is no coremltools for Python
         3.14), or scikit-learn for palettes.
 
     Warns:
-      PruneWarning: removed weights are not zero in the package.
+      PruneWarning: removed weights are not zero in the package; or params that have zeros are no
+        constants of it, since ``fn`` merges, slices or ignores them.
 
     Example:
       >>> import tempfile
@@ -117,8 +129,10 @@ def coreml(
       `Apple's guide to pruning
       <https://apple.github.io/coremltools/docs-guides/source/opt-pruning-overview.html>`_.
     """
-    _check_path(path)
-    _check_settings(palettize, precision, min_sparsity)
+    check_package("coreml", path)
+    check_settings(palettize, precision, min_sparsity, tolerance)
+    check_batch(batch, max_batch)
+    check_inputs(inputs)
     with _contained():
         need("coremltools", "coreml", "coreml")
         need("stablehlo_coreml", "coreml", "coreml")
@@ -126,75 +140,47 @@ def coreml(
             need("sklearn.cluster", "coreml(palettize=...)", "coreml")
     program = make_program("coreml", fn, params, inputs, masks=masks, batch=batch, shapes=None)
     baked = params if masks is None else bake(params, masks)
-    weights = _weights(baked, precision)
+    weights = matrices(baked, precision)
     with in_place(Path(path)) as written, _contained():
-        model = _convert_or_tell(program, precision, max_batch)
+        model = _convert_or_tell(program, precision, _most(program, max_batch))
         _compare(program, tolerance, seed)
         dense, before = _constants(model), _size(model)
+        _check_palettes(dense, palettize)
         _named(program, _compress(model, palettize, min_sparsity)).save(str(written))
         found = compare_constants(weights, dense, _follow(dense, _read(written)))
         report = describe(path, written, (found.parity, None))
+    _warn(path, found)
+    return dataclasses.replace(
+        report, zeros_kept=found.zeros_kept, zeroed=found.zeroed, dense_bytes=before
+    )
+
+
+def _warn(path: str | Path, found: Found) -> None:
+    """Tell of zeros that are lost, and of those that cannot be told apart."""
     if found.zeros_kept is not None and found.zeros_kept < 1:
         warnings.warn(
             f"`export.coreml` kept {found.zeros_kept:.2%} of the zeros in {str(path)!r}; the "
             "others are small numbers there. Pass a smaller `min_sparsity`: palettes keep the "
             "zeros of matrices that are stored sparse, and of no others.",
             PruneWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
-    return dataclasses.replace(
-        report, zeros_kept=found.zeros_kept, zeroed=found.zeroed, dense_bytes=before
-    )
-
-
-def _check_path(path: Any) -> None:
-    if not isinstance(path, str | Path) or not Path(path).is_dir():
-        check_path("coreml", path)
-    if Path(path).suffix != ".mlpackage":
-        raise ValueError(
-            f"`export.coreml` got the path {str(path)!r}, and Core ML wants packages to be called "
-            f"so. Pass {str(Path(path).with_suffix('.mlpackage'))!r}."
-        )
-    if Path(path).is_dir() and not (Path(path) / "Manifest.json").is_file():
-        raise ValueError(
-            f"`export.coreml` would replace the folder {str(path)!r}, which is no Core ML package. "
-            "Pass another path."
+    if found.missing:
+        warnings.warn(
+            f"`export.coreml` finds no matrix like {list_paths(list(found.missing))} in "
+            f"{str(path)!r}: merged with others, cut to pieces, or unused. Zeros are counted over "
+            "all constants of the program. Look at the report, and let `fn` multiply with each "
+            "param as it is if its zeros have to be told.",
+            PruneWarning,
+            stacklevel=3,
         )
 
 
-def _check_settings(palettize: int | None, precision: str, min_sparsity: float) -> None:
-    if palettize is not None and palettize not in PALETTES:
-        raise ValueError(
-            f"`export.coreml(palettize={palettize!r})` is no number of bits that Core ML has "
-            f"palettes for. Use one of {list(PALETTES)}, or None for none."
-        )
-    if precision not in ("float16", "float32"):
-        raise ValueError(
-            f"`export.coreml(precision={precision!r})` is unknown. Use 'float16' or 'float32'."
-        )
-    if not 0 <= min_sparsity <= 1:
-        raise ValueError(
-            f"`export.coreml(min_sparsity={min_sparsity!r})` is no share of zeros. Use a number in "
-            "[0, 1]."
-        )
-
-
-def _weights(params: Params, precision: str) -> list[np.ndarray]:
-    """Take the matrices that are large enough to be sparse, and refuse what float16 cannot hold."""
-    floats = [
-        (path, np.asarray(x, np.float32))
-        for path, x in leaves_with_path(params)
-        if hasattr(x, "dtype") and jax.numpy.issubdtype(x.dtype, np.floating)
-    ]
-    limit = float(np.finfo(np.float16).max)
-    large = {path: float(np.abs(x).max(initial=0)) for path, x in floats}
-    beyond = [f"{path!r} ({most:.3g})" for path, most in large.items() if most > limit]
-    if beyond and precision == "float16":
-        raise ValueError(
-            f"`export.coreml` got weights beyond {limit:g}, which float16 cannot hold: "
-            f"{', '.join(beyond)}. Pass `precision='float32'`, or scale them."
-        )
-    return [x for _, x in floats if x.ndim > 1 and x.size > SMALL]
+def _most(program: Program, max_batch: int) -> int:
+    """The largest size of the batch: no example is beyond it."""
+    pairs = zip(program.specs, program.given, strict=True)
+    free = [x.shape[0] for spec, x in pairs if spec.shape and not isinstance(spec.shape[0], int)]
+    return max([max_batch, *(n for n in free if isinstance(n, int))])
 
 
 def _convert_or_tell(program: Program, precision: str, max_batch: int) -> Any:
@@ -203,12 +189,21 @@ def _convert_or_tell(program: Program, precision: str, max_batch: int) -> Any:
     try:
         return convert(lambda *xs: fold(program.closed, *xs), program.specs)
     except Exception as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), "")
+        reason = next((line for line in str(error).splitlines() if line.strip()), "").rstrip(".")
         raise ValueError(
             f"`export.coreml` cannot convert {culprits(program.closed.jaxpr, convert, error)}: "
-            f"{type(error).__name__}: {reason} Write it with operations that Core ML has, keep "
-            "that part out of `fn`, or pass `batch=None` if there is one."
+            f"{type(error).__name__}: {reason}. {_advice(program, error)}"
         ) from error
+
+
+def _advice(program: Program, error: Exception) -> str:
+    if "bf16" in str(error):
+        return (
+            "Core ML has no bfloat16: build the model with `dtype=jnp.float32` for the export, "
+            "cast its params, and pass inputs in float32."
+        )
+    words = "Write it with operations that Core ML has, or keep that part out of `fn`."
+    return f"{words} Or pass `batch=None`." if program.sizes else words
 
 
 def _compare(program: Program, tolerance: float, seed: int) -> None:
@@ -227,12 +222,24 @@ def _compare(program: Program, tolerance: float, seed: int) -> None:
         compare("coreml", [labels[i] for i in known], [pair], tolerance)
 
 
+def _check_palettes(dense: Constants, palettize: int | None) -> None:
+    """Refuse constants that no mean is made of."""
+    infinite = [name for name, x in dense.items() if x.size > SMALL and not np.isfinite(x).all()]
+    if palettize is not None and infinite:
+        raise ValueError(
+            f"`export.coreml(palettize={palettize})` cannot round {list_paths(infinite)}, "
+            f"constants of the program with infinite entries, such as {list(dense[infinite[0]].shape)} of a "
+            "mask. Let `fn` compute them from an input, or use -1e4 in place of infinity: float16 "
+            "ends at 65504."
+        )
+
+
 def _named(program: Program, model: Any) -> Any:
     """Give inputs and outputs the names that our other files have."""
     ct = need("coremltools", "coreml", "coreml")
     spec = model.get_spec()
     given, made = spec.description.input, spec.description.output
-    wanted = names(program.spec_tree, "input"), names(program.outputs, "output")
+    wanted = _labels(program.spec_tree, "input"), _labels(program.outputs, "output")
     # By way of names that nothing has: `input_1` may be what the first one is called now.
     for turn in ("jaxprune_{}", "{}"):
         for feature, name in zip(given, wanted[0], strict=True):
@@ -240,6 +247,13 @@ def _named(program: Program, model: Any) -> Any:
         for feature, name in zip(made, wanted[1], strict=True):
             ct.utils.rename_feature(spec, feature.name, turn.format(name), rename_inputs=False)
     return ct.models.MLModel(spec, weights_dir=model.weights_dir, skip_model_load=True)
+
+
+def _labels(tree: Any, prefix: str) -> list[str]:
+    """Name leaves by their paths, in letters and digits, which is all that Core ML takes."""
+    found = [re.sub(r"[^A-Za-z0-9_]", "_", name) for name in names(tree, prefix)]
+    twice = len(set(found)) < len(found)
+    return [f"{prefix}_{i}" for i in range(len(found))] if twice else found
 
 
 def _compress(model: Any, palettize: int | None, min_sparsity: float) -> Any:
@@ -269,23 +283,33 @@ def _constants(model: Any) -> Constants:
     """List the constants of a program that may be weights, by their names."""
     found = {}
     for function in model._mil_program.functions.values():
-        for op in function.operations:
+        for op in _operations(function):
             value = op.outputs[0].val if op.op_type == "const" else None
-            if isinstance(value, np.ndarray) and value.dtype.kind == "f":
+            if isinstance(value, np.ndarray) and value.dtype.kind == "f" and value.size > 1:
                 found[op.name] = value
     return found
+
+
+def _operations(block: Any) -> Iterator[Any]:
+    """List what a program computes, also inside of loops and branches."""
+    for op in block.operations:
+        yield op
+        for inner in op.blocks:
+            yield from _operations(inner)
 
 
 def _follow(dense: Constants, back: Constants) -> Constants:
     """Give constants the names that they had before they were compressed."""
     ends = ("", "_sparsified", "_palettized", "_sparsified_palettized")
-    return {
-        name: back[name + end]
-        for name, values in dense.items()
-        if values.size > SMALL
-        for end in ends
-        if name + end in back
-    }
+    found = {n: back[n + end] for n in dense for end in ends if n + end in back}
+    lost = [name for name in dense if name not in found]
+    if lost:
+        raise ValueError(
+            f"`export.coreml` cannot read {list_paths(lost)} back, constants of the program, and "
+            "knows nothing of their zeros. No file was written. Pass `min_sparsity=1.0` and no "
+            "`palettize`, which leaves weights as they are, and report the function."
+        )
+    return found
 
 
 def _size(model: Any) -> int:

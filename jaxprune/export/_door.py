@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxprune._masks import unpack
 from jaxprune._tree import leaves_with_path
@@ -107,3 +108,31 @@ def _kind(value: Any) -> str:
         return f"an array {value.dtype}{list(value.shape)}"
     name = getattr(value, "__name__", None)
     return f"the function `{name}`" if name else f"an object of type `{type(value).__name__}`"
+
+
+def check_share(user: str, min_sparsity: Any) -> None:
+    """Refuse what is no share of zeros."""
+    if not is_real(min_sparsity) or not 0 <= min_sparsity <= 1:
+        raise ValueError(
+            f"`export.{user}(min_sparsity={min_sparsity!r})` is no share of zeros. Use a number in "
+            "[0, 1]."
+        )
+
+
+def check_tolerance(user: str, tolerance: Any) -> None:
+    """Refuse what is no difference."""
+    if not is_real(tolerance) or not tolerance >= 0:
+        raise ValueError(
+            f"`export.{user}(tolerance={tolerance!r})` is no difference to allow. Use a number "
+            "such as 1e-4."
+        )
+
+
+def is_whole(x: Any) -> bool:
+    """True for an integer that is no bool."""
+    return isinstance(x, int | np.integer) and not isinstance(x, bool)
+
+
+def is_real(x: Any) -> bool:
+    """True for a number that is no bool."""
+    return np.ndim(x) == 0 and np.asarray(x).dtype.kind in "fiu"

@@ -1,6 +1,7 @@
 """Programs of Core ML made from functions, and computed as far as coremltools computes them."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,8 @@ def to_mil(fn: Callable[..., Any], specs: Sequence[Any]) -> Any:
     ct = need("coremltools", "coreml", "coreml")
     bridge = need("stablehlo_coreml", "coreml", "coreml")
 
-    exported: Any = jax.export.export(jax.jit(fn), platforms=["cpu"])(*specs)
+    jitted = jax.jit(fn, keep_unused=True)
+    exported: Any = jax.export.export(jitted, platforms=["cpu"])(*specs)
     # A module of any program knows the dialects that this one is written in.
     known: Any = jax.jit(lambda x: x).lower(0.0).compiler_ir("stablehlo")
     module = type(known).parse(exported.mlir_module(), context=known.context)
@@ -29,23 +31,40 @@ def to_model(fn: Callable[..., Any], specs: Sequence[Any], precision: str, max_b
     ct = need("coremltools", "coreml", "coreml")
     bridge = need("stablehlo_coreml", "coreml", "coreml")
 
-    program = to_mil(fn, specs)
-    free = any(not isinstance(n, int) for x in specs for n in x.shape)
-    return ct.convert(
-        program,
-        source="milinternal",
-        inputs=_ranges(ct, program, specs, max_batch) if free else None,
-        minimum_deployment_target=ct.target.iOS18,
-        pass_pipeline=bridge.build_pass_pipeline(),
-        compute_precision=ct.precision[precision.upper()],
-        skip_model_load=True,
-    )
+    with _own_symbols():
+        program = to_mil(fn, specs)
+        free = any(not isinstance(n, int) for x in specs for n in x.shape)
+        given = program.functions[program.default_function_name].inputs
+        # An input that nothing reads is dropped, unless all are listed.
+        listed = free or not all(x.child_ops for x in given.values())
+        return ct.convert(
+            program,
+            source="milinternal",
+            inputs=_ranges(ct, given, specs, max_batch) if listed else None,
+            minimum_deployment_target=ct.target.iOS18,
+            pass_pipeline=bridge.build_pass_pipeline(),
+            compute_precision=ct.precision[precision.upper()],
+            skip_model_load=True,
+        )
 
 
-def _ranges(ct: Any, program: Any, specs: Sequence[Any], most: int) -> list[Any]:
+@contextlib.contextmanager
+def _own_symbols() -> Iterator[None]:
+    """Forget the names of sizes, before and after: a conversion that fails leaves them taken.
+
+    coremltools keeps them for the whole process and clears them where one succeeds.
+    """
+    used = need("coremltools.converters.mil.mil.types.symbolic", "coreml", "coreml").k_used_symbols
+    used.clear()
+    try:
+        yield
+    finally:
+        used.clear()
+
+
+def _ranges(ct: Any, given: Any, specs: Sequence[Any], most: int) -> list[Any]:
     """Say which sizes an axis of any size may have."""
     size = lambda n: n if isinstance(n, int) else ct.RangeDim(1, most, 1)  # noqa: E731
-    given = program.functions[program.default_function_name].inputs
     return [
         ct.TensorType(name=name, shape=[size(n) for n in x.shape], dtype=x.dtype.type)
         for name, x in zip(given, specs, strict=True)

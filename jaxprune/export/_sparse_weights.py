@@ -161,7 +161,7 @@ def find_weights(model: Any) -> tuple[list[Weight], dict[str, str]]:
     """List the weights that the runtime could take sparse, and why it could not take the others."""
     schema = need("ai_edge_litert.schema_py_generated", "sparsify_tflite", "litert")
     owners = [t.buffer for graph in model.subgraphs for t in graph.tensors]
-    found, others = [], {}
+    found, others, run = [], {}, {0, *signatures(model).values()}
     for g, graph in enumerate(model.subgraphs):
         layers = [o for o in graph.operators if _is_dense_layer(model, o, schema)]
         for index in dict.fromkeys(int(layer.inputs[1]) for layer in layers):
@@ -171,11 +171,19 @@ def find_weights(model: Any) -> tuple[list[Weight], dict[str, str]]:
             why = _unfit(model, graph, index, schema) or _shared(graph, index, len(users), owners)
             if any(layer.builtinOptions.weightsFormat for layer in users if layer.builtinOptions):
                 why = why or "is stored in a shuffled order"
+            if g not in run:
+                why = why or "is in the body of a loop or branch, which nobody can run alone"
             if why:
                 others[name] = why
             else:
                 found.append(Weight(name, g, index, read_weights(model, g, index)))
     return found, others
+
+
+def signatures(model: Any) -> dict[str, int]:
+    """Which subgraph each signature runs, by its name."""
+    known = {(s.signatureKey or b""): int(s.subgraphIndex) for s in model.signatureDefs or ()}
+    return {k.decode() if isinstance(k, bytes) else k: index for k, index in known.items()}
 
 
 def _is_dense_layer(model: Any, operator: Any, schema: Any) -> bool:

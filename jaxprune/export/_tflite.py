@@ -11,7 +11,7 @@ import numpy as np
 from jaxprune._advice import PruneWarning
 from jaxprune._atomic import in_place
 from jaxprune.export._compare import Comparison
-from jaxprune.export._door import check_path
+from jaxprune.export._door import check_path, check_share, check_tolerance, is_whole
 from jaxprune.export._extras import need
 from jaxprune.export._report import Report, describe
 from jaxprune.export._session import in_turns
@@ -23,6 +23,7 @@ from jaxprune.export._sparse_weights import (
     parse,
     read_weights,
     serialize,
+    signatures,
     store,
     tabulate,
 )
@@ -49,7 +50,8 @@ def sparsify_tflite(
     is stored by single weights, by blocks of 1 x 4 (``Blocks((4, 1))`` of an `[inputs, outputs]`
     kernel), or left dense, whichever has the fewest bytes. Then it is multiplied as it is, or
     unpacked once when the file is loaded. The file is loaded by the runtime and compared with the
-    source before it is put in place.
+    source before it is put in place, each of its signatures. What no signature runs, as bodies of
+    loops, stays dense.
 
     What to expect of ai-edge-litert 2.3.0, one layer on one thread of an x86 CPU, beside dense
     weights under XNNPACK (``python -m benchmarks.tflite``; time of 1 row, of 16). Unpacked weights
@@ -120,7 +122,8 @@ def sparsify_tflite(
     """
     check_path("sparsify_tflite", path)
     check_path("sparsify_tflite", source, "source")
-    _check_settings(block, compute, min_sparsity)
+    _check_settings(block, compute, min_sparsity, tolerance)
+    _check_latency(latency)
     dense, model = _read(Path(source))
     chosen = _choose(model, block, min_sparsity, source)
     sparse_ones = [pair for pair in chosen if _stays(*pair, compute)]
@@ -129,7 +132,8 @@ def sparsify_tflite(
     with in_place(Path(path)) as written:
         written.write_bytes(serialize(model))
         sparse = written.read_bytes()
-        compared = _compare(dense, sparse, tolerance, seed)
+        others = [key for key, graph in signatures(model).items() if graph]
+        compared = _compare(dense, sparse, others, tolerance, seed)
         kept, zeroed = _read_back(sparse, [weight for weight, _ in chosen])
         timed, before = _time(dense, sparse, latency, seed)
         report = describe(path, written, compared, timed or None)
@@ -149,8 +153,9 @@ def _stays(weight: Weight, table: Table, compute: str) -> bool:
     return compute == "sparse" or (compute == "auto" and enough)
 
 
-def _check_settings(block: tuple[int, int] | None, compute: str, min_sparsity: float) -> None:
-    if block is not None and tuple(block) not in ((1, 1), (1, WIDTH)):
+def _check_settings(block: Any, compute: Any, min_sparsity: Any, tolerance: Any) -> None:
+    pair = isinstance(block, Sequence | np.ndarray) and tuple(block) in ((1, 1), (1, WIDTH))
+    if block is not None and not pair:
         raise ValueError(
             f"`export.sparsify_tflite(block={block!r})` is none that the runtime computes with. "
             f"Use (1, {WIDTH}), (1, 1), or None for the smaller of both."
@@ -160,10 +165,16 @@ def _check_settings(block: tuple[int, int] | None, compute: str, min_sparsity: f
             f"`export.sparsify_tflite(compute={compute!r})` is unknown. Use 'sparse', 'dense', or "
             "'auto' for the faster of both."
         )
-    if not 0 <= min_sparsity <= 1:
+    check_share("sparsify_tflite", min_sparsity)
+    check_tolerance("sparsify_tflite", tolerance)
+
+
+def _check_latency(latency: Any) -> None:
+    many = isinstance(latency, Sequence | np.ndarray) and not isinstance(latency, str)
+    if not many or not all(is_whole(n) and n > 0 for n in latency):
         raise ValueError(
-            f"`export.sparsify_tflite(min_sparsity={min_sparsity!r})` is no share of zeros. Use a "
-            "number in [0, 1]."
+            f"`export.sparsify_tflite(latency={latency!r})` is no sequence of batch sizes. Use one "
+            "such as (1,) or (1, 64), and () for none."
         )
 
 
@@ -250,36 +261,56 @@ class _Runtime:
             self._interpreter.set_tensor(known["index"], value)
 
     def draw(self, rng: np.random.Generator) -> list[np.ndarray]:
-        """Normal floats, 8 bit numbers of any value, and zeros where numbers may be indices."""
-        drawn = []
-        for known in self.inputs:
-            shape, kind = known["shape"], np.dtype(known["dtype"])
-            if kind.kind == "f":
-                values: Any = rng.standard_normal(shape)
-            else:
-                byte = kind.kind in "iu" and kind.itemsize == 1
-                values = rng.integers(0, 128, shape) if byte else np.zeros(shape)
-            drawn.append(np.asarray(values).astype(kind))
-        return drawn
+        return [_draw(known, rng) for known in self.inputs]
+
+
+def _draw(known: Mapping[str, Any], rng: np.random.Generator) -> np.ndarray:
+    """Normal floats, 8 bit numbers of any value, and zeros where numbers may be indices."""
+    shape, kind = known["shape"], np.dtype(known["dtype"])
+    if kind.kind == "f":
+        return np.asarray(rng.standard_normal(shape)).astype(kind)
+    byte = kind.kind in "iu" and kind.itemsize == 1
+    return np.asarray(rng.integers(0, 128, shape) if byte else np.zeros(shape)).astype(kind)
 
 
 def _compare(
-    dense: bytes, sparse: bytes, tolerance: float, seed: int
+    dense: bytes, sparse: bytes, others: Sequence[str], tolerance: float, seed: int
 ) -> tuple[float, float | None]:
-    """Compare the new file with the source, at two sizes of the batch where it may have any."""
-    rng, found = np.random.default_rng(seed), Comparison(_Runtime(dense).names)
+    """Compare the new file with the source, at two sizes of the batch where it may have any.
+
+    Signatures of other subgraphs than the first, which is what an interpreter runs by itself, are
+    compared at the sizes that they have.
+    """
+    rng, first = np.random.default_rng(seed), Comparison(_Runtime(dense).names)
     for batch in (None, 3):
         ours, theirs = _Runtime(sparse, batch), _Runtime(dense, batch)
         values = theirs.draw(rng)
-        found.add(ours(values), theirs(values))
-    if not found.parity <= tolerance:
+        first.add(ours(values), theirs(values))
+    found = [first, *(_compare_signature(dense, sparse, key, rng) for key in others)]
+    worst = max(found, key=lambda comparison: comparison.parity)
+    if not worst.parity <= tolerance:
         raise ValueError(
             f"`export.sparsify_tflite` made a file that differs from the source by "
-            f"{found.parity:.2g} of the largest value, more than `tolerance={tolerance:g}`: "
-            f"{found.where}. No file was written. Raise `tolerance` if the network is that "
+            f"{worst.parity:.2g} of the largest value, more than `tolerance={tolerance:g}`: "
+            f"{worst.where}. No file was written. Raise `tolerance` if the network is that "
             "sensitive, or `min_sparsity`, so that fewer matrices are sparse."
         )
-    return found.result()
+    return worst.parity, first.agreement
+
+
+def _compare_signature(
+    dense: bytes, sparse: bytes, key: str, rng: np.random.Generator
+) -> Comparison:
+    runtime = need("ai_edge_litert.interpreter", "sparsify_tflite", "litert")
+    ours, theirs = (
+        runtime.Interpreter(model_content=data, num_threads=1).get_signature_runner(key)
+        for data in (sparse, dense)
+    )
+    values = {name: _draw(known, rng) for name, known in theirs.get_input_details().items()}
+    got, want = ours(**values), theirs(**values)
+    found = Comparison([f"{key}/{name}" for name in want])
+    found.add([got[name] for name in want], list(want.values()))
+    return found
 
 
 def _read_back(sparse: bytes, weights: Sequence[Weight]) -> tuple[float, int]:

@@ -228,9 +228,9 @@ def _check_palettes(dense: Constants, palettize: int | None) -> None:
     if palettize is not None and infinite:
         raise ValueError(
             f"`export.coreml(palettize={palettize})` cannot round {list_paths(infinite)}, "
-            f"constants of the program with infinite entries, such as {list(dense[infinite[0]].shape)} of a "
-            "mask. Let `fn` compute them from an input, or use -1e4 in place of infinity: float16 "
-            "ends at 65504."
+            "constants of the program with infinite entries, such as "
+            f"{list(dense[infinite[0]].shape)} of a mask. Let `fn` compute them from an input, "
+            "or use -1e4 in place of infinity: float16 ends at 65504."
         )
 
 

@@ -130,8 +130,7 @@ def quantize_onnx(
                 f"file without bound: {found.where}. No file was written. Look at the range of "
                 "weights and activations, or choose other `bits`."
             )
-        stored = read_onnx(written, USER)
-        zeros, missing = compare_zeros(weights, stored)
+        zeros, missing = compare_zeros(weights, read_onnx(written, USER))
         _warn_of_lost(zeros, missing)
         _warn_of_floats(str(source), weights, floats_in(written, USER))
         timed = measure(small, sized(dense, tests[0], latency)) if latency else None
@@ -155,11 +154,10 @@ def _check_choice(
         raise ValueError(
             f"`export.quantize_onnx(method={method!r})` is unknown. Use one of {list(METHODS)}."
         )
-    known = OPERATORS if weight_only or isinstance(operators, str) else operators
-    wrong = [name for name in operators or () if name not in (known or ())]
-    if wrong:
+    chosen = {operators} if isinstance(operators, str) else set(operators or ())
+    if isinstance(operators, str) or (weight_only and not chosen <= set(OPERATORS)):
         raise ValueError(
-            f"`export.quantize_onnx(operators={operators!r})` names what is no operator that is "
+            f"`export.quantize_onnx(operators={operators!r})` is no list of operators that are "
             f"quantized here. Pass a list of some of {list(OPERATORS)}."
         )
     if tool == "nncf" and bits == 4 and not weight_only:

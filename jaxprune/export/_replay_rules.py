@@ -265,9 +265,7 @@ def _convolution(eqn: core.JaxprEqn, numbers: Numbers, x: Array, w: Array) -> Ar
     params, spec = eqn.params, eqn.params["dimension_numbers"]
     groups = params["feature_group_count"]
     x, w = np.transpose(x, spec.lhs_spec), np.transpose(w, spec.rhs_spec)
-    kernel = w.shape[
-        2:
-    ]  # x is [batch, channels, *space], w [outputs, channels of a group, *kernel]
+    kernel = w.shape[2:]  # behind outputs and channels of a group, as space behind batch, channels
     windows = Windows(
         window_dimensions=(1, 1, *kernel),
         window_strides=(1, 1, *params["window_strides"]),

@@ -52,20 +52,7 @@ def read_onnx(source: str | Path, user: str, *, multiplied: bool = False) -> Arr
 
     ``multiplied`` leaves out what is no weight of a product or a table, such as a causal mask.
     """
-    onnx = need("onnx", user)
-    try:
-        model = onnx.load(source)
-        found = [graph for graph in graphs(model.graph) if graph.node or graph.initializer]
-    except Exception as error:
-        raise ValueError(
-            f"`export.{user}` cannot read {str(source)!r}: {error}. It reads ONNX, safetensors "
-            "and GGUF files."
-        ) from error
-    if not found:
-        raise ValueError(
-            f"`export.{user}` finds no network in {str(source)!r}. It reads ONNX, safetensors and "
-            "GGUF files."
-        )
+    found = _graphs(source, user)
     constants = {name: x for graph in found for name, x in _constants(graph)}
     stored = {name: x for name, x in constants.items() if jnp.issubdtype(x.dtype, jnp.floating)}
     stored = {
@@ -83,9 +70,27 @@ def read_onnx(source: str | Path, user: str, *, multiplied: bool = False) -> Arr
     return {name: x for name, x in stored.items() if x.ndim > 1 and name in read}
 
 
+def _graphs(source: str | Path, user: str) -> list[Any]:
+    onnx = need("onnx", user)
+    try:
+        model = onnx.load(source)
+        found = [graph for graph in graphs(model.graph) if graph.node or graph.initializer]
+    except Exception as error:
+        raise ValueError(
+            f"`export.{user}` cannot read {str(source)!r}: {error}. It reads ONNX, safetensors "
+            "and GGUF files."
+        ) from error
+    if not found:
+        raise ValueError(
+            f"`export.{user}` finds no network in {str(source)!r}. It reads ONNX, safetensors and "
+            "GGUF files."
+        )
+    return found
+
+
 def floats_in(path: str | Path, user: str) -> dict[str, int]:
     """The bytes of matrices that a file holds as floats and multiplies or looks up as they are."""
-    found = list(graphs(need("onnx", user).load(path).graph))
+    found = _graphs(path, user)
     floats = {
         name: x.nbytes
         for graph in found
@@ -116,12 +121,12 @@ def _dequantized(node: Any, constants: Arrays) -> Arrays:
     """The weights that a node reads as integers."""
     settings = {a.name: a.i for a in node.attribute}
     inputs = [constants.get(name) for name in node.input]
-    if node.op_type in ("MatMulNBits", "GatherBlockQuantized"):
-        place = 1 if node.op_type == "MatMulNBits" else 0
-        if inputs[place] is None:
-            return {}
-        unpack = _of_matmul if place else _of_gather
-        return {_base(node.input[place]): unpack(settings, *_given(inputs, 4))}
+    if node.op_type in PACKED:
+        place, unpack = PACKED[node.op_type]
+        zeros = inputs[3] if len(inputs) > 3 else None
+        packed = inputs[place]
+        known = _base(node.input[place])
+        return {} if packed is None else {known: unpack(settings, packed, inputs[2], zeros)}
     whole, scale, zero = INTEGERS.get(node.op_type, (0, 0, 0))
     if whole == scale or len(inputs) <= whole:
         return {}
@@ -137,13 +142,8 @@ def _dequantized(node: Any, constants: Arrays) -> Arrays:
     return {known: values}
 
 
-def _given(inputs: list[np.ndarray | None], count: int) -> list[np.ndarray | None]:
-    return [*inputs, *[None] * count][:count]
-
-
 def _base(name: str) -> str:
     """The name that a weight had before it was quantized."""
-    name = name.removesuffix("_token_0")
     return next((name.removesuffix(s) for s in SUFFIXES if name.endswith(s)), name)
 
 
@@ -173,24 +173,19 @@ def _broadcast(by: np.ndarray, values: np.ndarray, axis: int | None, block: int)
     return by.reshape(shape)
 
 
-def _of_matmul(
-    settings: Mapping[str, int], _: Any, packed: Any, scales: Any, zeros: Any
-) -> np.ndarray:
+def _of_matmul(settings: Mapping[str, int], packed: Any, scales: Any, zeros: Any) -> np.ndarray:
     """Weights `[K, N]` of a ``MatMulNBits``: bytes `[N, blocks, bytes]`, the low bits first."""
     bits, rows, columns = (settings.get(name, 4) for name in ("bits", "K", "N"))
     whole = _unpacked(packed, bits)
     blocks = whole.shape[1]
     origin: Any = 2.0 ** (bits - 1)
-    if zeros is not None:
+    if zeros is not None:  # packed as the weights are, or floats
         origin = _unpacked(zeros.reshape(columns, -1), bits)[:, :blocks, None]
-        origin = origin if zeros.dtype == np.uint8 else zeros.reshape(columns, blocks, 1)
     values = (whole - origin) * scales.astype(np.float32).reshape(columns, blocks, 1)
     return values.reshape(columns, -1)[:, :rows].T
 
 
-def _of_gather(
-    settings: Mapping[str, int], packed: Any, _: Any, scales: Any, zeros: Any
-) -> np.ndarray:
+def _of_gather(settings: Mapping[str, int], packed: Any, scales: Any, zeros: Any) -> np.ndarray:
     """A table of a ``GatherBlockQuantized``, in blocks along one axis."""
     bits, block = settings.get("bits", 4), settings.get("block_size", 128)
     packs = packed.dtype == np.uint8
@@ -212,3 +207,7 @@ def _unpacked(packed: np.ndarray, bits: int) -> np.ndarray:
     places = np.arange(0, 8, bits, dtype=np.uint8)
     whole = (packed[..., None] >> places) & np.uint8(2**bits - 1)
     return whole.reshape(*packed.shape[:-1], -1).astype(np.float32)
+
+
+# Operations on integers in blocks: which input they are, and what unpacks them.
+PACKED = {"MatMulNBits": (1, _of_matmul), "GatherBlockQuantized": (0, _of_gather)}

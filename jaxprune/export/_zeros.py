@@ -174,18 +174,17 @@ def judge(wanted: Iterable[Part], arrays: Mapping[str, np.ndarray]) -> tuple[lis
     Twice the same values are two arrays of one leaf, or those of leaves that began as copies: an
     array belongs to the leaf that it is most like, and of several to the one whose zeros it has.
     """
-    parts = [part for each in wanted for part in _apart(each, arrays)]
-    matches = [_matches(part, arrays) for part in parts]
+    parts = [pair for each in wanted for pair in _apart(each, arrays)]
     owners: dict[str, int] = {}
     for name in arrays:
-        claims = {i: m for i, found in enumerate(matches) for m in found if m.name == name}
+        claims = {i: m for i, (_, found) in enumerate(parts) for m in found if m.name == name}
         best = max((m.likeness for m in claims.values()), default=0.0)
         near = [i for i, m in claims.items() if m.likeness >= best - NEAR]
         if near:
-            owners[name] = min(near, key=lambda i: _lost(parts[i], claims[i].x))
+            owners[name] = min(near, key=lambda i: _other_zeros(parts[i][0], claims[i].x))
     rows: dict[str, Kept] = {}
     missing = []
-    for i, (part, found) in enumerate(zip(parts, matches, strict=True)):
+    for i, (part, found) in enumerate(parts):
         mine = [m for m in found if owners[m.name] == i]
         mine = mine or sorted(found, key=lambda m: -m.likeness)[:1]
         if not mine:
@@ -205,7 +204,7 @@ def count(part: Part, x: np.ndarray) -> Kept:
     return Kept(part.path, int((~part.mask).sum()), int(lost.sum()), largest, int(zeroed.sum()))
 
 
-def _lost(part: Part, x: np.ndarray) -> int:
+def _other_zeros(part: Part, x: np.ndarray) -> int:
     return int(np.sum((part.w == 0) != (x == 0)))
 
 
@@ -218,13 +217,14 @@ def _joined_rows(first: Kept | None, second: Kept) -> Kept:
     return Kept(first.path, *sums, largest, first.zeroed + second.zeroed)
 
 
-def _apart(part: Part, arrays: Mapping[str, np.ndarray]) -> list[Part]:
+def _apart(part: Part, arrays: Mapping[str, np.ndarray]) -> list[tuple[Part, list[Match]]]:
     """A leaf as it is where the file holds it, else its layers, if the file holds those."""
-    if part.w.ndim < 3 or _matches(part, arrays):
-        return [part]
+    whole = part, _matches(part, arrays)
+    if part.w.ndim < 3 or whole[1]:
+        return [whole]
     layers = [Part(part.path, w, m) for w, m in zip(part.w, part.mask, strict=True)]
-    found = [one for layer in layers for one in _apart(layer, arrays)]
-    return found if all(_matches(one, arrays) for one in found) else [part]
+    pairs = [pair for layer in layers for pair in _apart(layer, arrays)]
+    return pairs if all(found for _, found in pairs) else [whole]
 
 
 def _matches(part: Part, arrays: Mapping[str, np.ndarray]) -> list[Match]:

@@ -6,21 +6,23 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 import jaxprune as jp
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "from_jaxpruner.md"
-CHECKPOINTS = ROOT / "docs" / "checkpoints.md"
-DEVICES = ROOT / "docs" / "devices.md"
-COMPRESSOR = ROOT / "docs" / "from_llm_compressor.md"
-LAYOUTS = ROOT / "docs" / "layouts.md"
-TRAINED = ROOT / "docs" / "post_training.md"
-COMPACT = ROOT / "docs" / "compact.md"
-ZEROS = ROOT / "docs" / "zeros.md"
+PAGE = ROOT / "docs" / "coming_from" / "jaxpruner.md"
+CHECKPOINTS = ROOT / "docs" / "guides" / "checkpoints.md"
+DEVICES = ROOT / "docs" / "guides" / "devices.md"
+COMPRESSOR = ROOT / "docs" / "coming_from" / "llm_compressor.md"
+LAYOUTS = ROOT / "docs" / "guides" / "layouts.md"
+TRAINED = ROOT / "docs" / "guides" / "post_training.md"
+COMPACT = ROOT / "docs" / "guides" / "compact.md"
+ZEROS = ROOT / "docs" / "guides" / "zeros.md"
+
+
+OURS = "```python\n", "```{code-cell} python\n"
 
 
 def snippets(lines):
@@ -30,9 +32,9 @@ def snippets(lines):
         if line.startswith("```"):
             if block:
                 yield number - len(block), "exec", "".join(block)
-            block = [] if line == "```python\n" else None
+            block = [] if line in OURS else None
         elif block is not None:
-            block.append(line)
+            block.append("\n" if line.startswith(":tags:") else line)
         elif line.startswith("|"):
             cells = line.split("|")[1:-1]
             if [cell.strip() for cell in cells][1:] == ["jaxprune"]:
@@ -144,37 +146,19 @@ def test_what_the_readme_shows_of_layouts_runs():
     assert names["masks"]["blocks"].sum(1).tolist() == [[4] * 8] * 3
 
 
-def write_tflite(path):
-    """Write what a converter makes of a layer whose weights were pruned in blocks of 1 x 4."""
-    from benchmarks import litert
-
-    w = np.random.default_rng(0).standard_normal((128, 512), np.float32)
-    alive = np.random.default_rng(1).random((128, 128, 1)) < 0.1
-    litert.write(path, litert.mlp((w.reshape(128, 128, 4) * alive).reshape(w.shape)))
-
-
-def test_the_page_on_deploying_says_which_blocks_do_not_run_and_which_file_is_yours():
-    text = (ROOT / "docs" / "deploying.md").read_text()
-    first, (*others, (_, _, last)) = text.split("```", 1)[0], snippets(text.splitlines(True))
-    assert text.count("```py\n") == 2 and "All Python blocks\nof this page but two run" in first
-    assert '"dense.tflite"' in last and "last block reads a file that is yours, `dense" in first
-    assert not any('"dense.tflite"' in source for _, _, source in others)
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning:(flax|qwix)")
 def test_what_the_page_on_deploying_shows_runs(tmp_path, monkeypatch):
     for package in ("jax2onnx", "onnxruntime", "qwix", "sklearn"):
         pytest.importorskip(package)
-    page = ROOT / "docs" / "deploying.md"
+    page = ROOT / "docs" / "guides" / "deploying.md"
     blocks = list(snippets(page.read_text().splitlines(keepends=True)))
     assert len(blocks) >= 10
     monkeypatch.chdir(tmp_path)
     names, left = {}, {"jp.export.coreml(": "stablehlo_coreml"}  # no wheel for Python 3.14
-    if find_spec("ai_edge_litert"):
-        write_tflite(tmp_path / "dense.tflite")
-    else:
-        left["jp.export.sparsify_tflite("] = "ai_edge_litert"
+    if not find_spec("ai_edge_litert"):
+        left |= {"benchmarks import litert": "ai_edge_litert"}
+        left |= {"jp.export.sparsify_tflite(": "ai_edge_litert"}
     for number, mode, source in blocks:
         if not any(call in source and not find_spec(needs) for call, needs in left.items()):
             run(names, number, mode, source, page)

@@ -1,4 +1,4 @@
-"""The recipes of docs/libraries.md run where their libraries are, each in a process of its own."""
+"""The recipes of docs/guides/libraries.md run where their libraries are, each in a process of its own."""
 
 import importlib.util
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "libraries.md"
+PAGE = ROOT / "docs" / "guides" / "libraries.md"
 NEEDS = {
     "Keras": ("keras",),
     "HGQ2": ("keras", "hgq"),

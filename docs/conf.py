@@ -1,0 +1,149 @@
+"""How the site is built: `make docs` runs every page's code and stops at the first warning."""
+
+import ast
+import os
+import re
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from latex2mathml.converter import convert
+from sphinx.errors import ConfigError
+from sphinx.util import logging
+
+import jaxprune
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent
+
+project = "jaxprune"
+author = "The jaxprune developers"
+copyright = "2026, the jaxprune developers"
+release = version = jaxprune.__version__
+
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.autosummary",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.napoleon",
+    "sphinx_codeautolink",
+    "sphinx_copybutton",
+    "sphinx_design",
+]
+
+# Pages.
+exclude_patterns = ["_build", "conf.py", "**/.ipynb_checkpoints"]
+suppress_warnings = []
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+
+# Code: each page runs from top to bottom in a folder of its own, with the repository on the path.
+nb_execution_mode = "force"
+nb_execution_in_temp = True
+nb_execution_raise_on_error = True
+nb_execution_timeout = 300
+nb_merge_streams = True
+nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
+nb_output_stderr = "remove"  # progress bars
+os.environ |= {
+    "PYTHONPATH": str(ROOT),
+    # Small programs are compiled in a third of the time, and once for all pages.
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+    "JAX_COMPILATION_CACHE_DIR": str(HERE / "_build" / "jax"),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+
+# The reference.
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+autodoc_default_options = {"members": False}
+autodoc_preserve_defaults = True
+python_maximum_signature_line_length = 88
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+add_module_names = False
+autosummary_generate = False
+codeautolink_concat_default = True
+
+# Other projects' references are on the net; a build without one leaves these links out.
+intersphinx_mapping = (
+    {
+        "python": ("https://docs.python.org/3", None),
+        "numpy": ("https://numpy.org/doc/stable", None),
+        "jax": ("https://docs.jax.dev/en/latest", None),
+        "optax": ("https://optax.readthedocs.io/en/latest", None),
+    }
+    if os.environ.get("DOCS_ONLINE")
+    else {}
+)
+
+# Looks.
+html_theme = "sphinx_book_theme"
+html_title = "jaxprune"
+html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
+html_show_sourcelink = False
+
+
+def packages_of(page: Path) -> set[str]:
+    """Which packages the cells of a page import."""
+    text = page.read_text()
+    if page.suffix == ".py":
+        cells = [text]
+    else:
+        cells = re.findall(r"^```\{code-cell\}.*?\n((?:.|\n)*?)^```$", text, re.MULTILINE)
+    nodes = [node for cell in cells for node in ast.walk(ast.parse(re.sub("(?m)^:.*", "", cell)))]
+    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    froms = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
+    return {name.partition(".")[0] for name in plain + froms}
+
+
+def leave_out() -> list[str]:
+    """Pages that cannot be built here: said, and where nobody reads along an error."""
+    here = {path.name for path in ROOT.iterdir()}
+    left = {}
+    for page in sorted([*HERE.rglob("*.md"), *HERE.glob("start/*.py")]):
+        missing = {name for name in packages_of(page) - here if not find_spec(name)}
+        if missing and "_build" not in page.parts:
+            left[page.relative_to(HERE).as_posix()] = ", ".join(sorted(missing))
+    if left:
+        told = "\n".join(f"  {page}: {packages} not installed" for page, packages in left.items())
+        told = f"pages that are left out:\n{told}\n`pip install -e '.[dev,docs]'` installs all."
+        if os.environ.get("CI"):
+            raise ConfigError(told)
+        logging.getLogger(__name__).info(told)
+    return list(left)
+
+
+left_out = leave_out()
+if left_out:
+    exclude_patterns += left_out
+    suppress_warnings += ["toc.excluded", "myst.xref_missing"]
+
+
+def setup(app):
+    """Mathematics as MathML, which browsers draw by themselves, also without a net."""
+
+    def inline(self, node):
+        self.body.append(convert(node.astext()))
+        raise_skip()
+
+    def block(self, node):
+        label = f' id="{node["ids"][0]}"' if node["ids"] else ""
+        self.body.append(f'<div class="math"{label}>{convert(node.astext(), display="block")}</div>')
+        raise_skip()
+
+    def raise_skip():
+        from docutils import nodes
+
+        raise nodes.SkipNode
+
+    app.add_html_math_renderer("mathml", (inline, None), (block, None))
+
+
+html_math_renderer = "mathml"
+sys.path.insert(0, str(ROOT))

@@ -3,10 +3,10 @@
 import ast
 import os
 import re
-import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.errors import ConfigError
 from sphinx.util import logging
@@ -57,13 +57,13 @@ os.environ |= {
 
 # The reference.
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
-autodoc_default_options = {"members": False}
+autodoc_typehints = "none"  # the docstrings say shapes, which types cannot
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # attributes stand in the docstring of their class
 add_module_names = False
 autosummary_generate = False
 codeautolink_concat_default = True
@@ -81,9 +81,14 @@ intersphinx_mapping = (
 )
 
 # Looks.
+html_math_renderer = "mathml"
 html_theme = "sphinx_book_theme"
 html_title = "jaxprune"
-html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
+html_theme_options = {
+    "navbar_persistent": [],  # one search is enough
+    "navigation_with_keys": False,
+    "show_toc_level": 2,
+}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
@@ -125,25 +130,37 @@ if left_out:
     suppress_warnings += ["toc.excluded", "myst.xref_missing"]
 
 
+def skip(app, what, name, obj, *_):
+    """Leave out fields of named tuples, of which the docstring of the class tells."""
+    return True if (getattr(obj, "__doc__", "") or "").startswith("Alias for field") else None
+
+
+def link(app, tree, page):
+    """Link what is written as ``jp.prune`` or ``find_masks`` to its place in the reference."""
+    known = app.env.get_domain("py").objects
+    for literal in list(tree.findall(nodes.literal)):
+        name = literal.astext().partition("(")[0]
+        entry = known.get(f"jaxprune.{name.removeprefix('jp.')}")
+        sure = name.startswith("jp.") or "_" in name  # `sparsity` may be an argument
+        if entry and sure and not isinstance(literal.parent, nodes.reference):
+            uri = app.builder.get_relative_uri(page, entry.docname) + f"#{entry.node_id}"
+            literal.replace_self(nodes.reference("", "", literal.deepcopy(), refuri=uri))
+
+
+def inline_math(self, node):
+    """Give mathematics as MathML, which browsers draw by themselves, also without a net."""
+    self.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def block_math(self, node):
+    """Give a formula of its own likewise."""
+    self.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app):
-    """Mathematics as MathML, which browsers draw by themselves, also without a net."""
-
-    def inline(self, node):
-        self.body.append(convert(node.astext()))
-        raise_skip()
-
-    def block(self, node):
-        label = f' id="{node["ids"][0]}"' if node["ids"] else ""
-        self.body.append(f'<div class="math"{label}>{convert(node.astext(), display="block")}</div>')
-        raise_skip()
-
-    def raise_skip():
-        from docutils import nodes
-
-        raise nodes.SkipNode
-
-    app.add_html_math_renderer("mathml", (inline, None), (block, None))
-
-
-html_math_renderer = "mathml"
-sys.path.insert(0, str(ROOT))
+    """Plug the functions above into Sphinx."""
+    app.connect("autodoc-skip-member", skip)
+    app.connect("doctree-resolved", link)
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))

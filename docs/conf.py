@@ -1,19 +1,19 @@
 """How the site is built: `make docs` runs every page's code and stops at the first warning."""
 
-import ast
 import os
-import re
-from importlib.util import find_spec
+import sys
 from pathlib import Path
 
 from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.errors import ConfigError
-from sphinx.util import logging
 
 import jaxprune
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import pages
+
 ROOT = HERE.parent
 
 project = "jaxprune"
@@ -44,7 +44,6 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
-nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_output_stderr = "remove"  # progress bars
 os.environ |= {
     "PYTHONPATH": str(ROOT),
@@ -94,38 +93,12 @@ html_css_files = ["site.css"]
 html_show_sourcelink = False
 
 
-def packages_of(page: Path) -> set[str]:
-    """Which packages the cells of a page import."""
-    text = page.read_text()
-    if page.suffix == ".py":
-        cells = [text]
-    else:
-        cells = re.findall(r"^```\{code-cell\}.*?\n((?:.|\n)*?)^```$", text, re.MULTILINE)
-    nodes = [node for cell in cells for node in ast.walk(ast.parse(re.sub("(?m)^:.*", "", cell)))]
-    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    froms = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-    return {name.partition(".")[0] for name in plain + froms}
-
-
-def leave_out() -> list[str]:
-    """Pages that cannot be built here: said, and where nobody reads along an error."""
-    here = {path.name for path in ROOT.iterdir()}
-    left = {}
-    for page in sorted([*HERE.rglob("*.md"), *HERE.glob("start/*.py")]):
-        missing = {name for name in packages_of(page) - here if not find_spec(name)}
-        if missing and "_build" not in page.parts:
-            left[page.relative_to(HERE).as_posix()] = ", ".join(sorted(missing))
-    if left:
-        told = "\n".join(f"  {page}: {packages} not installed" for page, packages in left.items())
-        told = f"pages that are left out:\n{told}\n`pip install -e '.[dev,docs]'` installs all."
-        if os.environ.get("CI"):
-            raise ConfigError(told)
-        logging.getLogger(__name__).info(told)
-    return list(left)
-
-
-left_out = leave_out()
+# A page that cannot be built here is left out, and said; where nobody reads along that is an error.
+left_out = pages.left_out(HERE, here={path.name for path in ROOT.iterdir()})
 if left_out:
+    if os.environ.get("CI"):
+        raise ConfigError(pages.told(left_out))
+    print(pages.told(left_out), file=sys.stderr)
     exclude_patterns += left_out
     suppress_warnings += ["toc.excluded", "myst.xref_missing"]
 

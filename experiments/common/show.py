@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import rich.console
 from matplotlib.axes import Axes
@@ -76,7 +77,7 @@ def draw_masks(masks: Tree, params: Tree, *, corner: int | None = None) -> Figur
     leaves = jax.tree_util.tree_leaves_with_path(masks)
     weights = dict(jax.tree_util.tree_leaves_with_path(params))
     many = max(len(leaves), 1)
-    figure = Figure(figsize=(3.3 * many, 3), layout="constrained")
+    figure = plt.figure(figsize=(3.3 * many, 3), layout="constrained")
     panels = figure.subplots(1, many, squeeze=False)[0]
     for axes, (path, mask) in zip(panels, leaves, strict=False):
         full = np.broadcast_to(mask, weights[path].shape)
@@ -84,4 +85,5 @@ def draw_masks(masks: Tree, params: Tree, *, corner: int | None = None) -> Figur
         axes.pcolormesh(matrix.T, cmap="Blues", vmin=0, vmax=1.3, rasterized=True)
         name = jax.tree_util.keystr(path, simple=True, separator="/")
         axes.set(title=f"{name}: {1 - full.mean():.0%} removed", xlabel="input", ylabel="output")
+    plt.close(figure)  # else a notebook would show it twice
     return figure

@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
 # Else each of some hundred processes of the tests compiles the sources of jax.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help ticket compare structured edge language zeros test test-slow lint types notebooks docs benchmarks clean
+.PHONY: help ticket compare structured edge language zeros test test-slow lint types notebooks docs benchmarks release-check clean
 
 help:
 	@echo "make ticket      find a lottery ticket on the digits (a minute or two)"
@@ -25,6 +25,7 @@ help:
 	@echo "make notebooks   execute the notebooks whose results are at hand"
 	@echo "make docs        the site, in docs/_build/html (some minutes: all of its code runs)"
 	@echo "make benchmarks  ratios against what you would use instead (some minutes)"
+	@echo "make release-check  build, install and use the wheel, with each extra and with the oldest jax (an hour)"
 	@echo "make clean       remove the environment, caches and results"
 
 ticket: $(VENV)/ready
@@ -89,6 +90,15 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m benchmarks.fpga
 	$(BIN)/python -m benchmarks.zeros
 	$(BIN)/python -m benchmarks.tflite
+	$(BIN)/python -m benchmarks.import_time
+
+# RELEASE=--light leaves out the extras that take gigabytes.
+release-check: $(VENV)/ready
+	.ci/wheel
+	.ci/extras $(RELEASE)
+	.ci/oldest
+	$(MAKE) docs
+	$(PYTEST) -m slow tests/test_docs.py tests/test_libraries.py
 
 # Every page's code runs in it; the first warning ends it.
 docs: $(VENV)/docs

@@ -176,8 +176,6 @@ class Groups(tuple[Group, ...]):
         full = expand(self, self.keep(masks), params)
         return map_with_path(lambda path, w, mine: given.get(path, mine), params, full)
 
-    spread = complete  # what it was called before
-
     def without(self, names: Iterable[str], params: Params) -> Masks:
         """Masks that remove the groups of the given names whole: blocks in an order of your own."""
         names = list(names)

@@ -37,15 +37,13 @@ def run(code, *arguments):
 
 
 def test_the_changelog_and_the_citation_speak_of_this_version():
-    (newest,) = re.findall(r"^## (\S+) \(\d{4}-\d\d-\d\d\)$", changelog(), re.MULTILINE)[:1]
+    text = (ROOT / "CHANGELOG.md").read_text()
+    heads = re.findall(r"^## (\d+\.\d+\.\d+) \((unreleased|\d{4}-\d\d-\d\d)\)$", text, re.MULTILINE)
+    version, day = heads[0]
+    assert jp.__version__ == (f"{version}.dev0" if day == "unreleased" else version)
+    version, day = next(head for head in heads if head[1] != "unreleased")
     citation = (ROOT / "CITATION.cff").read_text()
-    assert newest == re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1] == jp.__version__
-    (day,) = re.findall(rf"^## {re.escape(newest)} \((.*)\)$", changelog(), re.MULTILINE)
-    assert f"date-released: {day}" in citation.replace("'", "").replace('"', "")
-
-
-def changelog():
-    return (ROOT / "CHANGELOG.md").read_text()
+    assert f'\nversion: {version}\ndate-released: "{day}"\n' in citation
 
 
 def test_the_table_of_support_has_the_bounds_of_the_project():

@@ -11,7 +11,7 @@ PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile -q
 # Else each of some hundred processes of the tests compiles the sources of jax.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help ticket compare structured edge language zeros test test-slow lint types notebooks benchmarks clean
+.PHONY: help ticket compare structured edge language zeros test test-slow lint types notebooks docs benchmarks release-check clean
 
 help:
 	@echo "make ticket      find a lottery ticket on the digits (a minute or two)"
@@ -23,7 +23,9 @@ help:
 	@echo "make test        lint, types, doctests and the fast tests"
 	@echo "make test-slow   all tests, the slow ones too"
 	@echo "make notebooks   execute the notebooks whose results are at hand"
+	@echo "make docs        the site, in docs/_build/html (some minutes: all of its code runs)"
 	@echo "make benchmarks  ratios against what you would use instead (some minutes)"
+	@echo "make release-check  build, install and use the wheel, with each extra and with the oldest jax (an hour)"
 	@echo "make clean       remove the environment, caches and results"
 
 ticket: $(VENV)/ready
@@ -88,6 +90,25 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python -m benchmarks.fpga
 	$(BIN)/python -m benchmarks.zeros
 	$(BIN)/python -m benchmarks.tflite
+	$(BIN)/python -m benchmarks.import_time
+
+# RELEASE=--light leaves out the extras that take gigabytes.
+release-check: $(VENV)/ready
+	.ci/wheel
+	.ci/extras $(RELEASE)
+	.ci/oldest
+	$(MAKE) docs
+	$(PYTEST) -m slow tests/test_docs.py tests/test_libraries.py
+
+# Every page's code runs in it; the first warning ends it.
+docs: $(VENV)/docs
+	$(BIN)/python -m sphinx --jobs $(JOBS) --fail-on-warning --fresh-env --quiet docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
+$(VENV)/docs: $(VENV)/ready
+	$(BIN)/uv sync --quiet --frozen --inexact --extra dev --extra docs \
+		|| $(BIN)/python -m pip install --quiet -e '.[dev,docs]'
+	@touch $@
 
 # The lock names the public package index; where that is not reachable, take what there is.
 $(VENV)/ready: pyproject.toml uv.lock
@@ -99,4 +120,4 @@ $(VENV)/ready: pyproject.toml uv.lock
 	@touch $@
 
 clean:
-	rm -rf $(VENV) $(VENV)-latest .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis results
+	rm -rf $(VENV) $(VENV)-latest docs/_build .cache .pytest_cache .mypy_cache .ruff_cache .hypothesis results

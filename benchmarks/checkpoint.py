@@ -17,12 +17,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-import safetensors.numpy
 import tyro
 
 import jaxprune as jp
 from benchmarks.common import Task, interleave, machine, paired_ratio, print_table, write_json
+from experiments import need
 
 Save = Callable[[Path, dict[str, jax.Array]], None]
 Load = Callable[[Path, dict[str, jax.Array]], dict[str, jax.Array]]
@@ -51,6 +50,10 @@ class Config:
 
 def contestants(masks: dict[str, jax.Array]) -> dict[str, tuple[Save, Load]]:
     """Ways to save params under a path, and to load params like some."""
+    need("checkpoint", "orbax", "safetensors")
+    import orbax.checkpoint as ocp
+    import safetensors.numpy
+
     orbax = ocp.StandardCheckpointer()
 
     def save_orbax(path: Path, params: dict[str, jax.Array]) -> None:

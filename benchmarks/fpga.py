@@ -256,7 +256,7 @@ def main(config: Config) -> dict[str, Any]:
     if importlib.util.find_spec(PEER) is None:
         print(
             f"Skipped {PEER}, which is not there to price networks. Install the optional peer with "
-            "`pip install 'jaxprune[fpga]'` and run this again."
+            "`pip install -e '.[fpga]'` and run this again."
         )
     else:
         result["cases"] = cases(config)

@@ -22,6 +22,7 @@ import tyro
 
 import jaxprune as jp
 from benchmarks.common import Task, in_turns, machine, paired_ratio, print_table, write_json
+from experiments import need
 
 KINDS: dict[str, tuple[int, str]] = {
     "single weights": (1, "sparse"),
@@ -126,6 +127,7 @@ def show(config: Config, found: list[dict[str, Any]]) -> None:
 
 
 def main(config: Config) -> dict[str, Any]:
+    need("litert", "ai_edge_litert", "flatbuffers")
     settings = dataclasses.asdict(config)
     del settings["out"]  # says nothing about the numbers
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():

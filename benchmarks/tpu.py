@@ -1,6 +1,6 @@
 """Ask the TPU compiler what pruning costs, without a TPU: ahead of time, on any machine.
 
-    pip install 'jaxprune[experiments,tpu-aot]'
+    pip install -e '.[experiments,tpu-aot]'
     python -m benchmarks.tpu --rows prune rigl --dtypes bfloat16
 
 Nothing runs: `libtpu` compiles training steps for a topology, and the figures are what it says of
@@ -117,7 +117,7 @@ def topology_mesh(name: str) -> Mesh:
     except Exception as error:  # whatever a compiler of another jax may raise
         raise RuntimeError(
             f"The TPU compiler did not make the topology {name!r}: {first_line(error)}. "
-            "`pip install 'jaxprune[tpu-aot]'` installs the libtpu of your jax; a topology is "
+            "`pip install -e '.[tpu-aot]'` installs the libtpu of your jax; a topology is "
             "written as v5e:2x4."
         ) from error
     return Mesh(np.array(devices), ("data",))

@@ -1,6 +1,6 @@
 """Ask the TPU compiler what a product with kept blocks costs, without a TPU.
 
-    pip install 'jaxprune[experiments,tpu-aot]'
+    pip install -e '.[experiments,tpu-aot]'
     python -m benchmarks.tpu_blocks
 
 Nothing runs: `libtpu` compiles the dense product, the product with blocks in plain XLA and the

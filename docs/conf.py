@@ -1,19 +1,19 @@
 """How the site is built: `make docs` runs every page's code and stops at the first warning."""
 
-import ast
 import os
-import re
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
+from docutils import nodes
 from latex2mathml.converter import convert
 from sphinx.errors import ConfigError
-from sphinx.util import logging
 
 import jaxprune
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+import pages
+
 ROOT = HERE.parent
 
 project = "jaxprune"
@@ -44,7 +44,6 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
-nb_custom_formats = {".py": ["jupytext.reads", {"fmt": "py:percent"}]}
 nb_output_stderr = "remove"  # progress bars
 os.environ |= {
     "PYTHONPATH": str(ROOT),
@@ -57,13 +56,13 @@ os.environ |= {
 
 # The reference.
 autodoc_member_order = "bysource"
-autodoc_typehints = "signature"
-autodoc_default_options = {"members": False}
+autodoc_typehints = "none"  # the docstrings say shapes, which types cannot
 autodoc_preserve_defaults = True
 python_maximum_signature_line_length = 88
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
+napoleon_use_ivar = True  # attributes stand in the docstring of their class
 add_module_names = False
 autosummary_generate = False
 codeautolink_concat_default = True
@@ -81,69 +80,60 @@ intersphinx_mapping = (
 )
 
 # Looks.
+html_math_renderer = "mathml"
 html_theme = "sphinx_book_theme"
 html_title = "jaxprune"
-html_theme_options = {"show_toc_level": 2, "navigation_with_keys": False}
+html_theme_options = {
+    "navbar_persistent": [],  # one search is enough
+    "navigation_with_keys": False,
+    "show_toc_level": 2,
+}
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False
 
 
-def packages_of(page: Path) -> set[str]:
-    """Which packages the cells of a page import."""
-    text = page.read_text()
-    if page.suffix == ".py":
-        cells = [text]
-    else:
-        cells = re.findall(r"^```\{code-cell\}.*?\n((?:.|\n)*?)^```$", text, re.MULTILINE)
-    nodes = [node for cell in cells for node in ast.walk(ast.parse(re.sub("(?m)^:.*", "", cell)))]
-    plain = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
-    froms = [node.module for node in nodes if isinstance(node, ast.ImportFrom)]
-    return {name.partition(".")[0] for name in plain + froms}
-
-
-def leave_out() -> list[str]:
-    """Pages that cannot be built here: said, and where nobody reads along an error."""
-    here = {path.name for path in ROOT.iterdir()}
-    left = {}
-    for page in sorted([*HERE.rglob("*.md"), *HERE.glob("start/*.py")]):
-        missing = {name for name in packages_of(page) - here if not find_spec(name)}
-        if missing and "_build" not in page.parts:
-            left[page.relative_to(HERE).as_posix()] = ", ".join(sorted(missing))
-    if left:
-        told = "\n".join(f"  {page}: {packages} not installed" for page, packages in left.items())
-        told = f"pages that are left out:\n{told}\n`pip install -e '.[dev,docs]'` installs all."
-        if os.environ.get("CI"):
-            raise ConfigError(told)
-        logging.getLogger(__name__).info(told)
-    return list(left)
-
-
-left_out = leave_out()
+# A page that cannot be built here is left out, and said; where nobody reads along that is an error.
+left_out = pages.left_out(HERE, here={path.name for path in ROOT.iterdir()})
 if left_out:
+    if os.environ.get("CI"):
+        raise ConfigError(pages.told(left_out))
+    print(pages.told(left_out), file=sys.stderr)
     exclude_patterns += left_out
     suppress_warnings += ["toc.excluded", "myst.xref_missing"]
 
 
+def skip(app, what, name, obj, *_):
+    """Leave out fields of named tuples, of which the docstring of the class tells."""
+    return True if (getattr(obj, "__doc__", "") or "").startswith("Alias for field") else None
+
+
+def link(app, tree, page):
+    """Link what is written as ``jp.prune`` or ``find_masks`` to its place in the reference."""
+    known = app.env.get_domain("py").objects
+    for literal in list(tree.findall(nodes.literal)):
+        name = literal.astext().partition("(")[0]
+        entry = known.get(f"jaxprune.{name.removeprefix('jp.')}")
+        sure = name.startswith("jp.") or "_" in name  # `sparsity` may be an argument
+        if entry and sure and not isinstance(literal.parent, nodes.reference):
+            uri = app.builder.get_relative_uri(page, entry.docname) + f"#{entry.node_id}"
+            literal.replace_self(nodes.reference("", "", literal.deepcopy(), refuri=uri))
+
+
+def inline_math(self, node):
+    """Give mathematics as MathML, which browsers draw by themselves, also without a net."""
+    self.body.append(convert(node.astext()))
+    raise nodes.SkipNode
+
+
+def block_math(self, node):
+    """Give a formula of its own likewise."""
+    self.body.append(f'<div class="math">{convert(node.astext(), display="block")}</div>')
+    raise nodes.SkipNode
+
+
 def setup(app):
-    """Mathematics as MathML, which browsers draw by themselves, also without a net."""
-
-    def inline(self, node):
-        self.body.append(convert(node.astext()))
-        raise_skip()
-
-    def block(self, node):
-        label = f' id="{node["ids"][0]}"' if node["ids"] else ""
-        self.body.append(f'<div class="math"{label}>{convert(node.astext(), display="block")}</div>')
-        raise_skip()
-
-    def raise_skip():
-        from docutils import nodes
-
-        raise nodes.SkipNode
-
-    app.add_html_math_renderer("mathml", (inline, None), (block, None))
-
-
-html_math_renderer = "mathml"
-sys.path.insert(0, str(ROOT))
+    """Plug the functions above into Sphinx."""
+    app.connect("autodoc-skip-member", skip)
+    app.connect("doctree-resolved", link)
+    app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))

@@ -17,6 +17,7 @@ import jaxprune as jp
 from experiments import edge_deployment_figures as figures
 from experiments import edge_deployment_files as exported
 from experiments import edge_deployment_training as training
+from experiments import need
 from experiments.common import data, runner, settings, show, small_networks, train
 from experiments.common.models import ResidualNet
 from experiments.common.runner import Record
@@ -271,7 +272,9 @@ def load(config: Config) -> Bench:
 
     Raises:
       ValueError: a fraction is so small that nothing would be removed.
+      ModuleNotFoundError: what the files are written and run with is missing.
     """
+    need("export", "jax2onnx", "onnxruntime")
     examples = data.load(config.dataset, config.data_path)
     model, inputs = model_of(config), examples.test.inputs[:1]
     shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)

@@ -16,6 +16,7 @@ from experiments import fast_zeros_clocks as clocks
 from experiments import fast_zeros_figures as figures
 from experiments import fast_zeros_kinds as kinds
 from experiments import fast_zeros_networks as networks
+from experiments import need
 from experiments.common import runner, settings, show, train
 from experiments.common.runner import Record
 from experiments.fast_zeros_kinds import Kind
@@ -149,6 +150,7 @@ def width_of(config: Config, model: str) -> int:
 
 def load_task(config: Config, model: str) -> Task:
     """Load what a network is trained and tested on."""
+    need("export", "jax2onnx", "onnxruntime")
     return networks.load(model, config.dataset, config.data_path, width_of(config, model))
 
 

@@ -75,7 +75,7 @@ from jaxprune.graph import find_layout as find_layout
 from jaxprune.methods import refit as refit
 from jaxprune.typing import elementwise as elementwise
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = (
     "Check",

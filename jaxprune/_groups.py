@@ -8,6 +8,7 @@ from typing import TypeAlias
 import numpy as np
 
 from jaxprune._group import Group
+from jaxprune._html import Bar, lines, table
 from jaxprune._kept import check_known, kept_by, layers_in, name_part, path_in
 from jaxprune._tree import leaves_by_path, list_paths, map_with_path
 from jaxprune._units import expand, left_by_layer, shrunk
@@ -51,12 +52,35 @@ class Groups(tuple[Group, ...]):
         return not self == other
 
     def __str__(self) -> str:
-        frozen = [
-            f"  {path} axis {axis}: {f'{n} indices, ' if n else ''}{why}"
+        groups = [str(group) for group in self] or ["no groups"]
+        frozen = [f"  {line}" for line in self._frozen]
+        return "\n".join([*groups, *(["frozen:", *frozen] if frozen else [])])
+
+    @property
+    def _frozen(self) -> list[str]:
+        return [
+            f"{path} axis {axis}: {f'{n} indices, ' if n else ''}{why}"
             for path, axis, n, why in self.frozen
         ]
-        groups = [str(group) for group in self] or ["no groups"]
-        return "\n".join([*groups, *(["frozen:", *frozen] if frozen else [])])
+
+    def _repr_html_(self) -> str:
+        """Draw the groups in notebooks, with a bar for how many units each has."""
+        most = max((group.size for group in self), default=1)
+        rows = []
+        for group in self:
+            head, *members = str(group).split("\n")
+            what = head.removeprefix(f"{group.name}: ")
+            rows.append(
+                (
+                    group.name,
+                    Bar(group.size / most),
+                    what,
+                    "\n".join(line.strip() for line in members),
+                )
+            )
+        drawn = table(("group", "units", "", "owns"), rows, left=range(4)) if rows else "no groups"
+        frozen = f"<details><summary>frozen</summary>{lines(self._frozen)}</details>"
+        return drawn + frozen * bool(self.frozen)
 
     def __repr__(self) -> str:
         return f"Groups({', '.join(f'{group.name} x {group.size}' for group in self)})"
@@ -151,8 +175,6 @@ class Groups(tuple[Group, ...]):
         check_known(given, leaves_by_path(params, "groups.complete"))
         full = expand(self, self.keep(masks), params)
         return map_with_path(lambda path, w, mine: given.get(path, mine), params, full)
-
-    spread = complete  # what it was called before
 
     def without(self, names: Iterable[str], params: Params) -> Masks:
         """Masks that remove the groups of the given names whole: blocks in an order of your own."""

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxprune._html import Bar, Cell, lines, table
 from jaxprune._layers import names_of
 from jaxprune._layout import Layout, check_layout
 from jaxprune._looks import advice_on_axes
@@ -94,41 +95,58 @@ class Summary:
         return sum(kind.size for kind in self.left_out)
 
     def __str__(self) -> str:
-        head = ("path", "shape", "kept / total", "sparsity", "dense", "packed")
-        cells = [
-            (
-                row.path or "(root)",
-                _shape(row),
-                f"{row.kept:,} / {row.total:,}",
-                f"{row.sparsity:.2%}",
-                in_bytes(row.dense_bytes),
-                in_bytes(row.packed_bytes),
-            )
-            for row in (*_ranges(self.rows), self.total)
-        ]
-        widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+        cells = [_cells(row) for row in self._drawn]
+        widths = [max(map(len, column)) for column in zip(HEAD, *cells, strict=True)]
 
         def line(row: tuple[str, ...]) -> str:
             left = [row[0].ljust(widths[0]), row[1].ljust(widths[1])]
             right = [cell.rjust(w) for cell, w in zip(row[2:], widths[2:], strict=True)]
             return "  ".join(left + right).rstrip()
 
-        rule = "-" * len(line(head))
-        lines = [line(head), rule, *map(line, cells[:-1]), rule, line(cells[-1])]
+        rule = "-" * len(line(HEAD))
+        table = [line(HEAD), rule, *map(line, cells[:-1]), rule, line(cells[-1])]
+        return "\n".join([*table, *self._notes])
+
+    def _repr_html_(self) -> str:
+        """Draw the table in notebooks, with a bar for what each leaf keeps."""
+        rows: list[list[Cell]] = [[*_cells(row), Bar(1 - row.sparsity)] for row in self._drawn]
+        return table((*HEAD, "kept"), rows, left=(0, 1, 6)) + f"<p>{lines(self._notes)}</p>"
+
+    @property
+    def _drawn(self) -> list[Row]:
+        return [*_ranges(self.rows), self.total]
+
+    @property
+    def _notes(self) -> list[str]:
+        """What stands below the table."""
+        notes = []
         if self.others:
-            lines.append(f"not prunable: {self.others:,} parameters")
-            lines += map(str, self.left_out)
-        lines += [
+            notes.append(f"not prunable: {self.others:,} parameters")
+            notes += map(str, self.left_out)
+        notes += [
             f"warning: {path!r} keeps nothing: the layer collapsed" for path in self.collapsed
         ]
-        lines += [
+        notes += [
             f"not zero: {count:,} weights of {path!r} that the masks remove"
             for path, count in self.revived.items()
         ]
         if self.revived:
-            lines.append("(`jp.apply_masks` removes them; after training, `jp.check` says more)")
-        lines += [f"note: {note}" for note in self.advice]
-        return "\n".join(lines)
+            notes.append("(`jp.apply_masks` removes them; after training, `jp.check` says more)")
+        return notes + [f"note: {note}" for note in self.advice]
+
+
+HEAD = ("path", "shape", "kept / total", "sparsity", "dense", "packed")
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.path or "(root)",
+        _shape(row),
+        f"{row.kept:,} / {row.total:,}",
+        f"{row.sparsity:.2%}",
+        in_bytes(row.dense_bytes),
+        in_bytes(row.packed_bytes),
+    )
 
 
 def _ranges(rows: Sequence[Row]) -> list[Row]:

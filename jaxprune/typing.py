@@ -38,16 +38,26 @@ __all__ = (
     "WithinLeaf",
 )
 
-Tree: TypeAlias = Any  # any pytree
-Leaf: TypeAlias = Any  # of one: an array, or what looks like one
-DType: TypeAlias = Any  # a dtype, or a scalar type that stands for one
-Params: TypeAlias = Any  # pytree of float arrays
-Scores: TypeAlias = Any  # like Params; higher = keep; None where not prunable
-Units: TypeAlias = Any  # like Scores; one entry for what lives or dies together, the leaf's rank
-Masks: TypeAlias = Any  # like Scores; bool, broadcastable; True = kept
-Sparsity: TypeAlias = Any  # fraction removed in [0, 1]: one number, or one per prunable leaf
-Layout: TypeAlias = Any  # a `jp.Layout`: what each axis means; None where nobody said
-Where: TypeAlias = Callable[[str, jax.Array], bool]  # ("Dense_0/kernel", array) -> prunable?
+#: Any pytree.
+Tree: TypeAlias = Any
+#: Of one: an array, or what looks like one.
+Leaf: TypeAlias = Any
+#: A dtype, or a scalar type that stands for one.
+DType: TypeAlias = Any
+#: Pytree of float arrays.
+Params: TypeAlias = Any
+#: Like Params; higher = keep; None where not prunable.
+Scores: TypeAlias = Any
+#: Like Scores; one entry for what lives or dies together, the leaf's rank.
+Units: TypeAlias = Any
+#: Like Scores; bool, broadcastable; True = kept.
+Masks: TypeAlias = Any
+#: Fraction removed in [0, 1]: one number, or one per prunable leaf.
+Sparsity: TypeAlias = Any
+#: A `jp.Layout`: what each axis means; None where nobody said.
+Layout: TypeAlias = Any
+#: Predicate of path and array, as ("Dense_0/kernel", array): is the leaf prunable?
+Where: TypeAlias = Callable[[str, jax.Array], bool]
 
 # What has to be there is in `Criterion`, `Pattern`, `Scope` and `Schedule`. The other protocols are
 # what a part *may* have as well: the library asks by the name of the method, so that a part of

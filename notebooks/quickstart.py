@@ -18,6 +18,9 @@
 # a minute. There are 1,797 images of 8x8 pixels, 540 of them to test on.
 
 # %%
+import sys
+from pathlib import Path
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,11 @@ import optax
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+# The experiments are no installed package: find them from the repository or a folder in it.
+sys.path.extend(str(p) for p in (Path.cwd(), *Path.cwd().parents) if (p / "experiments").is_dir())
+
 import jaxprune as jp
+from experiments.common.show import draw_masks
 
 split = train_test_split(*load_digits(return_X_y=True), test_size=540, random_state=0)
 images, test_images = (jnp.asarray(x / 16, jnp.float32) for x in split[:2])
@@ -86,26 +93,15 @@ print(f"accuracy {accuracy(dense):.3f}")
 # %%
 masks = jp.find_masks(dense, 0.9)
 pruned = jp.apply_masks(dense, masks)
-print(jp.summary(dense, masks))
 print(f"accuracy {accuracy(pruned):.3f}")
+jp.summary(pruned, masks)
 
 # %% [markdown]
 # Masks are a tree like the params, so that the picture of a mask is the picture of an array. What
 # is blue stays.
 
-
 # %%
-def show(masks, corner=128):
-    kernels = {name: m["kernel"] for name, m in masks.items() if m["kernel"] is not None}
-    _, axes = plt.subplots(1, len(kernels), figsize=(10, 3), layout="constrained")
-    for axis, (name, mask) in zip(axes, kernels.items(), strict=True):
-        full = jnp.broadcast_to(mask, params_init[name]["kernel"].shape)
-        axis.pcolormesh(full[:corner, :corner].T, cmap="Blues", vmax=1.3)
-        axis.set(title=f"{name}: {1 - full.mean():.0%} removed", xlabel="input", ylabel="output")
-    plt.show()
-
-
-show(masks)
+draw_masks(masks, dense, corner=128)
 
 # %% [markdown]
 # **Fine-tune.** `hold` wraps the optimizer so that the removed weights stay exactly zero.
@@ -124,7 +120,7 @@ schedule = jp.schedules.cubic(0.9, begin=100, end=400, every=20)
 tx = jp.prune(optax.adam(3e-3), schedule=schedule, scope=jp.scopes.across)
 gradual, state = train(tx, params_init)
 print(f"accuracy {accuracy(gradual):.3f}")
-show(jp.get_masks(state))
+draw_masks(jp.get_masks(state), gradual, corner=128)
 
 # %% [markdown]
 # **N:M.** In 2:4 sparsity two of every four neighbours along the input axis stay; the last layer is
@@ -139,7 +135,7 @@ tx = jp.prune(
 )
 two_four, state = train(tx, params_init)
 print(f"accuracy {accuracy(two_four):.3f}")
-show(jp.get_masks(state), corner=16)
+draw_masks(jp.get_masks(state), two_four, corner=16)
 
 # %% [markdown]
 # **Channels.** Half of the hidden units lose all of their inputs: a mask of shape `[1, units]`
@@ -154,7 +150,7 @@ tx = jp.prune(
 )
 channels, state = train(tx, params_init)
 print(f"accuracy {accuracy(channels):.3f}", jax.tree.map(jnp.shape, jp.get_masks(state)))
-show(jp.get_masks(state))
+draw_masks(jp.get_masks(state), channels, corner=128)
 
 # %% [markdown]
 # **How far down?** Sparsity may be traced, so that all sparsities train side by side under `vmap`.

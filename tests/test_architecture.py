@@ -29,6 +29,7 @@ LAYERS = (
         "_numbers",
         "_errors",
         "_help",
+        "_html",
     ),
     ("_ranking",),
     (

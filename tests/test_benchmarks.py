@@ -15,6 +15,7 @@ from benchmarks import (
     compile,
     events,
     fpga,
+    import_time,
     parallel_seeds,
     post_training,
     restart,
@@ -73,6 +74,14 @@ def test_step_overhead_compares_wrapped_with_bare(tmp_path):
     step_overhead.main(config)
     (case,) = json.loads(out.read_text())["cases"]
     assert set(case["ratios"]) == {"prune / bare", "rigl / bare", "event / bare", "event / prune"}
+
+
+@pytest.mark.slow
+def test_import_time_compares_fresh_processes(tmp_path):
+    out = tmp_path / "import_time.json"
+    import_time.main(import_time.Config(turns=1, out=out))
+    over = json.loads(out.read_text())["over_jax_and_optax"]
+    assert set(over) == set(import_time.IMPORTS) - {import_time.BARE}
 
 
 @pytest.mark.slow

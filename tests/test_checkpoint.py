@@ -559,6 +559,8 @@ FORGERIES = {
     "no dtype": (lambda m, _: m["leaves"][0].update(dtype="float33"), "manifest cannot be read"),
     "a list": (lambda m, _: m.update(leaves=[1]), "manifest cannot be read"),
     "no leaves": (lambda m, _: m.pop("leaves"), "manifest cannot be read"),
+    "negative": (lambda m, _: m["leaves"][0].update(shape=[-2, -2]), "manifest cannot be read"),
+    "fractions": (lambda m, _: m["leaves"][0].update(shape=[4.0]), "manifest cannot be read"),
     "larger": (lambda m, _: m["leaves"][0].update(shape=[5]), "does not describe its data"),
     "fewer": (lambda m, _: m["leaves"].pop(), "does not describe its data"),
     "kept": (lambda m, _: m["leaves"][1].update(kept=9), "does not describe its data"),

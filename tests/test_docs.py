@@ -5,13 +5,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import jaxprune as jp
 
 ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 PAGE = ROOT / "docs" / "coming_from" / "jaxpruner.md"
 CHECKPOINTS = ROOT / "docs" / "guides" / "checkpoints.md"
 DEVICES = ROOT / "docs" / "guides" / "devices.md"
@@ -132,18 +133,26 @@ def test_what_the_page_of_trained_networks_shows_runs(tmp_path, monkeypatch):
     assert len(found) >= 8 and jp.sparsity(names["masks"], names["pruned"]) == 0.25
 
 
-def test_what_the_readme_shows_of_layouts_runs():
-    text = (ROOT / "README.md").read_text()
-    source = text[text.index("layout = jp.find_layout(apply_fn") :].split("```")[0]
-    params = {"blocks": jnp.ones((3, 8, 8)), "head": jnp.ones((8, 4))}
+def test_the_readme_is_short_and_all_that_it_shows_runs(capsys):
+    lines = README.read_text().splitlines(keepends=True)
+    assert len(lines) <= 130
+    names, found = {}, list(snippets(lines))
+    with jax.numpy_rank_promotion("allow"):  # as users have it
+        for snippet in found:
+            run(names, *snippet, README)
+    assert len(found) == README.read_text().count("```python\n") == 3
+    (shown,) = README.read_text().split("```text\n")[1:]
+    assert capsys.readouterr().out == shown.split("```")[0]
 
-    def apply_fn(params, x):
-        x, _ = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, params["blocks"])
-        return x @ params["head"]
 
-    names = {"jp": jp, "apply_fn": apply_fn, "params": params, "images": jnp.ones((2, 8))}
-    exec(source, names)
-    assert names["masks"]["blocks"].sum(1).tolist() == [[4] * 8] * 3
+def unfused(file, images):
+    """Outputs of an ONNX file with every operator as it is written."""
+    import onnxruntime as runtime
+
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = runtime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    return session.run(None, {session.get_inputs()[0].name: np.asarray(images)})[0]
 
 
 @pytest.mark.slow
@@ -170,7 +179,12 @@ def test_what_the_page_on_deploying_shows_runs(tmp_path, monkeypatch):
     dense = names["dense_accuracy"]
     assert dense > 0.9 and names["small_accuracy"] > dense - 0.03
     assert names["int8_accuracy"] > dense - 0.05
-    assert names["report"].parity < 1e-5 and names["small_int8"].agreement >= 0.98
+    assert names["report"].parity < 1e-5
+    # As quantized, not as computed: without VNNI sums of integers saturate.
+    float_file, int8_file = (
+        unfused(name, names["test"][0]) for name in ("small.onnx", "int8.onnx")
+    )
+    assert (float_file.argmax(1) == int8_file.argmax(1)).mean() >= 0.98
     assert names["small_int8"].bytes < names["report"].bytes / 2
     assert names["logits"].shape == (397, 10)
     assert 0 <= names["sparsity"] <= 0.9 and float(names["match"]) >= 0
@@ -184,40 +198,3 @@ def test_the_quickstart_and_its_script_are_one_and_hold_no_outputs():
     assert sum(cell.cell_type == "code" for cell in notebook.cells) == 10
     for cell in notebook.cells:
         assert not cell.get("outputs") and not cell.get("execution_count")
-
-
-@pytest.mark.slow
-def test_what_the_readme_shows_of_smaller_networks_runs():
-    import json
-
-    import flax.linen as nn
-    import jax
-    import jax.numpy as jnp
-
-    import jaxprune as jp
-
-    class Net(nn.Module):
-        @nn.compact
-        def __call__(self, images):
-            x = nn.relu(nn.Conv(16, (3, 3), name="stem")(images))
-            y = nn.BatchNorm(use_running_average=True, name="norm")
-            y = nn.relu(y(nn.Conv(32, (3, 3), name="conv_0")(x)))
-            x = x + nn.Conv(16, (3, 3), name="conv_1")(y)
-            return nn.Dense(10, name="head")(nn.relu(x).mean((1, 2)))
-
-    text = (ROOT / "README.md").read_text()
-    section = text[text.index("## Really smaller networks") : text.index("## A lottery ticket")]
-    first, *others = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
-    model, images = Net(), jnp.ones((2, 8, 8, 1))
-    variables = model.init(jax.random.key(0), images)
-    names = {"jp": jp, "json": json, "optax": optax, "model": model, "images": images}
-    names |= {"variables": variables}
-    names["dense_flops"] = jp.count_flops(model.apply, variables, images)
-    exec(first, names)
-    shown = re.search(r"```\n(params.*?)frozen", section, re.DOTALL)
-    assert str(names["groups"]).startswith(shown[1])
-    setup, rest = others[0].split("masks = groups", 1)
-    exec(setup, names)
-    names["opt_state"] = names["tx"].init(variables["params"])
-    exec("masks = groups" + rest, names)
-    assert names["small_fn"](names["small"], images).shape == (2, 10)

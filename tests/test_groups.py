@@ -1,5 +1,7 @@
 """Groups as plain data, built by hand: compared, printed, moved, kept, spread and expanded."""
 
+from xml.etree import ElementTree
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -285,3 +287,20 @@ def test_kept_indices_are_read_from_masks_of_whole_indices_only():
     assert kept_by({"w": jnp.ones((0, 3), bool)}) == {"w": {}}  # nothing left to remove
     with pytest.raises(ValueError, match="'w' removes 1 single weights of rows and columns"):
         kept_by({"w": jnp.array([[True, False], [True, True]])})
+
+
+def test_a_notebook_draws_the_groups_that_are_printed():
+    def fn(params, x):
+        return jax.nn.relu(x @ params["<a>"]) @ params["b"]
+
+    params = {"<a>": jnp.ones((3, 4)), "b": jnp.ones((4, 2))}
+    groups = jp.find_groups(fn, params, jnp.ones((1, 3)))
+    html = f"<body>{groups._repr_html_()}</body>".replace("<br>", "<br/>")
+    drawn = ElementTree.fromstring(html)
+    row = drawn.findall("table/tr")[1]
+    words = [[*cell.itertext()] for cell in row]
+    assert words == [["<a>:1"], [], ["4 units"], ["<a> axis 1", "b axis 0"]]
+    assert "width:100.0%" in row.find("td/div/div").get("style")
+    frozen = [*drawn.find("details").itertext()]
+    assert [f"  {line}" for line in frozen[1:]] == str(groups).splitlines()[4:]
+    assert Groups()._repr_html_() == "no groups"

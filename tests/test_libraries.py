@@ -1,4 +1,4 @@
-"""The recipes of docs/guides/libraries.md run where their libraries are, each in a process of its own."""
+"""The recipes of docs/guides/libraries.md run, each in a process of its own."""
 
 import importlib.util
 import os

@@ -1,5 +1,7 @@
 """Tests of summary and overlap."""
 
+from xml.etree import ElementTree
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -120,3 +122,19 @@ def test_overlap_refuses_masks_of_different_trees():
         jp.overlap(MASKS, {"in": MASKS["in"], "out": {"kernel": None, "bias": None}})
     with pytest.raises(ValueError, match=r"'w' has shape \(1, 2\), in `masks_a` \(2,\). Compare"):
         jp.overlap({"w": jnp.ones(2, bool)}, {"w": jnp.ones((1, 2), bool)})
+
+
+def test_a_notebook_draws_the_table_that_is_printed_with_a_bar_for_each_row():
+    params = {"<a>": PARAMS["in"]["kernel"], "b": {"bias": jnp.ones(2)}}
+    mask = jnp.array([[True, False, False, False, False, False]])
+    table = jp.summary(params, {"<a>": mask, "b": {"bias": None}})
+    drawn = ElementTree.fromstring(f"<body>{table._repr_html_()}</body>".replace("<br>", "<br/>"))
+    head, *rows = drawn.findall("table/tr")
+    cells = [["".join(cell.itertext()) for cell in row] for row in rows]
+    printed = str(table).splitlines()
+    assert cells[0] == ["<a>", "4x6", "4 / 24", "83.33%", "96 B", "19 B", ""]
+    assert cells[-1][:1] == ["total"] and len(head) == 7
+    assert [" ".join(row[:6]).split() for row in cells] == [printed[i].split() for i in (2, 4)]
+    bars = [row.find("td/div/div").get("style") for row in rows]
+    assert all("width:16.7%" in style for style in bars)
+    assert list(drawn.find("p").itertext()) == printed[5:]

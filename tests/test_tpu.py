@@ -151,7 +151,7 @@ def test_without_a_compiler_there_is_one_line_and_no_error(error, monkeypatch, c
     result = tpu.main(tpu.Config(out=tmp_path / "tpu.json"))
     (line,) = capsys.readouterr().out.splitlines()
     assert line == result["error"] == json.loads((tmp_path / "tpu.json").read_text())["error"]
-    assert "'v5e:2x4': " in line and "is not installed. " in line and "jaxprune[tpu-aot]" in line
+    assert "'v5e:2x4': " in line and "is not installed. " in line and "'.[tpu-aot]'" in line
 
 
 def test_rows_that_do_not_exist_are_named(tmp_path):
@@ -166,7 +166,7 @@ def test_limits_are_set_for_every_row_of_the_table():
 def said(module, out):
     """All that a benchmark says, from one process of it."""
     if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("libtpu is not installed: pip install 'jaxprune[tpu-aot]'")
+        pytest.skip("libtpu is not installed: pip install -e '.[tpu-aot]'")
     # The settings of the tests would have programs compiled in a hurry, and kept.
     env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     command = [sys.executable, "-m", module.__name__, "--out", str(out)]

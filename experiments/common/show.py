@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import rich.console
 from matplotlib.axes import Axes
@@ -13,6 +15,7 @@ from matplotlib.figure import Figure
 
 from experiments.common import files
 from experiments.common.runner import Record
+from jaxprune.typing import Tree
 
 
 def spread(values: list[float]) -> Record:
@@ -63,3 +66,24 @@ def plain(axes: Axes) -> None:
     """Draw a faint grid, and no frame above and on the right."""
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def draw_masks(masks: Tree, params: Tree, *, corner: int | None = None) -> Figure:
+    """Draw which weights stay, leaf by leaf: blue ones do.
+
+    Weights are drawn as matrices: all that goes in to the right, outputs (the last axis) upwards.
+    ``corner`` draws the first of both only, which shows the pattern of a large layer.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(masks)
+    weights = dict(jax.tree_util.tree_leaves_with_path(params))
+    many = max(len(leaves), 1)
+    figure = plt.figure(figsize=(3.3 * many, 3), layout="constrained")
+    panels = figure.subplots(1, many, squeeze=False)[0]
+    for axes, (path, mask) in zip(panels, leaves, strict=False):
+        full = np.broadcast_to(mask, weights[path].shape)
+        matrix = full.reshape(-1, full.shape[-1])[:corner, :corner]
+        axes.pcolormesh(matrix.T, cmap="Blues", vmin=0, vmax=1.3, rasterized=True)
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        axes.set(title=f"{name}: {1 - full.mean():.0%} removed", xlabel="input", ylabel="output")
+    plt.close(figure)  # else a notebook would show it twice
+    return figure

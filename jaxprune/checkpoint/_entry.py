@@ -126,10 +126,12 @@ def read_entry(record: dict[str, Any]) -> Entry:
     kind = Kind(record["dtype"], tuple(record["shape"]), record.get("key"))
     if not is_number(np.dtype(kind.dtype)):
         raise TypeError(kind.dtype)
-    mask = tuple(record["mask"]) if "mask" in record else None
+    mask, kept = tuple(record["mask"]) if "mask" in record else None, record.get("kept", 0)
+    if not all(type(n) is int and n >= 0 for n in (*kind.shape, *(mask or ()), kept)):
+        raise ValueError(kind, mask, kept)
     if mask is not None and np.broadcast_shapes(mask, kind.shape) != kind.shape:
         raise ValueError(mask)
-    return Entry(keys, kind, mask, record.get("kept", 0), record["sha256"])
+    return Entry(keys, kind, mask, kept, record["sha256"])
 
 
 def tensors_of(entries: list[Entry]) -> dict[str, Tensor]:

@@ -316,7 +316,7 @@ def _check_zeros(library: Any, kept: float | None, quantization: str) -> None:
     )
 
 
-def read_gguf(path: str | Path) -> dict[str, np.ndarray]:
+def read_gguf(path: str | Path, user: str = "gguf") -> dict[str, np.ndarray]:
     """Read all tensors of a GGUF file: float32 `[out, in]`, as what quantized ones stand for.
 
     Raises:
@@ -324,7 +324,7 @@ def read_gguf(path: str | Path) -> dict[str, np.ndarray]:
       FileNotFoundError: there is no such file.
       ImportError: the package ``gguf`` is missing.
     """
-    library = need("gguf", "gguf", "gguf")
+    library = need("gguf", user, "gguf")
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no {str(path)!r}. `jp.export.gguf` writes one.")
     found = opened(library, path, repr(str(path)), "Pass one of `jp.export.gguf`.").tensors

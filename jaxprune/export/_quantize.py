@@ -106,7 +106,7 @@ def quantize_onnx(
     _check_choice(bits, weight_only, tool, method, operators)
     check_path("quantize_onnx", path)
     check_path("quantize_onnx", source, "source")
-    dense = _load(Path(source))
+    dense = _load(Path(source), tool)
     weights = read_onnx(Path(source), USER, multiplied=True)
     _check_weights(weights, weight_only)
     batches = read("calibration", calibration, dense)
@@ -183,12 +183,14 @@ def _check_weights(weights: Arrays, weight_only: bool) -> None:
         )
 
 
-def _load(source: Path) -> Session:
+def _load(source: Path, tool: str) -> Session:
     if not source.is_file():
         raise FileNotFoundError(
             f"`export.quantize_onnx` finds no file {str(source)!r}. Write it with "
             "`jp.export.onnx`; the path of the new file comes first, that of the source second."
         )
+    if tool == "nncf":
+        need("nncf", USER, "nncf")
     need("onnxruntime", USER)
     try:
         return Session(source, USER)

@@ -191,7 +191,7 @@ def _bytes(x: np.ndarray) -> np.ndarray:
     return words(x).reshape(-1).view(np.uint8)
 
 
-def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
+def read_safetensors(path: str | Path, user: str = "safetensors") -> dict[str, np.ndarray]:
     """Read all tensors of a safetensors file, in the dtypes of the file.
 
     `safetensors.numpy.load_file` fails for float8 (0.8), which NumPy gets from ``ml_dtypes``.
@@ -202,7 +202,7 @@ def read_safetensors(path: str | Path) -> dict[str, np.ndarray]:
       FileNotFoundError: there is no such file.
       ImportError: the package ``safetensors`` is missing.
     """
-    library = need("safetensors", "safetensors", "checkpoint")
+    library = need("safetensors", user, "checkpoint")
     if not Path(path).is_file():
         raise FileNotFoundError(f"There is no {str(path)!r}. `jp.export.safetensors` writes one.")
     try:

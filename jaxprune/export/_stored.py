@@ -39,11 +39,11 @@ def read_weights(path: str | Path, user: str) -> Arrays:
     if head[:4] == b"GGUF":
         from jaxprune.export._gguf import read_gguf
 
-        return read_gguf(path)
+        return read_gguf(path, user)
     if head[8:] == b"{":  # behind the length of a header in JSON
         from jaxprune.export._safetensors import read_safetensors
 
-        return read_safetensors(path)
+        return read_safetensors(path, user)
     return read_onnx(path, user)
 
 

@@ -82,8 +82,8 @@ def check_zeros(path_or_arrays: Any, params: Params, masks: Masks) -> Zeros:
     """Look whether what a tool has made of a network still holds the zeros of its masks.
 
     Quantizers that have no exact zero, or that push the errors of some weights into others, bring
-    pruned weights back without a word; see ``docs/guides/zeros.md`` for which do. This reads back what
-    integers stand for and compares it with the masks.
+    pruned weights back without a word; ``docs/guides/zeros.md`` says which do. This reads back
+    what integers stand for and compares it with the masks.
 
     A leaf is looked for by its path and by its values: files hold kernels transposed or reversed,
     under other names, layers one by one, scaled by a batch normalisation behind them, and some

@@ -102,7 +102,7 @@ release-check: $(VENV)/ready
 
 # Every page's code runs in it; the first warning ends it.
 docs: $(VENV)/docs
-	$(BIN)/python -m sphinx --jobs $(JOBS) --fail-on-warning --fresh-env --quiet docs docs/_build/html
+	$(BIN)/python -m sphinx --jobs $(JOBS) --fail-on-warning --fresh-env docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
 $(VENV)/docs: $(VENV)/ready

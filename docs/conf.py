@@ -4,8 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+import jax
 from docutils import nodes
-from jupyter_client.connect import ConnectionFileMixin
 from latex2mathml.converter import convert
 from sphinx.errors import ConfigError
 
@@ -45,7 +45,6 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
-ConnectionFileMixin.transport.default_value = "ipc"  # kernels warn that others could read TCP
 nb_output_stderr = "remove"  # progress bars
 os.environ |= {
     "PYTHONPATH": str(ROOT),
@@ -55,6 +54,15 @@ os.environ |= {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
+if jax.__version_info__ < (0, 11):  # XLA ends the process at a flag that it does not know
+    fast = "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = fast
+
+# Each kernel warns that it talks over TCP, which says nothing about a page.
+profile = HERE / "_build" / "ipython" / "profile_default"
+profile.mkdir(parents=True, exist_ok=True)
+(profile / "ipython_kernel_config.py").write_text("c.IPKernelApp.log_level = 40\n")
+os.environ["IPYTHONDIR"] = str(profile.parent)
 
 # The reference.
 autodoc_member_order = "bysource"

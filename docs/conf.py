@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 from docutils import nodes
+from jupyter_client.connect import ConnectionFileMixin
 from latex2mathml.converter import convert
 from sphinx.errors import ConfigError
 
@@ -44,6 +45,7 @@ nb_execution_in_temp = True
 nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_merge_streams = True
+ConnectionFileMixin.transport.default_value = "ipc"  # kernels warn that others could read TCP
 nb_output_stderr = "remove"  # progress bars
 os.environ |= {
     "PYTHONPATH": str(ROOT),

@@ -89,7 +89,7 @@ def counted(parts: Parts, params: Params, sparsity: Sparsity) -> tuple[Parts, Am
     that of a scope that cannot count.
     """
     arrays, static = split_static(params)
-    shapes = tuple((tuple(x.shape), jnp.dtype(x.dtype)) for x in arrays)
+    shapes = tuple((tuple(x.shape), x.dtype) for x in arrays)
     parts, _ = _bound(parts, static, shapes)
     sparsity = parts.of_units(plain(sparsity), parts.prunable(params))
     if not (parts.can_count and is_known(sparsity) and is_concrete(arrays)):

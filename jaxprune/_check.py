@@ -144,7 +144,9 @@ def _arrived(schedule: Schedule, step: int, masks: list[Masks]) -> list[str]:
             f"{schedule!r} has not arrived: {step} updates so far, and the last event is update "
             f"{end} (counted from 0). Train on, or let `end` be sooner than the loop may stop."
         ]
-    asked = max((float(s) for s in jax.tree.leaves(schedule(max(step - 1, 0)))), default=0.0)
+    asked = max(
+        (float(np.max(s)) for s in jax.tree.leaves(schedule(max(step - 1, 0)))), default=0.0
+    )
     if asked > 0.0 and masks and all(map(_keeps_all, masks)):
         return [
             f"{schedule!r} asks for {asked:.0%} at update {step - 1}, but the masks keep all "

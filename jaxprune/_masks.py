@@ -174,7 +174,8 @@ def sparsity(masks: Masks, params: Params) -> float | jax.Array:
     total = max(sum(c.size for c in counts), 1)
     if any(isinstance(c.kept, jax.core.Tracer) for c in counts):
         # Fractions, since nobody says that an int32 holds the number of weights.
-        gone = [c.size / total * (1 - c.kept / float(max(c.entries, 1))) for c in counts]
+        wholes = [float(max(c.entries, 1)) for c in counts]
+        gone = [c.size / total * ((n - c.kept) / n) for c, n in zip(counts, wholes, strict=True)]
         return jnp.sum(jnp.stack(gone))
     return sum(c.size - c.weights for c in counts) / total
 

@@ -365,3 +365,16 @@ def test_in_trees_without_names_what_starts_from_zero_is_told(key):
     where = jp.exclude("1", "3")
     masks = jp.get_masks(jp.prune(optax.sgd(0.1), schedule=ONCE, where=where).init(variables))
     assert [m is None for m in masks] == [False, True, False, True, True]
+
+
+def test_a_schedule_with_a_sparsity_for_each_layer_is_compared_by_its_largest():
+    params = {"b": jax.random.normal(jax.random.key(0), (4, 8, 8))}
+    layout = jp.Layout({"b": ("layer", "in", "out")})
+    schedule = schedules.constant({"b": jnp.array([0.5, 0.25, 0.5, 0.75])})
+    tx = jp.prune(optax.sgd(0.1), schedule=schedule, layout=layout)
+    updates, state = tx.update(params, tx.init(params), params)
+    pruned = optax.apply_updates(params, updates)
+    assert not jp.check(pruned, state, schedule=schedule)
+    kept = {"b": jnp.ones((4, 8, 8), bool)}
+    (problem,) = jp.check(params, kept, schedule=schedule, step=5).problems
+    assert "asks for 75%" in problem

@@ -303,3 +303,11 @@ def test_windows_that_exist_pass_and_schedules_round():
     assert jp.summary(params, jp.get_masks(state)).total.sparsity == 0.5
     levels = jp.imp(params, lambda t, m: t, rounds=1, rate=0.2, scope=jp.scopes.windows(4))
     assert [jp.sparsity(level.masks, params) for level in levels] == [0.0, 0.25]
+
+
+def test_leaves_that_are_no_numbers_are_left_alone(key):
+    params = {"w": jax.random.normal(key, (4, 6)), "dropout": jax.random.key(0), "n": jnp.arange(3)}
+    masks = jp.find_masks(params, 0.5)
+    assert masks["dropout"] is None and masks["n"] is None and masks["w"].sum() == 12
+    assert_trees_equal(jax.jit(lambda params: jp.find_masks(params, 0.5))(params), masks)
+    assert jp.apply_masks(params, masks)["dropout"] == params["dropout"]

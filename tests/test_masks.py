@@ -387,3 +387,9 @@ def test_swapped_params_and_masks_are_told_so():
         TypeError, match=r"'w' is float32. The other tree is bool: were the two swap"
     ):
         jp.apply_masks({"w": jnp.ones((2, 2), bool)}, {"w": jnp.ones((2, 2))})
+
+
+@pytest.mark.optimized
+def test_the_sparsity_of_masks_that_keep_all_is_zero_inside_of_a_trace():
+    params = {"a": jnp.ones((64, 64)), "b": jnp.ones((64, 10)), "c": jnp.ones((7, 3))}
+    assert jax.jit(lambda masks: jp.sparsity(masks, params))(jp.dense_masks(params)) == 0

@@ -1,5 +1,7 @@
 """What several test files need: trees to prune, slow NumPy references, trace counts."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -119,3 +121,21 @@ def equations_of(jaxpr):
             inner = getattr(value, "jaxpr", value)
             if hasattr(inner, "eqns"):
                 yield from equations_of(inner)
+
+
+@functools.cache
+def sums_int8_exactly():
+    """Whether onnxruntime sums int8 exactly here: on x86 without VNNI sums of two saturate."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    make, kinds = onnx.helper.make_tensor_value_info, onnx.TensorProto
+    node = onnx.helper.make_node("MatMulInteger", ["x", "w"], ["y"])
+    ends = [make("x", kinds.UINT8, [1, 64])], [make("y", kinds.INT32, [1, 8])]
+    w = onnx.numpy_helper.from_array(np.full((64, 8), 127, np.int8), "w")
+    graph = onnx.helper.make_graph([node], "sum", *ends, [w])
+    opsets = [onnx.helper.make_opsetid("", 13)]
+    model = onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8)
+    session = runtime.InferenceSession(
+        model.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (y,) = session.run(None, {"x": np.full((1, 64), 255, np.uint8)})
+    return bool((y == 255 * 127 * 64).all())

@@ -11,9 +11,13 @@ import pytest
 
 import jaxprune as jp
 from jaxprune.export import _quantize, _quantizers
+from tests.helpers import sums_int8_exactly
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
+exact_int8 = pytest.mark.skipif(
+    not sums_int8_exactly(), reason="sums of int8 saturate on this CPU, whatever the file"
+)
 
 RNG = np.random.default_rng(0)
 DRAW = lambda *shape: jnp.asarray(RNG.standard_normal(shape), jnp.float32)
@@ -85,7 +89,8 @@ def test_all_layers_get_small_and_no_zero_is_lost(
         ["`export.quantize_onnx` left weights in float: 'c"] if most == 0.6 else []
     )
     assert report.zeros_kept == 1.0 and report.zeroed is not None
-    assert report.parity < apart and report.bytes < most * float_.bytes
+    assert report.bytes < most * float_.bytes
+    assert report.parity < apart or not (weight_only or sums_int8_exactly())
     found = jp.export.check_zeros(report.path, params, masks)
     assert not found and found.kept == 1.0 and found.zeroed == report.zeroed
     assert sum(leaf.removed for leaf in found.leaves) == 64 * 128 // 2 + 128 * 128 // 2
@@ -233,6 +238,7 @@ def pixels():
     return net.apply, x, y, {kind: (jp.apply_masks(p, each), each) for kind, each in masks.items()}
 
 
+@exact_int8
 def test_biases_of_dead_channels_survive_int8(pixels, tmp_path):
     fn, x, _, trained = pixels
     reports = {}
@@ -252,6 +258,7 @@ def test_biases_of_dead_channels_survive_int8(pixels, tmp_path):
     assert reports["channels"].parity <= 1.3 * reports["weights"].parity
 
 
+@exact_int8
 def test_a_network_that_was_cut_and_trained_on_agrees_better(pixels, tmp_path):
     fn, x, y, trained = pixels
     params, masks = trained["channels"]
@@ -274,6 +281,7 @@ def test_a_network_that_was_cut_and_trained_on_agrees_better(pixels, tmp_path):
     assert report.agreement >= 0.99
 
 
+@exact_int8
 def test_a_matrix_without_any_weights_keeps_its_biases(tmp_path):
     params = {"w": jnp.zeros((64, 128)), "b": DRAW(128) * 0.1, "v": DRAW(128, 128)}
     x = jnp.rint(jnp.abs(X) * 100)

@@ -51,6 +51,10 @@ def quantize_onnx(
     bits with activations, are small on disk and dequantized at every call: slower than floats.
     Networks of a few thousand weights may grow: each scale is a node.
 
+    The same file is computed in another way on other CPUs: onnxruntime 1.32 adds pairs of products
+    in 16 bits on x86 without VNNI, which saturate where activations and weights are both large.
+    The report says what this machine makes of the file.
+
     Args:
       path: where to write; a file that is there is replaced at once and whole.
       source: the float file; it may be the same path.

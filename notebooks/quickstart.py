@@ -71,7 +71,7 @@ def accuracy(params):
 
 
 # %%
-def train(tx, params, state=None, steps=600):
+def train(tx, params, steps=600):
     def step(carry, key):
         params, state = carry
         batch = jax.random.choice(key, len(images), (64,))
@@ -79,9 +79,9 @@ def train(tx, params, state=None, steps=600):
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    state = tx.init(params) if state is None else state
     keys = jax.random.split(jax.random.key(1), steps)
-    return jax.jit(lambda carry: jax.lax.scan(step, carry, keys)[0])((params, state))
+    run = jax.jit(lambda carry: jax.lax.scan(step, carry, keys)[0])
+    return run((params, tx.init(params)))
 
 
 dense, _ = train(optax.adam(3e-3), params_init)
@@ -107,8 +107,7 @@ draw_masks(masks, dense, corner=128)
 # **Fine-tune.** `hold` wraps the optimizer so that the removed weights stay exactly zero.
 
 # %%
-tx = jp.hold(optax.adam(3e-3))
-tuned, _ = train(tx, pruned, jp.with_masks(tx.init(pruned), masks))
+tuned, _ = train(jp.hold(optax.adam(3e-3), masks=masks), pruned)
 print(f"accuracy {accuracy(tuned):.3f}")
 
 # %% [markdown]

@@ -21,7 +21,9 @@ from benchmarks.common import interleave, machine, paired_ratio, print_table, wr
 IMPORTS = {
     "jax, optax": "import jax, optax",
     "jax, optax, measured twice": "import jax, optax",
-    "jaxprune": "import jaxprune",
+    "jaxprune": "import jax, optax, jaxprune",
+    "what one line takes": "import jax, optax, jaxprune as jp; jp.prune; jp.schedules.cubic",
+    "every name": "import jax, optax, jaxprune as jp; [getattr(jp, name) for name in jp.__all__]",
 }
 BARE = "jax, optax"
 MOST = 1.15  # what we allow ourselves

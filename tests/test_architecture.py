@@ -1,8 +1,10 @@
 """The layers of the library: who may import whom, and what every public name has."""
 
 import ast
+import importlib
 import inspect
 import re
+import subprocess
 import sys
 import types
 from pathlib import Path
@@ -292,3 +294,40 @@ def test_names_are_listed_in_order_and_once():
     families = (jp.criteria, jp.patterns, jp.scopes, jp.schedules, jp.methods)
     for module in (jp, jp.checkpoint, jp.dynamic, jp.export, jp.graph, *families):
         assert list(module.__all__) == sorted(set(module.__all__))
+
+
+def test_names_that_are_imported_when_asked_for_are_those_that_type_checkers_see():
+    told = ast.parse((ROOT / "__init__.pyi").read_text())
+    lines = [node for node in told.body if isinstance(node, ast.ImportFrom)]
+    stub = {node.names[0].asname: node.module for node in lines}
+    assert sorted(stub) == sorted(jp.__all__) and set(dir(jp)) == {*jp.__all__, "__version__"}
+    for name, module in stub.items():
+        defined = importlib.import_module(module if module != "jaxprune" else f"jaxprune.{name}")
+        wanted = defined if module == "jaxprune" else getattr(defined, name)
+        assert getattr(jp, name) is wanted
+    with pytest.raises(AttributeError, match="module 'jaxprune' has no attribute 'prun'"):
+        jp.prun  # noqa: B018
+
+
+def test_importing_the_library_in_the_middle_of_a_trace_leaves_no_tracers_behind():
+    program = """
+import importlib, pkgutil, sys
+import jax, jax.numpy as jnp
+
+@jax.jit
+def masks(x):
+    import jaxprune as jp
+    for each in pkgutil.walk_packages(jp.__path__, "jaxprune."):
+        importlib.import_module(each.name)
+    return jp.find_masks({"w": x}, 0.5)["w"]
+
+with jax.checking_leaks():
+    assert masks(jnp.arange(12.0).reshape(3, 4)).sum() == 6
+mine = [vars(m) for name, m in sys.modules.items() if name.startswith("jaxprune")]
+assert len(mine) > 200
+assert not any(isinstance(v, jax.Array) for module in mine for v in module.values())
+"""
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr

@@ -68,6 +68,8 @@ def test_importing_jaxprune_imports_nothing_but_the_core():
         import jax, numpy, optax
         before = {name.partition(".")[0] for name in sys.modules}
         import jaxprune
+        for name in jaxprune.__all__:
+            getattr(jaxprune, name)
         print(*{name.partition(".")[0] for name in sys.modules} - before)
         """
     )

@@ -36,6 +36,13 @@ def test_every_link_leads_to_a_file(page):
 
 
 @pytest.mark.parametrize("page", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_no_line_of_text_is_a_comment(page):
+    """A line that begins with a percent sign is a comment in MyST, and not on the site."""
+    text = re.sub(r"^(`{3,}).*\n(?:.*\n)*?\1$", "", page.read_text(), flags=re.MULTILINE)
+    assert not re.findall(r"^ *%.*", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("page", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_every_link_to_a_part_of_a_page_leads_to_a_heading(page):
     for target, part in re.findall(r"\]\(([^)\s:]*)#([^)\s]+)\)", page.read_text()):
         text = ((page.parent / target) if target else page).read_text()

@@ -35,7 +35,7 @@ extensions = [
 
 # Pages.
 exclude_patterns = ["_build", "conf.py", "**/.ipynb_checkpoints"]
-suppress_warnings = []
+suppress_warnings = ["codeautolink.parse_block"]  # a row of a table is no program
 myst_enable_extensions = ["colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 
@@ -118,6 +118,11 @@ def skip(app, what, name, obj, *_):
     return True if (getattr(obj, "__doc__", "") or "").startswith("Alias for field") else None
 
 
+def signature(app, what, name, obj, options, arguments, returned):  # noqa: PLR0917
+    """Leave out what says nothing, as of protocols, which nobody calls."""
+    return ("", returned) if arguments == "(*args, **kwargs)" else None
+
+
 def link(app, tree, page):
     """Link what is written as ``jp.prune`` or ``find_masks`` to its place in the reference."""
     known = app.env.get_domain("py").objects
@@ -145,5 +150,6 @@ def block_math(self, node):
 def setup(app):
     """Plug the functions above into Sphinx."""
     app.connect("autodoc-skip-member", skip)
+    app.connect("autodoc-process-signature", signature)
     app.connect("doctree-resolved", link)
     app.add_html_math_renderer("mathml", (inline_math, None), (block_math, None))

@@ -24,7 +24,7 @@ def links(page):
     for target in re.findall(r"\]\(([^)\s]+)\)", shown):
         if "://" not in target and not target.startswith("#"):
             yield (page.parent / target.partition("#")[0]).resolve()
-    for target in re.findall(r"^:link: (.*)$", text, re.MULTILINE):
+    for target in re.findall(r"^:link: ([^#\n]*?)(?:\.html#.*)?$", text, re.MULTILINE):
         names = [page.parent / f"{target}{ending}" for ending in (".md", ".ipynb")]
         yield next((name for name in names if name.exists()), names[0]).resolve()
 
@@ -44,7 +44,12 @@ def test_no_line_of_text_is_a_comment(page):
 
 @pytest.mark.parametrize("page", SOURCES, ids=lambda p: p.relative_to(ROOT).as_posix())
 def test_every_link_to_a_part_of_a_page_leads_to_a_heading(page):
-    for target, part in re.findall(r"\]\(([^)\s:]*)#([^)\s]+)\)", page.read_text()):
+    shown = page.read_text()
+    parts = re.findall(r"\]\(([^)\s:]*)#([^)\s]+)\)", shown)
+    parts += [
+        (f"{to}.md", part) for to, part in re.findall(r"^:link: (.*)\.html#(.*)$", shown, re.M)
+    ]
+    for target, part in parts:
         text = ((page.parent / target) if target else page).read_text()
         headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
         anchors = [

@@ -110,7 +110,7 @@ if left_out:
         raise ConfigError(pages.told(left_out))
     print(pages.told(left_out), file=sys.stderr)
     exclude_patterns += left_out
-    suppress_warnings += ["toc.excluded", "myst.xref_missing"]
+    suppress_warnings += ["toc.excluded", "toc.not_readable", "myst.xref_missing"]
 
 
 def skip(app, what, name, obj, *_):

@@ -19,6 +19,7 @@ from experiments.common.models import ResidualNet
 from experiments.edge_deployment import Config, Run, main, resolve
 from experiments.edge_deployment_training import Removal
 from tests import crash, notebooks
+from tests.helpers import sums_int8_exactly
 
 onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
 pytest.importorskip("jax2onnx")
@@ -197,7 +198,8 @@ def test_an_int8_file_is_compared_with_its_float_file(toy, bench):
     record = next(r for r in runner.read_records(toy) if r["stage"] == "quantized")
     assert record["accuracy"] == np.mean(small.argmax(-1) == labels)
     assert record["agreement"] == np.mean(small.argmax(-1) == large.argmax(-1))
-    assert 0 < np.abs(small - large).max() < 0.1 * np.abs(large).max()
+    apart = np.abs(small - large).max() / np.abs(large).max()
+    assert apart > 0 and (apart < 0.1 or not sums_int8_exactly())
 
 
 def test_int8_convolutions_are_computed_in_integers(tmp_path, key):

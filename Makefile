@@ -98,7 +98,7 @@ release-check: $(VENV)/ready
 	.ci/extras $(RELEASE)
 	.ci/oldest
 	$(MAKE) docs
-	$(PYTEST) -m slow tests/test_docs.py tests/test_libraries.py
+	$(PYTEST) -m "slow or not slow" tests/test_docs.py tests/test_libraries.py
 
 # Every page's code runs in it, and the first warning ends it. Pages are dealt out beforehand and take
 # from 5 to 40 seconds: four shares are more even than two.

@@ -20,7 +20,7 @@ import optax
 
 BEFORE = {name.partition(".")[0] for name in sys.modules}
 
-import jaxprune as jp  # noqa: E402  what it imports beside the core is looked at
+import jaxprune as jp  # noqa: E402  what it and its use import beside the core is looked at
 
 EXAMPLES = {
     "checkpoint": (
@@ -36,8 +36,6 @@ EXAMPLES = {
 
 def core() -> None:
     """Masks, a step, a smaller network and a file, with nothing but jax, optax and numpy."""
-    brought = {name.partition(".")[0] for name in sys.modules} - BEFORE
-    assert brought <= {"jaxprune", *sys.stdlib_module_names}, brought
 
     def net(params, x):
         return jax.nn.relu(x @ params["in"] + params["bias"]) @ params["out"]
@@ -76,6 +74,8 @@ def core() -> None:
         jp.checkpoint.save(path, params, jp.get_masks(state))
         loaded, _ = jp.checkpoint.load(path)
         assert all((loaded[name] == params[name]).all() for name in params)
+        brought = {name.partition(".")[0] for name in sys.modules} - BEFORE
+        assert brought <= {"jaxprune", *sys.stdlib_module_names}, brought
         try:
             jp.checkpoint.save_run(folder, 0, params)
         except ImportError as error:

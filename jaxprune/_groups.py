@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from typing import TypeAlias
 
@@ -175,6 +176,15 @@ class Groups(tuple[Group, ...]):
         check_known(given, leaves_by_path(params, "groups.complete"))
         full = expand(self, self.keep(masks), params)
         return map_with_path(lambda path, w, mine: given.get(path, mine), params, full)
+
+    def spread(self, masks: Masks, params: Params) -> Masks:
+        """Carry masks over, as ``complete`` does: its old name, deprecated in 0.2."""
+        warnings.warn(
+            "`groups.spread` is called `groups.complete` and goes with 0.3: write that instead.",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return self.complete(masks, params)
 
     def without(self, names: Iterable[str], params: Params) -> Masks:
         """Masks that remove the groups of the given names whole: blocks in an order of your own."""

@@ -201,19 +201,10 @@ def test_seeds_side_by_side_have_the_records_of_seeds_alone_from_one_program(
     main(config)  # two seeds on two devices of eight
     records, alone = runner.read_records(tmp_path), runner.read_records(toy)
     assert [(r["level"], r["seed"]) for r in records[:4]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    for side, single in zip(*(sorted(r, key=run_of) for r in (records, alone)), strict=True):
-        # To the last digit on most CPUs; without AVX-512 a product may be summed in another order.
-        losses = (record.pop("validation_loss") for record in (dict(side), dict(single)))
-        np.testing.assert_allclose(*losses, rtol=0, atol=1.5e-6)
-        assert {**side, "validation_loss": None} == {**single, "validation_loss": None}
+    assert sorted(records, key=run_of) == sorted(alone, key=run_of)
     assert (tmp_path / "summary.json").read_bytes() == (toy / "summary.json").read_bytes()
     for seed in ("seed_0", "seed_1"):
-        assert set(crash.contents(tmp_path / seed)) == set(crash.contents(toy / seed))
-        for path in (tmp_path / seed).glob("*.safetensors"):
-            pairs = [jp.checkpoint.load(each) for each in (path, toy / seed / path.name)]
-            (got, got_masks), (want, want_masks) = pairs
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
-            jax.tree.map(np.testing.assert_array_equal, got_masks, want_masks)
+        assert crash.contents(tmp_path / seed) == crash.contents(toy / seed)
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "metrics.jsonl").write_text("".join(lines[:5]))
     main(config)  # neither levels nor conditions nor going on need another program

@@ -304,3 +304,13 @@ def test_a_notebook_draws_the_groups_that_are_printed():
     frozen = [*drawn.find("details").itertext()]
     assert [f"  {line}" for line in frozen[1:]] == str(groups).splitlines()[4:]
     assert Groups()._repr_html_() == "no groups"
+
+
+def test_the_old_name_of_complete_warns_and_does_the_same():
+    units = np.arange(3)[:, None]
+    groups = Groups([Group("a:1", (Member("a", 1, units), Member("b", 0, units)), 3)])
+    params = {"a": jnp.ones((2, 3)), "b": jnp.ones(3)}
+    masks = {"a": jnp.array([[True, False, True]])}
+    with pytest.warns(DeprecationWarning, match="`groups.complete`"):
+        old = groups.spread(masks, params)
+    assert_trees_equal(old, groups.complete(masks, params))

@@ -270,12 +270,19 @@ def side_by_side(run: Callable[..., Any], stacked: Any, *common: Any) -> Any:
 
     Each device maps over the seeds that it has, and knows nothing of the others: a loop inside
     ends when its own seeds have. How XLA rounds may depend on how many seeds a device has; alone
-    on its device a seed has the numbers that it has alone.
+    on its device a seed is not mapped over, and has the numbers that it has alone.
     """
-    mapped = jax.vmap(run, in_axes=(0, *(None for _ in common)))
+    seeds = mesh(count := len(jax.tree.leaves(stacked)[0]))
+
+    def mapped(stacked: Any, *common: Any) -> Any:
+        if count > seeds.size:
+            return jax.vmap(run, in_axes=(0, *(None for _ in common)))(stacked, *common)
+        alone = run(jax.tree.map(lambda leaf: leaf[0], stacked), *common)
+        return jax.tree.map(lambda leaf: leaf[None], alone)
+
     return jax.shard_map(
         mapped,
-        mesh=mesh(len(jax.tree.leaves(stacked)[0])),
+        mesh=seeds,
         in_specs=(EACH, *(ALL for _ in common)),
         out_specs=EACH,
         check_vma=False,  # nothing goes from one seed to another
